@@ -1,0 +1,1 @@
+"""The checkpoint package; ARCHITECTURE.md says what lives here."""

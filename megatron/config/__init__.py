@@ -1,0 +1,1 @@
+"""The config package; ARCHITECTURE.md says what lives here."""

@@ -1,0 +1,1 @@
+"""The schema package; ARCHITECTURE.md says what lives here."""

@@ -1,0 +1,32 @@
+"""The frozen configuration of a run: one section per subject, one flat key per field."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.config.schema.base import Section
+from megatron.config.schema.data import DataConfig, TokenizerConfig
+from megatron.config.schema.model import ModelConfig
+from megatron.config.schema.numerics import NumericsConfig
+from megatron.config.schema.parallel import BatchConfig, ParallelConfig
+from megatron.config.schema.run import CheckpointConfig, GenerationConfig, LauncherConfig, MonitorConfig
+from megatron.config.schema.training import OptimizerConfig, TrainingConfig
+
+
+class Config(Section):
+    model: ModelConfig
+    numerics: NumericsConfig
+    parallel: ParallelConfig
+    batch: BatchConfig
+    optimizer: OptimizerConfig
+    training: TrainingConfig
+    data: DataConfig
+    tokenizer: TokenizerConfig
+    checkpoint: CheckpointConfig
+    monitor: MonitorConfig
+    generation: GenerationConfig
+    launcher: LauncherConfig
+
+    def flat(self) -> dict[str, Any]:
+        """Return all keys of all sections in one flat mapping, as a YAML file would hold them."""
+        return {key: value for section in self.model_dump().values() for key, value in section.items()}

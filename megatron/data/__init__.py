@@ -1,0 +1,1 @@
+"""The data package; ARCHITECTURE.md says what lives here."""

@@ -1,0 +1,1 @@
+"""The engine package; ARCHITECTURE.md says what lives here."""

@@ -1,0 +1,1 @@
+"""The generation package; ARCHITECTURE.md says what lives here."""

@@ -1,0 +1,1 @@
+"""The interop package; ARCHITECTURE.md says what lives here."""

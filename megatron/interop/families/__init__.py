@@ -1,0 +1,1 @@
+"""The families package; ARCHITECTURE.md says what lives here."""

@@ -1,0 +1,1 @@
+"""The launch package; ARCHITECTURE.md says what lives here."""

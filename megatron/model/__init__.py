@@ -1,0 +1,1 @@
+"""The model package; ARCHITECTURE.md says what lives here."""

@@ -1,0 +1,1 @@
+"""The monitor package; ARCHITECTURE.md says what lives here."""

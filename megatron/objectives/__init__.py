@@ -1,0 +1,1 @@
+"""The objectives package; ARCHITECTURE.md says what lives here."""

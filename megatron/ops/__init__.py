@@ -1,0 +1,1 @@
+"""The ops package; ARCHITECTURE.md says what lives here."""

@@ -1,0 +1,1 @@
+"""The optim package; ARCHITECTURE.md says what lives here."""

@@ -1,0 +1,1 @@
+"""The parallel package; ARCHITECTURE.md says what lives here."""

@@ -1,0 +1,1 @@
+"""The tokenizer package; ARCHITECTURE.md says what lives here."""

@@ -1,0 +1,1 @@
+"""The training package; ARCHITECTURE.md says what lives here."""

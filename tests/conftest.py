@@ -1,0 +1,24 @@
+"""What all tests share: a CPU accelerator for DeepSpeed, and the folder of recorded GPT-NeoX outputs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of outputs recorded from GPT-NeoX; it is not part of the project, so its absence skips the test."""
+    folder = ROOT.parent / "shared" / "golden"
+    if not folder.is_dir():
+        pytest.skip("the recorded outputs of GPT-NeoX are not beside this checkout")
+    return folder
