@@ -1,0 +1,42 @@
+"""How far a run has come: the only state of the loop, saved with every checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Counts since the beginning of a run, whatever the topology.
+
+    iteration: optimizer steps taken.
+    consumed_samples: training samples read; the data position of the next step.
+    consumed_tokens: tokens that were trained on, masked ones left out.
+    skipped_iterations: steps whose update was dropped for a non-finite fp16 gradient.
+    """
+
+    iteration: int = 0
+    consumed_samples: int = 0
+    consumed_tokens: int = 0
+    skipped_iterations: int = 0
+
+    def after_step(self, samples: int, tokens: int, skipped: bool) -> Progress:
+        """Return the progress after one more step over `samples` samples and `tokens` trained tokens."""
+        return replace(
+            self,
+            iteration=self.iteration + 1,
+            consumed_samples=self.consumed_samples + samples,
+            consumed_tokens=self.consumed_tokens + tokens,
+            skipped_iterations=self.skipped_iterations + int(skipped),
+        )
+
+    def as_dict(self) -> dict[str, int]:
+        """Return the counts as a checkpoint's manifest holds them."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Progress:
+        """Return the progress that a manifest holds."""
+        return cls(**{name: int(values[name]) for name in asdict(cls())})
