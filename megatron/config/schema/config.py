@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron.config.schema.base import Section
 from megatron.config.schema.data import DataConfig, TokenizerConfig
+from megatron.config.schema.deepspeed import DeepspeedConfig
 from megatron.config.schema.model import ModelConfig
 from megatron.config.schema.numerics import NumericsConfig
 from megatron.config.schema.parallel import BatchConfig, ParallelConfig
@@ -14,6 +15,8 @@ from megatron.config.schema.training import OptimizerConfig, TrainingConfig
 
 
 class Config(Section):
+    """All that a run depends on, and nothing that depends on the run's rank or tokenizer."""
+
     model: ModelConfig
     numerics: NumericsConfig
     parallel: ParallelConfig
@@ -26,6 +29,7 @@ class Config(Section):
     monitor: MonitorConfig
     generation: GenerationConfig
     launcher: LauncherConfig
+    deepspeed: DeepspeedConfig
 
     def flat(self) -> dict[str, Any]:
         """Return all keys of all sections in one flat mapping, as a YAML file would hold them."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from megatron.config.schema.base import Section
+from megatron.config.schema.base import Section, setting
 
 InitMethod = Literal[
     "normal",
@@ -20,14 +20,34 @@ InitMethod = Literal[
 
 
 class NumericsConfig(Section):
-    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
-    init_method: InitMethod = "normal"
-    output_layer_init_method: InitMethod = "scaled_normal"
-    init_method_std: float = 0.02
-    hidden_dropout: float = 0.0
-    attention_dropout: float = 0.0
-    apply_query_key_layer_scaling: bool = False
-    attention_softmax_in_fp32: bool = False
-    bias_gelu_fusion: bool = False
-    mup_rp_embedding_mult: float = 1.0
-    seed: int = 1234
+    """What the numbers are stored in, where they start, and what is random."""
+
+    precision: Literal["fp32", "fp16", "bf16"] = setting(
+        "fp32",
+        "Type of the forward and backward passes (bfloat16 is another spelling of bf16); parameters always have fp32 "
+        "masters. Unset: what the fp16 or bf16 block enables, or fp32.",
+    )
+    init_method: InitMethod = setting(
+        "normal", "Initialisation of all weights except the output projections of attention and MLP."
+    )
+    output_layer_init_method: InitMethod = setting(
+        "scaled_normal", "Initialisation of the output projections of attention and MLP."
+    )
+    init_method_std: float = setting(
+        0.02, "Standard deviation of normal, scaled_normal and single_residual_scaled_normal.", unit="weight", gt=0
+    )
+    hidden_dropout: float = setting(
+        0.0, "Dropout of embeddings and of what attention and MLP add to the stream.", unit="probability", ge=0, lt=1
+    )
+    attention_dropout: float = setting(0.0, "Dropout of attention probabilities.", unit="probability", ge=0, lt=1)
+    apply_query_key_layer_scaling: bool = setting(
+        False, "Compute attention scores divided by the layer's number, and undo it inside an fp32 softmax."
+    )
+    attention_softmax_in_fp32: bool = setting(False, "Compute the attention softmax in fp32.")
+    bias_gelu_fusion: bool = setting(
+        False, "Use the tanh approximation of GELU, as the fused bias and GELU of GPT-NeoX does."
+    )
+    mup_rp_embedding_mult: float = setting(
+        1.0, "Learned and sinusoidal position vectors are multiplied by this.", unit="ratio", gt=0
+    )
+    seed: int = setting(1234, "Seed of initialisation, dropout and the order of the data.", unit="none", ge=1, lt=2**32)

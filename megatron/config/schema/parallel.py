@@ -4,22 +4,38 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron.config.schema.base import Section
+from megatron.config.schema.base import Section, setting
 
 
 class ParallelConfig(Section):
-    pipe_parallel_size: int = 0
-    model_parallel_size: int = 1
-    sequence_parallel: bool = False
-    world_size: int = 1
-    zero_optimization: dict[str, Any] = {"stage": 0}
-    distributed_backend: str | None = None
+    """Sizes of the mesh axes, and what ZeRO shards over the data axis."""
+
+    pipe_parallel_size: int = setting(0, "Pipeline stages; 0 and 1 both mean no pipeline.", unit="stages", ge=0)
+    model_parallel_size: int = setting(
+        1, "Processes that share each layer (tensor parallelism).", unit="processes", ge=1
+    )
+    sequence_parallel: bool = setting(
+        False, "Spread norms and dropout over the tensor parallel processes along the sequence."
+    )
+    world_size: int = setting(1, "Processes of the run, one per GPU; counted by the launcher.", unit="processes", ge=1)
+    zero_optimization: dict[str, Any] = setting(
+        {"stage": 0},
+        "DeepSpeed's ZeRO block. stage: 0 or 1 shards optimizer states, 2 gradients too, 3 parameters too; stage 0 is "
+        "served by stage 1, whose arithmetic is the same.",
+    )
+    distributed_backend: str | None = setting(
+        None, "torch.distributed backend. Unset: nccl where there are GPUs, gloo on CPU."
+    )
 
 
 class BatchConfig(Section):
     """The batch triangle, whole after resolution:
     train_batch_size = train_micro_batch_size_per_gpu * gradient_accumulation_steps * data parallel size."""
 
-    train_batch_size: int
-    train_micro_batch_size_per_gpu: int
-    gradient_accumulation_steps: int
+    train_batch_size: int = setting(..., "Sequences of one optimizer step over all processes.", unit="sequences", ge=1)
+    train_micro_batch_size_per_gpu: int = setting(
+        ..., "Sequences that one process computes at once.", unit="sequences", ge=1
+    )
+    gradient_accumulation_steps: int = setting(
+        ..., "Micro-batches of each process in one optimizer step.", unit="micro-batches", ge=1
+    )

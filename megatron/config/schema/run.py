@@ -2,61 +2,105 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from megatron.config.schema.base import Section
+from megatron.config.schema.base import Section, setting
 
 
 class CheckpointConfig(Section):
-    save: str | None = None
-    load: str | None = None
-    checkpoint_factor: float | None = None
-    checkpoint_scale: Literal["linear", "log"] = "linear"
-    extra_save_iters: list[int] | None = None
-    keep_last_n_checkpoints: int | None = None
-    finetune: bool = False
-    no_load_optim: bool = False
-    no_save_optim: bool = False
-    iteration: int | None = None
+    """When the state is saved, how much is kept, and what a run starts from."""
+
+    save: str | None = setting(None, "Folder of the run's checkpoints. Unset: nothing is saved.")
+    load: str | None = setting(
+        None, "Folder of checkpoints to start from; a run stops if it holds none, unless resume is auto."
+    )
+    resume: Literal["auto", "never"] = setting(
+        "never", "auto: continue from the newest checkpoint of `save` (or `load`) if there is one, else start fresh."
+    )
+    checkpoint_factor: float | None = setting(
+        None,
+        "k of checkpoint_scale. linear: save every k steps; log: save at steps 1, k, k^2, ...",
+        unit="optimizer steps",
+        gt=0,
+    )
+    checkpoint_scale: Literal["linear", "log"] = setting("linear", "Whether saves are equally or log-spaced.")
+    extra_save_iters: list[int] | None = setting(
+        None, "More steps to save at; 0 saves the initial model.", unit="optimizer steps"
+    )
+    keep_last_n_checkpoints: int | None = setting(
+        None, "Older checkpoints are removed after each save. Unset: all are kept.", unit="checkpoints", ge=1
+    )
+    finetune: bool = setting(False, "Load weights only: the step, the optimizer and the data start anew.")
+    no_load_optim: bool = setting(False, "Do not load the optimizer's state.")
+    no_save_optim: bool = setting(False, "Do not save the optimizer's state; such a checkpoint cannot resume exactly.")
+    iteration: int | None = setting(
+        None, "Step of the checkpoint to load. Unset: the newest.", unit="optimizer steps", ge=0
+    )
 
 
 class MonitorConfig(Section):
-    run_name: str | None = None
-    runs_dir: str = "runs"
-    log_interval: int = 100
-    peak_theoretical_tflops: float | None = None
-    tensorboard_dir: str | None = None
-    use_wandb: bool | None = None
-    wandb_project: str = "neox"
-    wandb_group: str | None = None
-    wandb_run_name: str | None = None
-    wandb_team: str | None = None
-    wandb_host: str | None = None
+    """What a person sees of the run, and where it is written."""
+
+    run_name: str | None = setting(None, "Folder under runs_dir for metrics and the loss plot. Unset: a date and time.")
+    runs_dir: str = setting("runs", "Folder of all runs' metrics.")
+    log_interval: int = setting(100, "Steps between log lines.", unit="optimizer steps", ge=1)
+    peak_theoretical_tflops: float | None = setting(
+        None, "Peak of one GPU, to report model FLOPs utilisation. Unset: from the GPU's name.", unit="TFLOP/s", gt=0
+    )
+    tensorboard_dir: str | None = setting(None, "Folder for TensorBoard. Unset: no TensorBoard.")
+    use_wandb: bool | None = setting(
+        None, "Log to Weights & Biases. Unset: yes if an API key is in the environment or in .netrc."
+    )
+    wandb_project: str = setting("neox", "Weights & Biases project.")
+    wandb_group: str | None = setting(None, "Weights & Biases group.")
+    wandb_run_name: str | None = setting(None, "Weights & Biases name of the run. Unset: run_name.")
+    wandb_team: str | None = setting(None, "Weights & Biases team (entity).")
+    wandb_host: str | None = setting(None, "Weights & Biases server. Unset: https://api.wandb.ai.")
+    use_comet: bool | None = setting(None, "Log to Comet; the API key is taken from the environment.")
+    comet_workspace: str | None = setting(None, "Comet workspace.")
+    comet_project: str | None = setting(None, "Comet project.")
+    comet_experiment_name: str | None = setting(None, "Comet name of the run. Unset: run_name.")
+    comet_tags: list[str] | None = setting(None, "Comet tags.")
+    comet_others: dict[str, Any] | None = setting(None, "More values that are recorded with the Comet experiment.")
 
 
 class GenerationConfig(Section):
-    text_gen_type: Literal["unconditional", "input-file", "interactive"] | None = None
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 0.0
-    maximum_tokens: int = 64
-    prompt_end: str = "\n"
-    sample_input_file: str | None = None
-    sample_output_file: str = "samples.txt"
-    num_samples: int = 1
-    recompute: bool = False
+    """Text generation by generate.py."""
+
+    text_gen_type: Literal["unconditional", "input-file", "interactive"] | None = setting(
+        None, "Where prompts come from. Unset: input-file if sample_input_file is set, else unconditional."
+    )
+    temperature: float = setting(0.0, "Logits are divided by this; 0 takes the likeliest token.", unit="ratio", ge=0)
+    top_k: int = setting(0, "Sample among the k likeliest tokens; 0: among all.", unit="tokens", ge=0)
+    top_p: float = setting(
+        0.0,
+        "Sample among the likeliest tokens whose probabilities reach this sum; 0: among all.",
+        unit="probability",
+        ge=0,
+        le=1,
+    )
+    maximum_tokens: int = setting(64, "Most new tokens of each sample.", unit="tokens", ge=1)
+    prompt_end: str = setting("\n", "What separates prompts in a file and ends one in interactive use.")
+    sample_input_file: str | None = setting(None, "File of prompts.")
+    sample_output_file: str = setting("samples.txt", "File of samples, one JSON object per line.")
+    num_samples: int = setting(1, "Unconditional samples to make.", unit="samples", ge=1)
+    recompute: bool = setting(False, "Compute the whole context for each token instead of keeping keys and values.")
 
 
 class LauncherConfig(Section):
-    hostfile: str | None = None
-    include: str | None = None
-    exclude: str | None = None
-    num_nodes: int = -1
-    num_gpus: int | None = None
-    master_addr: str | None = None
-    master_port: int = 29500
-    launcher: Literal["pdsh", "openmpi", "mvapich", "slurm"] = "pdsh"
-    force_multi: bool = False
-    no_ssh_check: bool = False
-    comment: str | None = None
-    account: str | None = None
+    """Which machines run the job, and who starts the workers there."""
+
+    hostfile: str | None = setting(None, "File with lines `host slots=N`. Unset: this machine alone.")
+    include: str | None = setting(None, "Hosts and slots to use: host1@host2:0,2.")
+    exclude: str | None = setting(None, "Hosts and slots not to use, written as in include.")
+    num_nodes: int = setting(-1, "Use the first hosts of the hostfile; -1: all.", unit="machines", ge=-1)
+    num_gpus: int | None = setting(None, "Processes on each machine. Unset: one per GPU.", unit="processes", ge=1)
+    master_addr: str | None = setting(None, "Address of rank 0's machine. Unset: found by the launcher.")
+    master_port: int = setting(29500, "Port of rank 0's machine.", unit="none", ge=1, le=65535)
+    launcher: Literal["pdsh", "openmpi", "mvapich", "slurm"] = setting(
+        "pdsh", "What starts workers on several machines."
+    )
+    force_multi: bool = setting(False, "Use that launcher for one machine too.")
+    no_ssh_check: bool = setting(False, "Do not try ssh before starting.")
+    comment: str | None = setting(None, "Slurm comment of the job.")
+    account: str | None = setting(None, "Slurm account of the job.")

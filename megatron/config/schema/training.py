@@ -4,30 +4,73 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from megatron.config.schema.base import Section
+from megatron.config.schema.base import Section, setting
 
 
 class OptimizerConfig(Section):
-    optimizer: dict[str, Any] = {"type": "adam", "params": {"lr": 0.001}}
-    weight_decay: float = 0.1
-    gradient_clipping: float = 1.0
-    lr_decay_style: Literal["constant", "linear", "cosine", "exponential", "wsd"] = "linear"
-    lr_decay_iters: int | None = None
-    lr_decay_fraction: float | None = None
-    min_lr: float = 0.0
-    warmup: float = 0.01
-    wsd_decay_fraction: float = 0.1
-    wsd_decay_shape: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "linear"
-    neox_compat: bool = False
+    """The update rule and the learning rate at each step."""
+
+    optimizer: dict[str, Any] = setting(
+        {"type": "adam", "params": {"lr": 0.001, "betas": [0.9, 0.999], "eps": 1e-8}},
+        "{type, params}: adam (decoupled weight decay) with lr (peak), betas and eps.",
+    )
+    weight_decay: float = setting(
+        0.1, "Decoupled decay of all weights except biases and norms.", unit="per unit of learning rate", ge=0
+    )
+    gradient_clipping: float = setting(
+        1.0, "Gradients are scaled so that their global L2 norm is at most this; 0 never clips.", unit="L2 norm", ge=0
+    )
+    lr_decay_style: Literal["constant", "linear", "cosine", "exponential", "wsd"] = setting(
+        "linear", "Shape of the learning rate after warm-up; wsd is warm-up, stable, decay."
+    )
+    lr_decay_iters: int | None = setting(
+        None,
+        "Horizon of the schedule, which warmup is a fraction of. Unset: lr_decay_fraction of train_iters, or "
+        "train_iters.",
+        unit="optimizer steps",
+        ge=1,
+    )
+    lr_decay_fraction: float | None = setting(
+        None, "Horizon of the schedule as a share of train_iters, where lr_decay_iters is unset.", unit="fraction", gt=0
+    )
+    min_lr: float = setting(0.0, "The learning rate never falls below this after warm-up.", unit="learning rate", ge=0)
+    warmup: float = setting(
+        0.01, "Share of the horizon in which the learning rate rises linearly.", unit="fraction", ge=0, le=1
+    )
+    wsd_decay_fraction: float = setting(
+        0.1, "Last share of the horizon in which the wsd style decays.", unit="fraction", gt=0, le=1
+    )
+    wsd_decay_shape: Literal["linear", "cosine", "exponential", "minus_sqrt"] = setting(
+        "linear", "Shape of the wsd style's decay."
+    )
+    neox_compat: bool = setting(
+        False,
+        "Reproduce GPT-NeoX where it differs on purpose no longer: cosine that rises after its end, and the documents "
+        "that unpacked and pack_until_overflow draw from.",
+    )
 
 
 class TrainingConfig(Section):
-    train_iters: int | None = None
-    train_epochs: int | None = None
-    eval_interval: int = 1000
-    eval_iters: int = 100
-    exit_interval: int | None = None
-    checkpoint_activations: bool = False
-    checkpoint_num_layers: int = 1
-    eod_mask_loss: bool = False
-    char_level_ppl: bool = False
+    """How long training runs, and what happens on the way."""
+
+    train_iters: int | None = setting(
+        None, "Optimizer steps of the whole run. Either this or train_epochs.", unit="optimizer steps", ge=1
+    )
+    train_epochs: int | None = setting(
+        None, "Passes over the training data. Either this or train_iters.", unit="epochs", ge=1
+    )
+    eval_interval: int = setting(1000, "Steps between validations.", unit="optimizer steps", ge=1)
+    eval_iters: int = setting(100, "Batches of each validation; 0 never validates.", unit="global batches", ge=0)
+    exit_interval: int | None = setting(
+        None, "Save nothing more and stop when the step is a multiple of this.", unit="optimizer steps", ge=1
+    )
+    checkpoint_activations: bool = setting(
+        False, "Compute the blocks' activations again in the backward pass instead of keeping them."
+    )
+    checkpoint_num_layers: int = setting(
+        1, "Blocks that are recomputed together under checkpoint_activations.", unit="layers", ge=1
+    )
+    eod_mask_loss: bool = setting(
+        False, "Give no loss to the token after an end-of-document token, which belongs to another document."
+    )
+    char_level_ppl: bool = setting(False, "Report validation perplexity per character as well.")
