@@ -1,0 +1,112 @@
+"""Whether a checkpoint belongs to the model and tokenizer that are about to use it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from megatron import logs
+from megatron.checkpoint.load import CheckpointReader
+from megatron.config.schema.config import Config
+from megatron.config.schema.model import ModelConfig
+from megatron.errors import CheckpointError, Problem
+
+logger = logs.get_logger(__name__)
+
+# These change no shape with rotary, alibi or no positions, and are lengthened on purpose when a run goes on with a
+# longer context; for learned positions the shapes themselves decide.
+_MAY_CHANGE = {"seq_length", "max_position_embeddings", "make_vocab_size_divisible_by"}
+
+
+def stored_config(reader: CheckpointReader) -> Config:
+    """Return the config that the checkpoint was trained with.
+
+    Raises CheckpointError where this version does not know one of its keys.
+    """
+    try:
+        return Config.model_validate(dict(reader.manifest.config))
+    except ValidationError as error:
+        details = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        why = f"It was written by a version with other keys ({details})."
+        fix = "Use the version that wrote it."
+        raise CheckpointError(Problem("the stored config", why, fix, str(reader.folder))) from error
+
+
+def require_same_model(reader: CheckpointReader, model: ModelConfig, finetune: bool = False) -> None:
+    """Raise CheckpointError that names every model key whose value differs from the checkpoint's.
+
+    finetune: differences that keep all shapes are a warning, as when a context is extended.
+    """
+    stored = _canonical(reader.manifest.config.get("model", {}))
+    current = _canonical(model.model_dump(mode="json"))
+    changed = {key: (stored[key], value) for key, value in current.items() if key in stored and stored[key] != value}
+    allowed = {key for key in changed if key in _MAY_CHANGE or (finetune and not _changes_shape(key))}
+    for key in sorted(allowed):
+        logger.warning(
+            "%s = %s; the checkpoint %s was trained with %s", key, changed[key][1], reader.folder, changed[key][0]
+        )
+    refused = {key: values for key, values in changed.items() if key not in allowed}
+    if refused:
+        raise CheckpointError(*(_other_model(reader, key, *values) for key, values in sorted(refused.items())))
+
+
+def _canonical(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the model keys with the defaults that depend on others written out."""
+    return {**model, "num_kv_heads": model.get("num_kv_heads") or model.get("num_attention_heads")}
+
+
+def _changes_shape(key: str) -> bool:
+    """Say whether a model key decides the shape or presence of a parameter."""
+    return key not in {
+        "rotary_emb_base", "rotary_pct", "sliding_window_width", "attention_config", "layernorm_epsilon",
+        "rms_norm_epsilon", "scalenorm_epsilon", "gpt_j_residual", "rpe_max_distance",
+    }  # fmt: skip
+
+
+def _other_model(reader: CheckpointReader, key: str, stored: Any, value: Any) -> Problem:
+    return Problem(
+        where=str(reader.folder),
+        what=f"{key} = {value}",
+        why=f"This is a checkpoint of another model: it was trained with {key} = {stored}.",
+        fix=f"Set {key} to {stored}, or load a checkpoint of this model.",
+    )
+
+
+def require_shapes(reader: CheckpointReader, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise CheckpointError that names every weight which is missing, unexpected, or of another shape.
+
+    shapes: canonical name -> full shape of the model about to be loaded.
+    """
+    stored = reader.shapes
+    problems = []
+    for name in sorted({*shapes, *stored}):
+        here, there = shapes.get(name), stored.get(name)
+        if here == there:
+            continue
+        if there is None:
+            why = "The model has this weight, the checkpoint has not."
+        elif here is None:
+            why = "The checkpoint has this weight, the model has not."
+        else:
+            why = f"The model has {list(here)}, the checkpoint {list(there)}."
+        problems.append(Problem(f"weight {name}", why, "Load a checkpoint of this model.", str(reader.folder)))
+    if problems:
+        raise CheckpointError(*problems)
+
+
+def require_tokenizer(reader: CheckpointReader, name: str, fingerprint: str) -> None:
+    """Raise CheckpointError where the checkpoint was trained with another tokenizer; one without a record passes."""
+    stored = reader.manifest.tokenizer
+    if stored.get("fingerprint") in (None, fingerprint):
+        return
+    raise CheckpointError(
+        Problem(
+            where=str(reader.folder),
+            what=f"tokenizer {name} ({fingerprint[:12]})",
+            why=f"The checkpoint was trained with {stored.get('name')} ({stored['fingerprint'][:12]}): the same token "
+            "ids would mean other text.",
+            fix=f"Use the tokenizer files in {reader.folder / 'tokenizer'}.",
+        )
+    )

@@ -1,0 +1,221 @@
+"""`manifest.json`: everything a reader has to know before it opens a tensor file, under one checksum.
+
+A tensor is known by its canonical name and its kind ("weight", "master", "exp_avg" ...). Its pieces are flat
+ranges of the full tensor, or of its shares along the tensor axis, in any number of files; nothing here depends on
+how many processes wrote them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron.checkpoint.layout import MANIFEST, sync_folder
+from megatron.errors import CheckpointError, Problem
+
+FORMAT = "deepy checkpoint"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements [start, start + length) of the flat share `shard` of a tensor, at `offset` bytes of `file`."""
+
+    file: str
+    key: str
+    offset: int
+    start: int
+    length: int
+    sha256: str
+    shard: tuple[int, int] = (0, 1)
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor: full shape, safetensors dtype name, how shares lie along the tensor axis, and all its pieces."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    pieces: tuple[Piece, ...]
+    dim: int | None = None
+    blocks: int = 1
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Size of a file in bytes and the sha256 of its header, the part that no piece covers."""
+
+    size: int
+    header_size: int
+    header_sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint holds.
+
+    tensors: kind -> canonical name -> entry.
+    progress: iteration, consumed samples and tokens ..., as the training loop counts them.
+    config: the resolved config, one mapping per section.
+    tokenizer: name, fingerprint and files of the tokenizer; {} where none was given.
+    versions: of Python and of the libraries that wrote it.
+    topology: sizes of the axes that wrote it, for information only.
+    """
+
+    iteration: int
+    tensors: Mapping[str, Mapping[str, TensorEntry]]
+    files: Mapping[str, FileEntry]
+    progress: Mapping[str, Any]
+    config: Mapping[str, Any]
+    tokenizer: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    topology: Mapping[str, int] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensor files."""
+        return sum(entry.size for entry in self.files.values())
+
+
+def write_manifest(manifest: Manifest, folder: Path) -> None:
+    """Write `manifest.json` into `folder` and sync both. Raises OSError as the file system does."""
+    body = {"format": FORMAT, "version": VERSION, **asdict(manifest)}
+    body["checksum"] = _checksum(body)
+    with open(folder / MANIFEST, "x", encoding="utf-8") as file:
+        json.dump(body, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    sync_folder(folder)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check the manifest of a checkpoint folder.
+
+    Raises CheckpointError where it is missing, not ours, of a later version, or not as it was written.
+    """
+    path = folder / MANIFEST
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise _damaged(path, f"It cannot be read ({error.strerror}).") from error
+    except ValueError as error:
+        raise _damaged(path, f"It is not JSON ({error}).") from error
+    if not isinstance(body, dict) or body.get("format") != FORMAT:
+        raise _damaged(path, "It is not the manifest of a checkpoint of this library.")
+    _require_version(path, body.get("version"))
+    if body.pop("checksum", None) != _checksum(body):
+        raise _damaged(path, "Its content does not match its checksum: it was changed after it was written.")
+    return _from_json(body)
+
+
+def _checksum(body: Mapping[str, Any]) -> str:
+    """Return the sha256 of the canonical JSON of everything but the checksum itself."""
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _require_version(path: Path, version: object) -> None:
+    if isinstance(version, int) and 1 <= version <= VERSION:
+        return
+    raise CheckpointError(
+        Problem(
+            where=str(path),
+            what=f"version = {version}",
+            why=f"This installation reads checkpoint versions 1 to {VERSION}; a later one wrote this.",
+            fix="Update the library to the version that wrote the checkpoint, or load another checkpoint.",
+        )
+    )
+
+
+def _damaged(path: Path, why: str) -> CheckpointError:
+    return CheckpointError(
+        Problem(
+            where=str(path), what="damaged manifest", why=why, fix="Load another checkpoint, or restore it from a copy."
+        )
+    )
+
+
+def _from_json(body: Mapping[str, Any]) -> Manifest:
+    """Build the manifest from checked JSON."""
+    tensors = {
+        kind: {name: _tensor_from_json(entry) for name, entry in entries.items()}
+        for kind, entries in body["tensors"].items()
+    }
+    rest = {key: body[key] for key in ("progress", "config", "tokenizer", "versions", "topology", "extra")}
+    files = {name: FileEntry(**entry) for name, entry in body["files"].items()}
+    return Manifest(iteration=body["iteration"], tensors=tensors, files=files, **rest)
+
+
+def _tensor_from_json(entry: Mapping[str, Any]) -> TensorEntry:
+    pieces = tuple(Piece(**{**piece, "shard": tuple(piece["shard"])}) for piece in entry["pieces"])
+    return TensorEntry(tuple(entry["shape"]), entry["dtype"], pieces, entry["dim"], entry["blocks"])
+
+
+def merge_tensors(
+    parts: Iterable[Mapping[str, Mapping[str, TensorEntry]]], whole: bool = True
+) -> dict[str, dict[str, TensorEntry]]:
+    """Join what several ranks wrote into one table.
+
+    whole: check that each tensor is whole, without a gap and with nothing twice.
+    Raises AssertionError where the engine handed out pieces that do not tile their tensor: a bug of ours.
+    """
+    joined: dict[str, dict[str, TensorEntry]] = {}
+    for part in parts:
+        for kind, entries in part.items():
+            table = joined.setdefault(kind, {})
+            for name, entry in entries.items():
+                table[name] = _join(name, table[name], entry) if name in table else entry
+    for kind, table in joined.items() if whole else ():
+        for name, entry in table.items():
+            _require_whole(f"{kind} of {name}", entry)
+    return joined
+
+
+def _join(name: str, first: TensorEntry, second: TensorEntry) -> TensorEntry:
+    """Return one entry with the pieces of both."""
+    same = (first.shape, first.dtype, first.dim, first.blocks) == (
+        second.shape,
+        second.dtype,
+        second.dim,
+        second.blocks,
+    )
+    assert same, f"{name} was written as {first.dtype} {first.shape} and as {second.dtype} {second.shape}"
+    return TensorEntry(first.shape, first.dtype, first.pieces + second.pieces, first.dim, first.blocks)
+
+
+def _require_whole(what: str, entry: TensorEntry) -> None:
+    size = shards_of(entry)
+    for rank in range(size):
+        expected = math.prod(share_shape(entry, size))
+        position = 0
+        for piece in pieces_of_shard(entry, rank):
+            assert piece.start == position, f"{what}: pieces meet badly at element {position} (next: {piece.start})"
+            position += piece.length
+        assert position == expected, f"{what}: pieces cover {position} of {expected} elements"
+
+
+def shards_of(entry: TensorEntry) -> int:
+    """Return over how many shares along the tensor axis the pieces are spread; 1 for full tensors."""
+    sizes = {piece.shard[1] for piece in entry.pieces}
+    assert len(sizes) == 1, f"pieces of different tensor-parallel sizes {sorted(sizes)}"
+    return sizes.pop()
+
+
+def pieces_of_shard(entry: TensorEntry, rank: int) -> Sequence[Piece]:
+    """Return the pieces of one share in flat order."""
+    return sorted((piece for piece in entry.pieces if piece.shard[0] == rank), key=lambda piece: piece.start)
+
+
+def share_shape(entry: TensorEntry, size: int) -> tuple[int, ...]:
+    """Return the shape of one of `size` shares of the tensor."""
+    shape = list(entry.shape)
+    if entry.dim is not None:
+        shape[entry.dim] //= size
+    return tuple(shape)

@@ -1,0 +1,69 @@
+"""When to save, and which checkpoints stay."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from megatron import logs
+from megatron.checkpoint import layout
+from megatron.config.schema.run import CheckpointConfig
+
+logger = logs.get_logger(__name__)
+
+
+def save_iterations(config: CheckpointConfig, train_iters: int) -> list[int]:
+    """Return the iterations in [0, train_iters] after which a run saves, in order; none without `save`.
+
+    With factor k, "linear" saves at k, 2k, 3k ... and "log" at 1, k, k^2 ... (rounded to whole steps);
+    `extra_save_iters` adds its own, of which 0 is the initial model; the last iteration is always saved.
+    """
+    if config.save is None:
+        return []
+    wanted = {step for step in config.extra_save_iters or [] if 0 <= step <= train_iters}
+    factor = config.checkpoint_factor
+    if factor is not None:
+        power = 0
+        while (step := _step(config.checkpoint_scale, factor, power)) < train_iters:
+            wanted.add(step)
+            power += 1
+    return sorted(wanted | {train_iters})
+
+
+def _step(scale: str, factor: float, index: int) -> int:
+    """Return the index-th regular save, counted from 0."""
+    return round(factor**index) if scale == "log" else round(factor * (index + 1))
+
+
+def should_save(config: CheckpointConfig, iteration: int, train_iters: int) -> bool:
+    """Say whether a run of `train_iters` saves after `iteration` optimizer steps; see `save_iterations`."""
+    return iteration in save_iterations(config, train_iters)
+
+
+def prune(root: Path, saved: int, keep_last: int | None) -> None:
+    """Delete the oldest checkpoints before `saved` so that `keep_last` remain; None keeps all.
+
+    Checkpoints of later iterations belong to another run in the same folder; they are named and left alone.
+    A checkpoint that cannot be deleted is a warning: the save itself has succeeded.
+    """
+    steps = layout.list_steps(root)
+    later = [step for step in steps if step > saved]
+    if later:
+        logger.warning(
+            "%s also holds checkpoints of later iterations (%s), of another run; they are left alone, and `latest` "
+            "now names global_step%d",
+            root,
+            ", ".join(map(str, later)),
+            saved,
+        )
+    if keep_last is None:
+        return
+    earlier = [step for step in steps if step < saved]
+    for step in earlier[: max(0, len(earlier) + 1 - keep_last)]:
+        doomed = root / f"{layout.DELETED}{layout.step_name(step)}"
+        try:
+            os.rename(steps[step], doomed)
+            shutil.rmtree(doomed)
+        except OSError as error:
+            logger.warning("the old checkpoint %s could not be deleted: %s", steps[step], error)
