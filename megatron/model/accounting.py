@@ -1,0 +1,150 @@
+"""Parameters and FLOPs of a model from its configuration alone, without torch.
+
+These are closed formulas, not a walk over modules, so that they check the model as an independent oracle
+and cost nothing in `--check`. Shapes: h hidden, n heads, k key-value heads, d = h/n, f MLP branch width,
+L layers, s sequence, v padded vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.config.schema.model import GATED_ACTIVATIONS, ModelConfig
+
+_LAYER_TYPES = {"global": "global", "flash": "global"}
+
+
+def layer_types(model: ModelConfig) -> list[str]:
+    """Return the attention type of each layer, with `attention_config` written out.
+
+    Both forms of GPT-NeoX are understood: a list of num_layers names, and a list of [names, repeats or "all"].
+    Raises ValueError, with the reason, for a pattern that does not fill num_layers exactly; the configuration's
+    rules turn that into a message with its place.
+    """
+    return expand_attention(model.attention_config, model.num_layers)
+
+
+def expand_attention(pattern: list[Any] | None, num_layers: int) -> list[str]:
+    """Return `num_layers` attention types from a pattern; see `layer_types`."""
+    if pattern is None:
+        return ["global"] * num_layers
+    names: list[str] = []
+    for item in pattern:
+        names.extend(_expand_item(item, num_layers))
+    if len(names) != num_layers:
+        raise ValueError(f"it names {len(names)} layers and num_layers is {num_layers}")
+    unknown = sorted({name for name in names if name.lower() not in _LAYER_TYPES})
+    if unknown:
+        raise ValueError(f"{', '.join(unknown)} cannot be trained by this version; it has {', '.join(_LAYER_TYPES)}")
+    return [_LAYER_TYPES[name.lower()] for name in names]
+
+
+def _expand_item(item: Any, num_layers: int) -> list[str]:
+    if isinstance(item, str):
+        return [item]
+    if not (isinstance(item, list) and len(item) == 2 and isinstance(item[0], list) and item[0]):
+        raise ValueError(f'{item!r} is neither a name nor [[names], repeats or "all"]')
+    names, repeats = item
+    if repeats == "all":
+        if num_layers % len(names):
+            raise ValueError(f"{len(names)} names do not divide num_layers = {num_layers}")
+        repeats = num_layers // len(names)
+    if not isinstance(repeats, int) or isinstance(repeats, bool) or repeats < 1:
+        raise ValueError(f'{repeats!r} is neither a positive number of repeats nor "all"')
+    return [str(name) for name in names] * repeats
+
+
+def padded_vocab_size(vocab_size: int, divisor: int, tensor_parallel_size: int) -> int:
+    """Return `vocab_size` (token ids) rounded up to a multiple of divisor * tensor_parallel_size, as GPT-NeoX does."""
+    multiple = divisor * tensor_parallel_size
+    return -(-vocab_size // multiple) * multiple
+
+
+def mlp_shape(model: ModelConfig) -> tuple[int, int, bool]:
+    """Return (rows of linear1, columns of linear2, gated).
+
+    GPT-NeoX's rule: W is intermediate_size, or int(expansion_factor * h), or 4h; gated MLPs take int(2W/3) for both
+    branches together; linear1 is rounded up to 2m and linear2 to m, with m = mlp_multiple_of. Where its two roundings
+    disagree GPT-NeoX crashes; here a gated branch is half of linear1, and a plain MLP is W rounded up to m.
+    """
+    gated = model.activation in GATED_ACTIVATIONS
+    width = model.intermediate_size or int((model.expansion_factor or 4) * model.hidden_size)
+    multiple = model.mlp_multiple_of
+    if gated:
+        branch = multiple * -(-(2 * width // 3) // (2 * multiple))
+        return 2 * branch, branch, True
+    plain = multiple * -(-width // multiple)
+    return plain, plain, False
+
+
+def _norm_parameters(model: ModelConfig, width: int) -> int:
+    if model.norm == "layernorm":
+        return 2 * width if model.use_bias_in_norms else width
+    return {"rmsnorm": width, "scalenorm": 1, "non_parametric_layernorm": 0}[model.norm]
+
+
+def _head_dim(model: ModelConfig) -> int:
+    return model.hidden_size // model.num_attention_heads
+
+
+def _block_matrices(model: ModelConfig) -> int:
+    """Return the entries of one block's four weight matrices, which every token is multiplied with."""
+    hidden, kv_heads = model.hidden_size, model.num_kv_heads or model.num_attention_heads
+    rows, columns, _ = mlp_shape(model)
+    attention = (hidden + 2 * kv_heads * _head_dim(model)) * hidden + hidden * hidden
+    return attention + rows * hidden + hidden * columns
+
+
+def _block_vectors(model: ModelConfig) -> int:
+    """Return the biases and norm parameters of one block."""
+    hidden, kv_heads = model.hidden_size, model.num_kv_heads or model.num_attention_heads
+    rows, _, _ = mlp_shape(model)
+    norms = 1 if model.gpt_j_residual and model.gpt_j_tied else 2
+    total = norms * _norm_parameters(model, hidden)
+    if model.use_qk_layernorm:
+        total += 2 * _norm_parameters(model, _head_dim(model))
+    if model.use_bias_in_attn_linear:
+        total += hidden + 2 * kv_heads * _head_dim(model) + hidden
+    if model.use_bias_in_mlp:
+        total += rows + hidden
+    return total
+
+
+def num_non_embedding_parameters(model: ModelConfig) -> int:
+    """Return the parameters of the blocks and the final norm: neither embeddings, nor positions, nor head."""
+    blocks = model.num_layers * (_block_matrices(model) + _block_vectors(model))
+    return blocks + _norm_parameters(model, model.hidden_size)
+
+
+def num_parameters(model: ModelConfig, vocab_size: int) -> int:
+    """Return all parameters; tied matrices count once.
+
+    vocab_size: rows of the word embedding, padding included (`padded_vocab_size`).
+    """
+    matrices = 2 if model.no_weight_tying else 1
+    total = num_non_embedding_parameters(model) + matrices * vocab_size * model.hidden_size
+    if model.pos_emb == "learned":
+        total += (model.max_position_embeddings + model.opt_pos_emb_offset) * model.hidden_size
+    if model.pos_emb == "rpe":
+        total += model.rpe_num_buckets * model.num_attention_heads
+    return total
+
+
+def _mean_keys(model: ModelConfig, causal: bool) -> float:
+    """Return how many keys a query is charged for: s or half of it, less under a sliding window."""
+    sequence = model.seq_length
+    window = min(model.sliding_window_width or sequence, sequence)
+    return window - window * window / (2 * sequence) if causal else window
+
+
+def flops_per_token(model: ModelConfig, vocab_size: int, causal: bool) -> float:
+    """Return the floating point operations of one trained token, forward and backward.
+
+    Six for each matrix entry of the blocks and the head (the embedding's lookup is free), plus attention: 12 L h s
+    where every query is charged for every key (causal=False, the convention of nanoGPT, PaLM and torchtitan), half of
+    that where only keys that it attends to count (causal=True, as Megatron-LM counts today). Recomputed activations
+    are not counted.
+    """
+    matrices = model.num_layers * _block_matrices(model) + vocab_size * model.hidden_size
+    attention = 2 * model.num_layers * model.hidden_size * _mean_keys(model, causal)
+    return 6.0 * (matrices + attention)
