@@ -10,7 +10,6 @@ from pydantic import ValidationError
 from megatron import logs
 from megatron.checkpoint.load import CheckpointReader
 from megatron.config.schema.config import Config
-from megatron.config.schema.model import ModelConfig
 from megatron.errors import CheckpointError, Problem
 
 logger = logs.get_logger(__name__)
@@ -18,6 +17,12 @@ logger = logs.get_logger(__name__)
 # These change no shape with rotary, alibi or no positions, and are lengthened on purpose when a run goes on with a
 # longer context; for learned positions the shapes themselves decide.
 _MAY_CHANGE = {"seq_length", "max_position_embeddings", "make_vocab_size_divisible_by"}
+_KEEPS_SHAPES = {
+    "rotary_emb_base", "rotary_pct", "sliding_window_width", "attention_config", "layernorm_epsilon",
+    "rms_norm_epsilon", "scalenorm_epsilon", "gpt_j_residual", "rpe_max_distance", "bias_gelu_fusion",
+    "mup_rp_embedding_mult",
+}  # fmt: skip
+_NUMERICS = ("bias_gelu_fusion", "mup_rp_embedding_mult")  # the numeric choices that are part of the formula
 
 
 def stored_config(reader: CheckpointReader) -> Config:
@@ -34,35 +39,29 @@ def stored_config(reader: CheckpointReader) -> Config:
         raise CheckpointError(Problem("the stored config", why, fix, str(reader.folder))) from error
 
 
-def require_same_model(reader: CheckpointReader, model: ModelConfig, finetune: bool = False) -> None:
-    """Raise CheckpointError that names every model key whose value differs from the checkpoint's.
+def require_same_model(reader: CheckpointReader, config: Config) -> None:
+    """Raise CheckpointError that names every key of the model whose value differs from the checkpoint's.
 
-    finetune: differences that keep all shapes are a warning, as when a context is extended.
+    Under `finetune`, differences that keep all shapes are a warning, as when a context is extended.
     """
-    stored = _canonical(reader.manifest.config.get("model", {}))
-    current = _canonical(model.model_dump(mode="json"))
+    stored, current = _model_keys(reader.manifest.config), _model_keys(config.model_dump(mode="json"))
     changed = {key: (stored[key], value) for key, value in current.items() if key in stored and stored[key] != value}
-    allowed = {key for key in changed if key in _MAY_CHANGE or (finetune and not _changes_shape(key))}
+    finetune = config.checkpoint.finetune
+    allowed = {key for key in changed if key in _MAY_CHANGE or (finetune and key in _KEEPS_SHAPES)}
     for key in sorted(allowed):
-        logger.warning(
-            "%s = %s; the checkpoint %s was trained with %s", key, changed[key][1], reader.folder, changed[key][0]
-        )
+        was, now = changed[key]
+        logger.warning("%s = %s; the checkpoint %s was trained with %s", key, now, reader.folder, was)
     refused = {key: values for key, values in changed.items() if key not in allowed}
     if refused:
         raise CheckpointError(*(_other_model(reader, key, *values) for key, values in sorted(refused.items())))
 
 
-def _canonical(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the model keys with the defaults that depend on others written out."""
-    return {**model, "num_kv_heads": model.get("num_kv_heads") or model.get("num_attention_heads")}
-
-
-def _changes_shape(key: str) -> bool:
-    """Say whether a model key decides the shape or presence of a parameter."""
-    return key not in {
-        "rotary_emb_base", "rotary_pct", "sliding_window_width", "attention_config", "layernorm_epsilon",
-        "rms_norm_epsilon", "scalenorm_epsilon", "gpt_j_residual", "rpe_max_distance",
-    }  # fmt: skip
+def _model_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys that decide the model's parameters and formula, with defaults that depend on others spelt out."""
+    model = dict(config.get("model", {}))
+    model["num_kv_heads"] = model.get("num_kv_heads") or model.get("num_attention_heads")
+    numerics = config.get("numerics", {})
+    return {**model, **{key: numerics[key] for key in _NUMERICS if key in numerics}}
 
 
 def _other_model(reader: CheckpointReader, key: str, stored: Any, value: Any) -> Problem:

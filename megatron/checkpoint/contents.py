@@ -32,6 +32,8 @@ def copy_tokenizer(config: Config, folder: Path) -> dict[str, str]:
         source = Path(getattr(config.tokenizer, key) or "")
         if source.is_file() and source.stat().st_size <= _TOKENIZER_LIMIT:
             target = Path("tokenizer") / source.name
+            if str(target) in copied.values():
+                target = target.with_name(f"{key}_{source.name}")
             _write(folder / target, source.read_bytes())
             copied[key] = str(target)
     return copied

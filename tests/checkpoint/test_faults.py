@@ -1,0 +1,167 @@
+"""What may go wrong while saving: kill -9, a full disk, a read-only folder, one rank of several."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+
+from megatron.checkpoint import save as save_module
+from megatron.checkpoint.load import CheckpointReader, find_checkpoint
+from megatron.checkpoint.save import save_checkpoint
+from megatron.errors import CheckpointError
+from megatron.parallel.mesh import Mesh
+from tests.checkpoint.states import make_state, same_bits, scattered, small_config, whole
+from tests.ranks import run_ranks
+
+MESH = Mesh.single()
+
+
+def save(root, iteration, state=None, keep_last=None):
+    return save_checkpoint(
+        root, iteration, whole(state or make_state(iteration)), {}, small_config(), {}, MESH, keep_last
+    )
+
+
+def assert_good(root, least):
+    reader = CheckpointReader(find_checkpoint(root))
+    reader.verify()
+    iteration = reader.manifest.iteration
+    assert iteration >= least
+    for (name, kind), tensor in make_state(iteration).items():
+        assert same_bits(reader.read(name, kind), tensor)
+    return iteration
+
+
+def save_until_killed(root, first):
+    """Save in a loop in a fork, with what is kept and replaced changing; return its process id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        torch.set_num_threads(1)
+        for iteration in range(first, first + 1000):
+            save(root, iteration, keep_last=2)
+            save(root, iteration, keep_last=2)  # the same iteration again takes the place of the first
+    finally:
+        os._exit(1)
+
+
+def test_kill_at_any_moment_never_costs_the_last_good_checkpoint(tmp_path):
+    torch.set_num_threads(1)
+    dice = random.Random(5)
+    last = 1
+    save(tmp_path, last)
+    for _ in range(12):
+        pid = save_until_killed(tmp_path, last + 1)
+        time.sleep(dice.uniform(0.005, 0.12))
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        last = assert_good(tmp_path, last)
+    assert last > 1
+    save(tmp_path, last + 1, keep_last=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"global_step{last + 1}", "latest"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 24 MB, if this user may mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_too_little_room_is_seen_before_anything_is_written(small_disk):
+    save(small_disk, 1)
+    big = {("w", "weight"): torch.zeros(3 << 20)}
+    with pytest.raises(CheckpointError, match=r"needs 29.4 MB, and 2\d\.\d MB are free.*keep_last_n_checkpoints"):
+        save(small_disk, 2, big)
+    assert_good(small_disk, 1)
+
+
+def test_a_disk_that_becomes_full_while_writing(small_disk, monkeypatch):
+    save(small_disk, 1)
+    monkeypatch.setattr(save_module, "_SLACK", -(1 << 30))  # as if someone else filled the disk after the check
+    big = {("w", "weight"): torch.zeros(8 << 20)}
+    with pytest.raises(CheckpointError, match=r"The disk became full while it was written.*Earlier checkpoints"):
+        save(small_disk, 2, big)
+    assert sorted(path.name for path in small_disk.iterdir()) == ["global_step1", "latest"]
+    assert_good(small_disk, 1)
+    save(small_disk, 3)
+    assert_good(small_disk, 3)
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (errno.ENOSPC, "The disk became full"),
+        (errno.EROFS, "cannot be written .*Give this user the right"),
+        (errno.EIO, "Set save to a folder on a disk that works"),
+    ],
+)
+def test_errors_of_the_file_system_are_explained(tmp_path, monkeypatch, number, message):
+    save(tmp_path, 1)
+
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(save_module, "write_tensor_file", fail)
+    with pytest.raises(CheckpointError, match=message):
+        save(tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["global_step1", "latest"]
+
+
+def test_a_disk_that_returns_other_bytes_is_noticed(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    write = save_module.write_tensor_file
+
+    def write_badly(path, tensors):
+        written = write(path, tensors)
+        with open(path, "r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            last = file.read(1)
+            file.seek(-1, os.SEEK_END)
+            file.write(bytes([last[0] ^ 4]))
+        return written
+
+    monkeypatch.setattr(save_module, "write_tensor_file", write_badly)
+    with pytest.raises(CheckpointError, match="Reading it back gave other values"):
+        save(tmp_path, 2)
+    assert_good(tmp_path, 1)
+
+
+def test_one_failing_rank_fails_the_save_on_all_and_costs_nothing(tmp_path):
+    state = make_state(1)
+    owned = scattered(state, 2, random.Random(1))
+
+    def work():
+        mesh = Mesh.create()
+        rank = mesh.world.rank
+        save_checkpoint(tmp_path, 1, owned[rank], {}, small_config(), {}, mesh)
+        if rank == 1:
+
+            def fail(*_):
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+            save_module.write_tensor_file = fail
+        try:
+            save_checkpoint(tmp_path, 2, owned[rank], {}, small_config(), {}, mesh)
+        except CheckpointError as error:
+            return str(error)
+        return "saved"
+
+    answers = run_ranks(2, work)
+    assert all("The disk became full" in answer for answer in answers)
+    assert_good(tmp_path, 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["global_step1", "latest"]

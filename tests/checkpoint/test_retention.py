@@ -1,0 +1,62 @@
+"""When to save and what to keep."""
+
+from __future__ import annotations
+
+from megatron.checkpoint.layout import list_steps
+from megatron.checkpoint.retention import prune, save_iterations, should_save
+from megatron.checkpoint.save import save_checkpoint
+from megatron.config.schema.run import CheckpointConfig
+from megatron.parallel.mesh import Mesh
+from tests.checkpoint.states import make_state, small_config, whole
+
+
+def test_linear_saves_every_k_steps_and_the_last():
+    config = CheckpointConfig(save="x", checkpoint_factor=30.0)
+    assert save_iterations(config, 100) == [30, 60, 90, 100]
+    assert [step for step in range(101) if should_save(config, step, 100)] == [30, 60, 90, 100]
+
+
+def test_log_saves_at_powers_of_k():
+    config = CheckpointConfig(save="x", checkpoint_factor=2.0, checkpoint_scale="log")
+    assert save_iterations(config, 100) == [1, 2, 4, 8, 16, 32, 64, 100]
+    fractional = CheckpointConfig(save="x", checkpoint_factor=1.5, checkpoint_scale="log")
+    assert save_iterations(fractional, 12) == [1, 2, 3, 5, 8, 11, 12]
+
+
+def test_extra_iterations_and_the_initial_model():
+    config = CheckpointConfig(save="x", extra_save_iters=[0, 7, 500])
+    assert save_iterations(config, 100) == [0, 7, 100]
+
+
+def test_nothing_is_saved_without_a_folder():
+    assert save_iterations(CheckpointConfig(checkpoint_factor=10.0), 100) == []
+
+
+def save(root, iteration, keep):
+    config = small_config(keep_last_n_checkpoints=keep)
+    save_checkpoint(root, iteration, whole(make_state()), {}, config, {}, Mesh.single())
+
+
+def test_the_last_n_stay(tmp_path):
+    for iteration in (2, 10, 9, 11):
+        save(tmp_path, iteration, 2)
+    assert list(list_steps(tmp_path)) == [10, 11]
+
+
+def test_checkpoints_of_later_iterations_are_left_alone(tmp_path, caplog):
+    save(tmp_path, 1000, 1)
+    save(tmp_path, 10, 1)
+    assert list(list_steps(tmp_path)) == [10, 1000]
+    assert (tmp_path / "latest").read_text() == "global_step10"
+
+
+def test_what_cannot_be_deleted_is_a_warning(tmp_path, monkeypatch):
+    for iteration in (1, 2):
+        save(tmp_path, iteration, 5)
+
+    def fail(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("megatron.checkpoint.retention.shutil.rmtree", fail)
+    prune(tmp_path, 2, 1)
+    assert list(list_steps(tmp_path)) == [2]
