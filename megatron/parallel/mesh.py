@@ -28,7 +28,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Mesh:
-    """The axes of a run (data, tensor, pipeline and context parallelism, and the whole world) and this rank's device."""
+    """The axes of a run (data, tensor, pipeline and context parallelism, the whole world) and this rank's device."""
 
     dp: Axis
     tp: Axis

@@ -1,0 +1,90 @@
+"""Causal self-attention of a decoder block.
+
+Rows of query_key_value, group by group: the (n/k) query heads of key-value head g, then its key, then its value, each
+d rows. Splitting the rows over the tensor axis therefore keeps groups whole, at any size that divides k.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+
+from megatron.model.cache import KVCache
+from megatron.model.positions import AttentionMask, RelativePositionBias, RotaryTables, Span
+from megatron.ops.attention import attention
+from megatron.ops.rotary import rotate
+from megatron.parallel.layers import ColumnParallelLinear, Initializer, RowParallelLinear
+from megatron.parallel.mesh import Axis
+
+
+class SelfAttention(nn.Module):
+    """x [b, s, h] -> [b, s, h].
+
+    layer: index of the block, its place in the KV cache.
+    num_heads, num_kv_heads: n and k of the full model.
+    key_scaling: divide the queries by this factor and multiply the scores by it (apply_query_key_layer_scaling); 1 is off.
+    qk_norm: one norm [n, d] for queries and keys, or None.
+    rotary: tables, or None. mask: what is seen and any alibi bias. rpe: relative position bias, or None.
+    """
+
+    def __init__(
+        self,
+        layer: int,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        axis: Axis,
+        init: Initializer,
+        output_init: Initializer,
+        bias: bool,
+        dropout: float,
+        mask: AttentionMask,
+        rotary: RotaryTables | None = None,
+        rpe: RelativePositionBias | None = None,
+        qk_norm: nn.Module | None = None,
+        key_scaling: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = hidden_size // num_heads
+        self.group_size = num_heads // num_kv_heads
+        self.num_groups = num_kv_heads // axis.size
+        self.dropout = dropout
+        self.key_scaling = key_scaling
+        self.mask = mask
+        self.rotary = rotary
+        rows = (num_heads + 2 * num_kv_heads) * self.head_dim
+        self.query_key_value = ColumnParallelLinear(hidden_size, rows, axis, init, bias)
+        self.dense = RowParallelLinear(hidden_size, hidden_size, axis, output_init, bias)
+        self.qk_norm = qk_norm
+        self.rpe = rpe
+
+    def forward(self, hidden: Tensor, segments: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        span = Span.of(hidden.shape[1], cache)
+        query, key, value = self._project(hidden, span)
+        if cache is not None:
+            key, value = cache.update(self.layer, key, value)
+        mask = self.mask(span, segments, self.rpe, hidden.device)
+        if self.key_scaling != 1.0:
+            query = query / self.key_scaling
+        scale = self.key_scaling / math.sqrt(self.head_dim)
+        causal = mask is None and span.end - span.start > 1
+        dropout = self.dropout if self.training else 0.0
+        context = attention(query, key, value, scale, causal, mask, dropout)
+        return self.dense(context.transpose(1, 2).flatten(2))
+
+    def _project(self, hidden: Tensor, span: Span) -> tuple[Tensor, Tensor, Tensor]:
+        """Return query [b, n, s, d], key and value [b, k, s, d], normed and turned."""
+        rows, length = hidden.shape[:2]
+        grouped = self.query_key_value(hidden).view(rows, length, self.num_groups, self.group_size + 2, self.head_dim)
+        query, key, value = grouped.split([self.group_size, 1, 1], dim=3)
+        query, key, value = query.flatten(2, 3), key.flatten(2, 3), value.flatten(2, 3)
+        if self.qk_norm is not None:
+            # The gains [n, d] differ per query head, so each query head has its own key, as in GPT-NeoX.
+            key, value = (heads.repeat_interleave(self.group_size, dim=2) for heads in (key, value))
+            query, key = self.qk_norm(query), self.qk_norm(key)
+        if self.rotary is not None:
+            cos, sin = self.rotary(span, hidden.device)
+            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)

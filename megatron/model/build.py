@@ -1,0 +1,95 @@
+"""Config -> the model as a list of layer plans, or as a module.
+
+embedding.word_embeddings, [embedding.position_embeddings], [embedding.dropout], layers.0 ..., final_norm, head
+
+model = build_model(config, vocab_size_padded=50304, mesh=Mesh.single())
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from megatron.config.schema.config import Config
+from megatron.model.cache import KVCache
+from megatron.model.decoder import DecoderBlocks
+from megatron.model.embedding import Dropout, LearnedPositions, SinusoidalPositions
+from megatron.model.heads import LanguageHead, TiedEmbedding
+from megatron.model.norm import make_norm
+from megatron.model.plan import LayerPlan
+from megatron.model.sequential import SequentialModel
+from megatron.model.stream import Stream
+from megatron.parallel.layers import VocabParallelEmbedding
+from megatron.parallel.mesh import Mesh
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""The dtype of the parameters for each `precision`."""
+
+_TIED = "word_embeddings"
+
+
+def build_model(config: Config, vocab_size_padded: int, mesh: Mesh, initialized: bool = True) -> SequentialModel:
+    """Return the model on the mesh's device, in the config's precision, with its activation checkpointing.
+
+    initialized: draw the initial weights; False leaves them undefined, for a checkpoint to fill.
+    """
+    training = config.training
+    return SequentialModel(
+        build_plans(config, vocab_size_padded, mesh),
+        device=mesh.device,
+        dtype=DTYPES[config.numerics.precision],
+        seed=config.numerics.seed if initialized else None,
+        tensor_axis=mesh.tp,
+        recompute_layers=training.checkpoint_num_layers if training.checkpoint_activations else 0,
+    )
+
+
+def build_plans(config: Config, vocab_size_padded: int, mesh: Mesh) -> list[LayerPlan]:
+    """Return the plans of the decoder that the config describes.
+
+    vocab_size_padded: rows of the word embedding and of the head.
+    """
+    model = config.model
+    blocks = DecoderBlocks(config, mesh.tp)
+    init = blocks.initializer(config.numerics.init_method)
+    table = (vocab_size_padded, model.hidden_size, mesh.tp, init)
+    tied = not model.no_weight_tying
+    embedding, head = (TiedEmbedding, TiedEmbedding) if tied else (VocabParallelEmbedding, LanguageHead)
+    share = _TIED if tied else None
+    return [
+        LayerPlan("embedding.word_embeddings", partial(embedding, *table), share, call=_start_stream),
+        *_position_plans(config, blocks),
+        *[LayerPlan(f"layers.{layer}", partial(blocks.build, layer)) for layer in range(model.num_layers)],
+        LayerPlan("final_norm", partial(make_norm, model, (model.hidden_size,)), call=_norm_stream),
+        LayerPlan("head", partial(head, *table), share),
+    ]
+
+
+def _position_plans(config: Config, blocks: DecoderBlocks) -> list[LayerPlan]:
+    """Return what happens to the word embeddings before the first block."""
+    model, numerics = config.model, config.numerics
+    offset, multiplier = model.opt_pos_emb_offset, numerics.mup_rp_embedding_mult
+    init = blocks.initializer(numerics.init_method)
+    rows = model.max_position_embeddings + offset
+    makers: dict[str, Callable[[], nn.Module]] = {
+        "learned": partial(LearnedPositions, rows, model.hidden_size, offset, multiplier, init),
+        "sinusoidal": partial(SinusoidalPositions, model.hidden_size, offset, multiplier),
+    }
+    plans = []
+    if model.pos_emb in makers:
+        plans.append(LayerPlan("embedding.position_embeddings", makers[model.pos_emb]))
+    if numerics.hidden_dropout:
+        plans.append(LayerPlan("embedding.dropout", partial(Dropout, numerics.hidden_dropout)))
+    return plans
+
+
+def _start_stream(embedding: nn.Module, tokens: Tensor, segments: Tensor | None = None) -> Stream:
+    return Stream(embedding(tokens), segments)
+
+
+def _norm_stream(norm: nn.Module, stream: Stream, cache: KVCache | None = None) -> Stream:
+    hidden: Tensor = norm(stream.hidden)
+    return stream._replace(hidden=hidden)

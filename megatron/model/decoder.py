@@ -1,0 +1,142 @@
+"""One decoder block from the configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import nn
+
+from megatron.config.schema.config import Config
+from megatron.errors import ConfigError, Problem
+from megatron.model.accounting import layer_types, mlp_shape
+from megatron.model.attention import SelfAttention
+from megatron.model.block import ParallelBlock, PreNormBlock
+from megatron.model.init import make_initializer
+from megatron.model.mlp import MLP
+from megatron.model.norm import make_norm
+from megatron.model.positions import AttentionMask, RelativePositionBias, RotaryTables, make_slopes
+from megatron.ops.activations import make_activation
+from megatron.parallel.layers import Initializer
+from megatron.parallel.mesh import Axis
+
+
+@dataclass(frozen=True)
+class DecoderBlocks:
+    """Makes the blocks of one model; what they share (tables, masks, the rpe table) is made once.
+
+    axis: the tensor axis of the mesh.
+    """
+
+    config: Config
+    axis: Axis
+
+    def initializer(self, method: str) -> Initializer:
+        """Return the initializer of a method name for this model's width and depth."""
+        model, std = self.config.model, self.config.numerics.init_method_std
+        return make_initializer(method, std, model.num_layers, model.hidden_size)
+
+    @property
+    def head_dim(self) -> int:
+        """Features of one head."""
+        return self.config.model.hidden_size // self.config.model.num_attention_heads
+
+    @cached_property
+    def rotary(self) -> RotaryTables | None:
+        """Tables of the first rotary_pct of each head's features, an even number of them."""
+        model = self.config.model
+        if model.pos_emb != "rotary":
+            return None
+        return RotaryTables(rotary_dim(self.head_dim, model.rotary_pct), model.rotary_emb_base)
+
+    @cached_property
+    def rpe(self) -> RelativePositionBias | None:
+        """The table of relative positions that all layers share."""
+        model = self.config.model
+        if model.pos_emb != "rpe":
+            return None
+        return RelativePositionBias(
+            model.rpe_num_buckets,
+            model.rpe_max_distance,
+            model.num_attention_heads,
+            self.head_dim**0.5,
+            self.axis,
+            self.initializer("xavier_normal"),
+        )
+
+    @cached_property
+    def masks(self) -> dict[str, AttentionMask]:
+        """The mask of each attention type.
+
+        Where a model has "local" layers the window is theirs alone; otherwise it is every layer's.
+        """
+        model = self.config.model
+        slopes = make_slopes(model.num_attention_heads, self.axis) if model.pos_emb == "alibi" else None
+        local = AttentionMask(model.sliding_window_width, slopes)
+        return {"local": local, "global": AttentionMask(None, slopes) if "local" in layer_types(model) else local}
+
+    def build(self, layer: int) -> nn.Module:
+        """Return block number `layer`, counted from 0."""
+        model = self.config.model
+        parallel = model.gpt_j_residual
+        norm = make_norm(model, (model.hidden_size,))
+        attention = self._attention(layer)
+        second = None if parallel and model.gpt_j_tied else make_norm(model, (model.hidden_size,))
+        dropout = self.config.numerics.hidden_dropout
+        if parallel:
+            return ParallelBlock(norm, attention, second, self._mlp(), dropout)
+        assert second is not None
+        return PreNormBlock(norm, attention, second, self._mlp(), dropout)
+
+    def _attention(self, layer: int) -> SelfAttention:
+        model, numerics = self.config.model, self.config.numerics
+        return SelfAttention(
+            layer=layer,
+            hidden_size=model.hidden_size,
+            num_heads=model.num_attention_heads,
+            num_kv_heads=model.num_kv_heads or model.num_attention_heads,
+            axis=self.axis,
+            init=self.initializer(numerics.init_method),
+            output_init=self.initializer(numerics.output_layer_init_method),
+            bias=model.use_bias_in_attn_linear,
+            dropout=numerics.attention_dropout,
+            mask=self.masks[layer_types(model)[layer]],
+            rotary=self.rotary,
+            rpe=self.rpe,
+            qk_norm=make_norm(model, (model.num_attention_heads, self.head_dim)) if model.use_qk_layernorm else None,
+            key_scaling=float(max(1, layer)) if numerics.apply_query_key_layer_scaling else 1.0,
+        )
+
+    def _mlp(self) -> MLP:
+        model, numerics = self.config.model, self.config.numerics
+        rows, columns, gated = mlp_shape(model)
+        return MLP(
+            hidden_size=model.hidden_size,
+            linear1_rows=rows,
+            linear2_columns=columns,
+            gated=gated,
+            activation=make_activation(model.activation, tanh_gelu=numerics.bias_gelu_fusion),
+            axis=self.axis,
+            init=self.initializer(numerics.init_method),
+            output_init=self.initializer(numerics.output_layer_init_method),
+            bias=model.use_bias_in_mlp,
+        )
+
+
+def rotary_dim(head_dim: int, fraction: float) -> int:
+    """Return how many leading features of a head are turned: int(head_dim * fraction).
+
+    Raises ConfigError where that is not a positive even number, as features are turned in pairs.
+    """
+    features = int(head_dim * fraction)
+    if features >= 2 and features % 2 == 0:
+        return features
+    even = max(2, features + features % 2)
+    raise ConfigError(
+        Problem(
+            what=f"rotary_pct = {fraction}",
+            why=f"it turns int({head_dim} * {fraction}) = {features} of each head's {head_dim} features, and rotary "
+            "positions turn pairs of features.",
+            fix=f"Write rotary_pct: {even / head_dim:g}, or choose an even hidden_size / num_attention_heads.",
+        )
+    )

@@ -1,0 +1,41 @@
+"""The feed-forward part of a block.
+
+plain: y = W2 act(W1 x + b1) + b2
+gated: [value; gate] = W1 x + b1;  y = W2 (act(gate) * value) + b2
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from megatron.ops.activations import Activation
+from megatron.parallel.layers import ColumnParallelLinear, Initializer, RowParallelLinear
+from megatron.parallel.mesh import Axis
+
+
+class MLP(nn.Module):
+    """x [b, s, h] -> [b, s, h].
+
+    linear1_rows, linear2_columns: the two widths; a gated MLP has twice as many rows as columns.
+    activation: maps linear1's output to linear2's input.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        linear1_rows: int,
+        linear2_columns: int,
+        gated: bool,
+        activation: Activation,
+        axis: Axis,
+        init: Initializer,
+        output_init: Initializer,
+        bias: bool,
+    ) -> None:
+        super().__init__()
+        self.activation = activation
+        self.linear1 = ColumnParallelLinear(hidden_size, linear1_rows, axis, init, bias, blocks=2 if gated else 1)
+        self.linear2 = RowParallelLinear(linear2_columns, hidden_size, axis, output_init, bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.linear2(self.activation(self.linear1(hidden)))

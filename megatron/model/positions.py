@@ -1,0 +1,157 @@
+"""Where a token stands: tables and masks that all layers share, computed once per shape.
+
+`Positions` knows the columns of the tokens at hand (those of a training batch start at 0, those of a decoding step at
+the cache's length). `RotaryTables` and `AttentionMask` answer from a small store, so that neither is recomputed per
+layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megatron.model.cache import KVCache
+from megatron.ops.relative import alibi_slopes, relative_buckets
+from megatron.ops.rotary import rotary_tables
+from megatron.parallel.layers import Initializer, make_parameter
+from megatron.parallel.mesh import Axis
+from megatron.parallel.sharding import ShardSpec
+
+
+@dataclass(frozen=True)
+class Span:
+    """The columns [start, end) of the tokens at hand; keys are columns [0, end). padding: as in KVCache."""
+
+    start: int
+    end: int
+    padding: Tensor | None = None
+
+    @classmethod
+    def of(cls, length: int, cache: KVCache | None) -> Span:
+        """Return the span of `length` tokens that follow what the cache holds."""
+        if cache is None:
+            return cls(0, length)
+        return cls(cache.length, cache.length + length, cache.padding)
+
+    def positions(self, device: torch.device) -> Tensor:
+        """Return the position of each token in its document: [s] int64, or [b, s] where rows are padded."""
+        columns = torch.arange(self.start, self.end, device=device)
+        if self.padding is None:
+            return columns
+        return (columns - self.padding.unsqueeze(1)).clamp(min=0)
+
+
+class RotaryTables:
+    """cos and sin of rotary dim `dim`, kept for the last span asked for."""
+
+    def __init__(self, dim: int, base: float) -> None:
+        self.dim = dim
+        self.base = base
+        self._key: tuple[object, ...] = ()
+        self._tables: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, span: Span, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return cos and sin, fp32, shaped [s, 1, r/2] or [b, s, 1, r/2] to broadcast over heads."""
+        key = (span.start, span.end, id(span.padding), device)
+        if self._tables is None or key != self._key:
+            cos, sin = rotary_tables(span.positions(device), self.dim, self.base)
+            self._key, self._tables = key, (cos.unsqueeze(-2), sin.unsqueeze(-2))
+        return self._tables
+
+
+class RelativePositionBias(nn.Module):
+    """The table [buckets, n] of T5's relative positions; all layers of a model share one."""
+
+    def __init__(
+        self, num_buckets: int, max_distance: int, num_heads: int, scale: float, axis: Axis, initializer: Initializer
+    ) -> None:
+        super().__init__()
+        self.num_buckets = num_buckets
+        self.max_distance = max_distance
+        self.scale = scale
+        self.weight = make_parameter((num_buckets, num_heads), ShardSpec(dim=1), axis, initializer)
+
+    def forward(self, distance: Tensor) -> Tensor:
+        """Return the bias [n, q, s] of distances [q, s] int64."""
+        buckets = relative_buckets(distance, self.num_buckets, self.max_distance)
+        return self.scale * nn.functional.embedding(buckets, self.weight).permute(2, 0, 1)
+
+
+class AttentionMask:
+    """What a layer adds to its scores, or hides of them, beyond plain causality.
+
+    window: a token sees itself and the `window` tokens before it; None sees all.
+    alibi_heads: number of heads of this rank's alibi slopes, or None without alibi.
+    """
+
+    def __init__(self, window: int | None = None, slopes: Tensor | None = None) -> None:
+        self.window = window
+        self.slopes = slopes
+        self._key: tuple[object, ...] = ()
+        self._mask: Tensor | None = None
+
+    def __call__(
+        self, span: Span, segments: Tensor | None, bias: RelativePositionBias | None, device: torch.device
+    ) -> Tensor | None:
+        """Return None where plain causality says all, else bool (True is seen) or a bias, to [b, n, q, s].
+
+        segments: [b, s] document numbers; a token sees its own document only.
+        """
+        windowed = self.window is not None and self.window < span.end - 1
+        chunked = span.start > 0 and span.end - span.start > 1
+        rowwise = span.padding is not None or segments is not None
+        if not (windowed or chunked or rowwise or self.slopes is not None or bias is not None):
+            return None
+        mask = self._static(span, device)
+        if rowwise:
+            mask = _restrict(mask, _seen_by_row(span, segments, device))
+        if bias is None:
+            return mask
+        table = bias(_distance(span, device))
+        return table.masked_fill(~mask, float("-inf"))
+
+    def _static(self, span: Span, device: torch.device) -> Tensor:
+        """Return the part that depends on the columns only: [q, s] bool, or [n, q, s] with alibi."""
+        key = (span.start, span.end, device)
+        if self._mask is None or key != self._key:
+            distance = _distance(span, device)
+            seen = distance >= 0
+            if self.window is not None:
+                seen &= distance <= self.window
+            self._key, self._mask = key, seen if self.slopes is None else self._alibi(distance, seen)
+        return self._mask
+
+    def _alibi(self, distance: Tensor, seen: Tensor) -> Tensor:
+        assert self.slopes is not None
+        bias = -self.slopes.to(distance.device).view(-1, 1, 1) * distance
+        return bias.masked_fill(~seen, float("-inf"))
+
+
+def make_slopes(num_heads: int, axis: Axis) -> Tensor:
+    """Return the alibi slopes of this rank's heads."""
+    return alibi_slopes(num_heads).chunk(axis.size)[axis.rank]
+
+
+def _distance(span: Span, device: torch.device) -> Tensor:
+    """Return i - j for the span's queries i and all keys j: [q, s] int64."""
+    columns = torch.arange(span.end, device=device)
+    return columns[span.start :].unsqueeze(1) - columns.unsqueeze(0)
+
+
+def _seen_by_row(span: Span, segments: Tensor | None, device: torch.device) -> Tensor:
+    """Return [b, 1, q, s] bool: keys of the row's own document and not padding. A token always sees itself, so that
+    padding has a finite output."""
+    seen = _distance(span, device) == 0
+    if span.padding is not None:
+        tokens = torch.arange(span.end, device=device) >= span.padding.unsqueeze(1)
+        seen = seen | tokens[:, None, None, :]
+    if segments is not None:
+        same = segments[:, span.start :].unsqueeze(2) == segments.unsqueeze(1)
+        seen = (seen & same.unsqueeze(1)) if span.padding is not None else same.unsqueeze(1)
+    return seen
+
+
+def _restrict(mask: Tensor, seen: Tensor) -> Tensor:
+    return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, float("-inf"))

@@ -1,0 +1,52 @@
+"""Normalisation of the last dims, computed in fp32 whatever the input's dtype.
+
+layer_norm  y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias          Ba et al. 2016
+rms_norm    y = x / sqrt(mean(x^2) + eps) * weight                          Zhang & Sennrich 2019
+scale_norm  y = weight * x / max(|x|_2, eps), with one scalar weight        Nguyen & Salazar 2019
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def layer_norm(
+    inputs: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """Normalise over the last dims `shape`; weight and bias have that shape. PyTorch computes in fp32."""
+    return F.layer_norm(inputs, shape, weight, bias, eps)
+
+
+def layer_norm_reference(
+    inputs: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """The formula of `layer_norm`."""
+    dims = tuple(range(-len(shape), 0))
+    centred = inputs.float() - inputs.float().mean(dims, keepdim=True)
+    output = centred / torch.sqrt(centred.square().mean(dims, keepdim=True) + eps)
+    output = output if weight is None else output * weight.float()
+    output = output if bias is None else output + bias.float()
+    return output.to(inputs.dtype)
+
+
+def rms_norm(inputs: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Normalise over the last dim; weight [..., h] broadcasts against the input."""
+    if inputs.dtype == torch.float32 and weight.dim() == 1:
+        return F.rms_norm(inputs, weight.shape, weight, eps)
+    return rms_norm_reference(inputs, weight, eps)
+
+
+def rms_norm_reference(inputs: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The formula of `rms_norm`."""
+    values = inputs.float()
+    scale = torch.rsqrt(values.square().mean(-1, keepdim=True) + eps)
+    return (values * scale * weight.float()).to(inputs.dtype)
+
+
+def scale_norm(inputs: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Normalise over the last dim; weight [1]. The formula itself: one reduction and one product."""
+    values = inputs.float()
+    length = torch.linalg.vector_norm(values, dim=-1, keepdim=True).clamp(min=eps)
+    return (values * (weight.float() / length)).to(inputs.dtype)

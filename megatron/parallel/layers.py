@@ -1,0 +1,91 @@
+"""The linear maps and the vocabulary table that can be split over the tensor axis.
+
+    Column: y = x W^T + b, rows of W and b split; its output is a share of the features.
+    Row:    y = x W^T + b, columns of W split; its input is a share of the features, b is whole.
+    Vocabulary: rows of the table split.
+
+On an axis of size 1 each is the plain formula, with the ShardSpec attached to the parameter. Weights are made
+uninitialised, in torch's default dtype on its default device; each parameter carries the `Initializer` that
+`megatron.model.init` runs once its canonical name is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron.parallel.mesh import Axis
+from megatron.parallel.sharding import ShardSpec, local_shape, set_spec
+
+Initializer = Callable[[tuple[int, ...], torch.Generator], Tensor]
+"""Draws the full tensor of a shape, in fp32 on the CPU."""
+
+_ATTRIBUTE = "initializer"
+
+
+def make_parameter(shape: tuple[int, ...], spec: ShardSpec, axis: Axis, initializer: Initializer) -> nn.Parameter:
+    """Return an uninitialised parameter holding this rank's share of a tensor of the full `shape`."""
+    parameter = nn.Parameter(torch.empty(local_shape(shape, spec, axis.size)))
+    set_spec(parameter, spec)
+    setattr(parameter, _ATTRIBUTE, initializer)
+    return parameter
+
+
+def get_initializer(parameter: Tensor) -> Initializer:
+    """Return the initializer that `make_parameter` attached."""
+    initializer: Initializer = getattr(parameter, _ATTRIBUTE)
+    return initializer
+
+
+def zeros(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Initializer of biases and offsets."""
+    return torch.zeros(shape)
+
+
+def ones(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Initializer of gains."""
+    return torch.ones(shape)
+
+
+class ColumnParallelLinear(nn.Module):
+    """y [..., out/tp] = x [..., in] W^T + b, with W [out, in] and b [out] split by rows.
+
+    blocks: equal parts of the rows that are split separately (2 for the [value; gate] rows of a gated MLP).
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, axis: Axis, initializer: Initializer, bias: bool, blocks: int = 1
+    ) -> None:
+        super().__init__()
+        spec = ShardSpec(dim=0, blocks=blocks)
+        self.weight = make_parameter((out_features, in_features), spec, axis, initializer)
+        self.bias = make_parameter((out_features,), spec, axis, zeros) if bias else None
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return F.linear(inputs, self.weight, self.bias)
+
+
+class RowParallelLinear(nn.Module):
+    """y [..., out] = x [..., in/tp] W^T + b, with W [out, in] split by columns and b [out] whole."""
+
+    def __init__(self, in_features: int, out_features: int, axis: Axis, initializer: Initializer, bias: bool) -> None:
+        super().__init__()
+        self.weight = make_parameter((out_features, in_features), ShardSpec(dim=1), axis, initializer)
+        self.bias = make_parameter((out_features,), ShardSpec(sequence_partial=True), axis, zeros) if bias else None
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return F.linear(inputs, self.weight, self.bias)
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Rows of a table [v, h], split by rows: tokens [b, s] int64 -> [b, s, h]."""
+
+    def __init__(self, num_tokens: int, hidden_size: int, axis: Axis, initializer: Initializer) -> None:
+        super().__init__()
+        self.weight = make_parameter((num_tokens, hidden_size), ShardSpec(dim=0), axis, initializer)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self.weight)
