@@ -1,0 +1,83 @@
+"""What the training loop asks of an engine, and what one step tells it.
+
+Nobody above this package asks which engine runs, whether parameters are sharded, or whether there is a pipeline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from megatron.data.batch import Batch
+from megatron.parallel.sharding import StatePiece
+
+Objective = Callable[[Callable[..., Tensor], Batch], tuple[Tensor, Tensor]]
+"""(model, batch) -> (sum of the losses of this micro-batch, an fp32 scalar with gradient; its trained tokens)."""
+
+ReadTensor = Callable[[str, str], Tensor | None]
+"""(canonical name, kind) -> the full tensor on CPU, or None where the checkpoint has none."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did; numbers are of the whole step, over all micro-batches and data-parallel ranks.
+
+    loss: mean over the trained tokens, in nats, of the weights before the update.
+    num_tokens: trained tokens, those whose loss mask is not 0.
+    learning_rate: what this update used.
+    grad_norm: global L2 norm of the gradient before clipping; inf where the step was skipped.
+    clipped_grad_norm: the norm of the gradient that the optimizer got; equal to grad_norm where nothing was clipped.
+    loss_scale: what the loss was multiplied by for fp16, else 1.
+    skipped: the gradient was not finite, so the weights are unchanged. The iteration counts all the same: data and
+        schedule move on.
+    """
+
+    loss: float
+    num_tokens: int
+    learning_rate: float
+    grad_norm: float
+    clipped_grad_norm: float
+    loss_scale: float = 1.0
+    skipped: bool = False
+
+
+class Engine(Protocol):
+    """The owner of the model's weights and the optimizer's state while training."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that is trained; call it through the engine where parameters are sharded."""
+        ...
+
+    def train_step(self, batches: Sequence[Batch], iteration: int) -> StepResult:
+        """Do one optimizer step over this rank's micro-batches.
+
+        batches: exactly gradient_accumulation_steps micro-batches.
+        iteration: optimizer steps done before this one; learning rate and random streams follow from it.
+        """
+        ...
+
+    def evaluate(self, batches: Sequence[Batch]) -> tuple[float, int]:
+        """Return the sum of the losses (nats) and the trained tokens of all ranks' `batches`, without dropout.
+
+        Every rank must bring the same number of batches."""
+        ...
+
+    def state_pieces(self) -> Iterator[StatePiece]:
+        """Yield what this rank owns of weights, masters and optimizer state; every element has one owner."""
+        ...
+
+    def load_state(self, read: ReadTensor, with_optimizer: bool) -> None:
+        """Fill the weights, and masters and optimizer state where `with_optimizer`; every rank must call it.
+
+        Without the optimizer, masters are made from the weights and its state starts afresh.
+        Raises CheckpointError with every tensor that is missing or of another shape.
+        """
+        ...
+
+    def read_back(self) -> dict[str, Any]:
+        """Return what the live engine says it does, under the names of the keys that asked for it."""
+        ...

@@ -1,0 +1,107 @@
+"""Config, mesh, model and objective -> an Engine: the single call of deepspeed.initialize.
+
+What DeepSpeed is told is `config.deepspeed_json`, every key of it explicit; what it then does is read back and
+compared before anything is trained.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import deepspeed
+from torch import nn
+
+from megatron.config.deepspeed_json import deepspeed_config
+from megatron.config.schema.config import Config
+from megatron.engine import verify
+from megatron.engine.base import Engine, Objective
+from megatron.engine.plain import DeepSpeedEngine
+from megatron.engine.setup import prepare
+from megatron.errors import ConfigError, EngineError, Problem
+from megatron.logs import get_logger
+from megatron.optim.build import OptimizerKind, build_optimizer, optimizer_kind
+from megatron.parallel.mesh import Mesh
+
+logger = get_logger(__name__)
+
+
+def build_engine(config: Config, mesh: Mesh, model: nn.Module, objective: Objective) -> Engine:
+    """Return the engine that trains `model` by `objective`, on every rank of the mesh.
+
+    model: with parameters on the mesh's device, in fp32 or the run's precision; the engine casts and shards them.
+    objective: (model, batch) -> (summed loss, trained tokens) of one micro-batch.
+    Raises ConfigError for an optimizer or combination that cannot run, EngineError where the live engine
+    differs from the config.
+    """
+    _require_layout(mesh)
+    _require_optimizer(config)
+    prepare(mesh)
+    optimizer = build_optimizer(config, model.named_parameters(), _deepspeed_optimizers())
+    sizes = [sum(parameter.numel() for parameter in group["params"]) for group in optimizer.param_groups]
+    wanted = verify.expected(config, mesh, verify.group_facts(optimizer.param_groups, sizes))
+    live, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config))
+    engine = DeepSpeedEngine(config, mesh, live, objective)
+    found = engine.read_back()
+    verify.compare(wanted, found)
+    logger.info(
+        "precision: parameters %s, masters %s, accumulation %s, communication %s",
+        *(found[f"precision of {what}"] for what in ("the parameters", "the masters", "accumulation", "communication")),
+    )
+    engine.check_masters()
+    return engine
+
+
+def _deepspeed_optimizers() -> dict[str, OptimizerKind]:
+    """The optimizers that DeepSpeed compiles on first use; `cpu_adam` updates masters that are offloaded to the CPU."""
+    parameters = frozenset(("lr", "betas", "eps"))
+    return {
+        "cpu_adam": OptimizerKind(_cpu_adam, parameters),
+        "fused_adam": OptimizerKind(_fused_adam, parameters),
+    }
+
+
+def _cpu_adam(groups: list[dict[str, Any]], **params: Any) -> Any:
+    return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **params)
+
+
+def _fused_adam(groups: list[dict[str, Any]], **params: Any) -> Any:
+    return deepspeed.ops.adam.FusedAdam(groups, adam_w_mode=True, **params)
+
+
+def _require_layout(mesh: Mesh) -> None:
+    for axis, key in ((mesh.tp, "model_parallel_size"), (mesh.pp, "pipe_parallel_size")):
+        if axis.size > 1:
+            raise EngineError(
+                Problem(f"{key} = {axis.size}", "this engine trains whole models only.", f"Set {key} to 1.")
+            )
+
+
+def _require_optimizer(config: Config) -> None:
+    """Raise ConfigError where the optimizer and the ZeRO block do not fit each other."""
+    zero = config.parallel.zero_optimization
+    name = str(config.optimizer.optimizer.get("type", "adam")).lower()
+    offload = (zero.get("offload_optimizer") or {}).get("device", "none")
+    if name == "cpu_adam" and offload != "cpu":
+        raise ConfigError(
+            Problem(
+                what='optimizer.type = "cpu_adam"',
+                why="it updates masters in CPU memory, and nothing is offloaded there.",
+                fix='Set "type": "adam", or add "offload_optimizer": {"device": "cpu"} to zero_optimization.',
+            )
+        )
+    if offload == "nvme":
+        raise ConfigError(
+            Problem(
+                what='zero_optimization.offload_optimizer.device = "nvme"',
+                why="checkpoints cannot read optimizer state from there.",
+                fix='Set it to "cpu" or "none".',
+            )
+        )
+    if not optimizer_kind(config, _deepspeed_optimizers()).elementwise:
+        raise ConfigError(
+            Problem(
+                what=f'optimizer.type = "{name}"',
+                why="it needs whole tensors, and ZeRO gives it flat slices of them.",
+                fix='Choose "adam", "lion", "madgrad_wd" or "sgd".',
+            )
+        )

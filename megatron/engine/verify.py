@@ -1,0 +1,154 @@
+"""The live engine compared with the config, and masters compared with weights: differences are fatal.
+
+What DeepSpeed is told and what it does have differed before (clipping that was off, sums in bf16, random masters
+under loaded weights), so what it does is read from the objects that do it, not from its config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from torch import Tensor, nn
+
+from megatron.config.schema.config import Config
+from megatron.engine.fragments import Fragment, flat_groups
+from megatron.errors import EngineError, Problem
+from megatron.logs import get_logger
+from megatron.parallel.mesh import Mesh
+
+logger = get_logger(__name__)
+
+_DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_GROUP_KEYS = ("lr", "weight_decay", "betas", "eps", "momentum", "beta", "nesterov")
+
+Facts = dict[str, Any]
+
+
+def expected(config: Config, mesh: Mesh, groups: Sequence[dict[str, Any]]) -> Facts:
+    """Return what the config asks of the engine.
+
+    groups: the parameter groups that `build_optimizer` made, taken before DeepSpeed flattened them.
+    """
+    precision = config.numerics.precision
+    types = config.deepspeed.data_types or {}
+    return {
+        "zero_optimization.stage": max(1, int(config.parallel.zero_optimization.get("stage", 0))),
+        "gradient_clipping": float(config.optimizer.gradient_clipping),
+        "train_batch_size": config.batch.train_batch_size,
+        "train_micro_batch_size_per_gpu": config.batch.train_micro_batch_size_per_gpu,
+        "gradient_accumulation_steps": config.batch.gradient_accumulation_steps,
+        "data parallel size": mesh.dp.size,
+        "precision of the parameters": precision,
+        "precision of the masters": "fp32",
+        "precision of accumulation": types.get("grad_accum_dtype", "fp32"),
+        "precision of communication": config.deepspeed.communication_data_type or "fp32",
+        "optimizer groups": list(groups),
+    }
+
+
+def group_facts(groups: Sequence[dict[str, Any]], num_parameters: Sequence[int]) -> list[Facts]:
+    """Return the settings of each parameter group, and how many elements it trains."""
+    return [
+        {**{key: group[key] for key in _GROUP_KEYS if key in group}, "elements": count}
+        for group, count in zip(groups, num_parameters, strict=True)
+    ]
+
+
+def read_back(live: Any, owned: Sequence[Fragment], mesh: Mesh) -> Facts:
+    """Return what the live DeepSpeed engine does, read from the objects that do it; every rank must call it."""
+    optimizer = live.optimizer
+    bf16_optimizer = isinstance(optimizer, BF16_Optimizer)
+    accumulation = optimizer.grad_acc_dtype if bf16_optimizer else optimizer.gradient_accumulation_dtype
+    communication = live.communication_data_type if bf16_optimizer else optimizer.communication_data_type
+    return {
+        "zero_optimization.stage": int(live.zero_optimization_stage()),
+        "gradient_clipping": float(optimizer.clip_grad),
+        "train_batch_size": live.train_batch_size(),
+        "train_micro_batch_size_per_gpu": live.train_micro_batch_size_per_gpu(),
+        "gradient_accumulation_steps": live.gradient_accumulation_steps(),
+        "data parallel size": dist.get_world_size(live.seq_data_parallel_group),
+        "precision of the parameters": _dtypes(live.module.parameters()),
+        "precision of the masters": _dtypes(flat for flat, _ in flat_groups(optimizer)),
+        "precision of accumulation": _DTYPES[accumulation],
+        "precision of communication": _DTYPES[communication],
+        "optimizer groups": group_facts(optimizer.optimizer.param_groups, _elements(optimizer, owned, mesh)),
+    }
+
+
+def compare(wanted: Facts, found: Facts) -> None:
+    """Raise EngineError naming both values of everything that differs."""
+    problems = [
+        Problem(
+            what=f"{key} = {wanted[key]}",
+            why=f"the live engine has {found[key]}.",
+            fix="Remove keys from the DeepSpeed blocks and deepspeed_extra_args that set it otherwise.",
+        )
+        for key in wanted
+        if wanted[key] != found[key]
+    ]
+    if problems:
+        raise EngineError(*problems)
+
+
+def check_masters(owned: Sequence[Fragment], module: nn.Module, mesh: Mesh, is_sharded: bool) -> None:
+    """Raise EngineError on every rank unless all weights are their masters rounded, and equal on all ranks.
+
+    is_sharded: weights are split over the data axis (stage 3), so that there is nothing to compare between ranks.
+    All ranks must call it.
+    """
+    wrong = [f.name for f in owned if not torch.equal(f.master.to(f.weight.device, f.weight.dtype), f.weight)]
+    elements = sum(fragment.numel for fragment in owned)
+    report = torch.tensor([len(wrong), elements], dtype=torch.int64, device=mesh.device)
+    if mesh.dp.group is not None:
+        dist.all_reduce(report, group=mesh.dp.group)
+    drifted = 0 if is_sharded else _drift(module, mesh)
+    if report[0].item() or drifted:
+        raise EngineError(
+            Problem(
+                what=f"{int(report[0])} fragments of weights differ from their fp32 masters, {drifted} tensors differ "
+                "between data parallel ranks",
+                why=f"the first optimizer step would throw loaded weights away; on this rank: {wrong[:10]}.",
+                fix="This is a defect of the engine: report it with the configuration.",
+            )
+        )
+    logger.info("fp32 masters equal the weights on all %d ranks: %d elements", mesh.dp.size, int(report[1]))
+
+
+def _drift(module: nn.Module, mesh: Mesh) -> int:
+    """Return how many parameters have bits that differ between data-parallel ranks, by checksum."""
+    if mesh.dp.group is None or mesh.dp.size == 1:
+        return 0
+    sums = torch.stack([_checksum(parameter.detach()) for parameter in module.parameters()])
+    low, high = sums.clone(), sums.clone()
+    dist.all_reduce(low, op=dist.ReduceOp.MIN, group=mesh.dp.group)
+    dist.all_reduce(high, op=dist.ReduceOp.MAX, group=mesh.dp.group)
+    return int((low != high).sum())
+
+
+def _checksum(tensor: Tensor) -> Tensor:
+    bits = tensor.contiguous().view(torch.int32 if tensor.dtype == torch.float32 else torch.int16)
+    return bits.sum(dtype=torch.int64)
+
+
+def _dtypes(tensors: Any) -> str:
+    return " and ".join(sorted({_DTYPES.get(tensor.dtype, str(tensor.dtype)) for tensor in tensors}))
+
+
+def _elements(optimizer: Any, owned: Sequence[Fragment], mesh: Mesh) -> list[int]:
+    """Return the elements that each parameter group trains, summed over the data-parallel ranks."""
+    groups = [group for _, group in flat_groups(optimizer)]
+    flats = [flat for flat, _ in flat_groups(optimizer)]
+    index = {id(flat): number for number, flat in enumerate(flats)}
+    wanted = optimizer.optimizer.param_groups
+    counts = torch.zeros(len(wanted), dtype=torch.int64, device=mesh.device)
+    for fragment in owned:
+        group = groups[index[id(fragment.flat)]]
+        counts[next(number for number, other in enumerate(wanted) if other is group)] += fragment.numel
+    if mesh.dp.group is not None:
+        dist.all_reduce(counts, group=mesh.dp.group)
+    numbers: list[int] = counts.tolist()
+    return numbers
