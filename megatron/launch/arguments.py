@@ -1,0 +1,94 @@
+"""The command line that follows a script's name: config files, general overrides, and GPT-NeoX's own flags."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from dataclasses import dataclass, field
+
+from megatron.errors import ConfigError, Problem
+
+PAYLOAD_FLAG = "--deepy-payload"
+ENVIRONMENT_FLAG = "--deepy-env"
+# GPT-NeoX's flags, each a short way to set one key: (flags, key, help).
+_KEY_FLAGS = (
+    (("--wandb_group",), "wandb_group", "Weights & Biases group"),
+    (("--wandb_run_name",), "wandb_run_name", "Weights & Biases name of the run"),
+    (("--wandb_team",), "wandb_team", "Weights & Biases team"),
+    (("--iteration",), "iteration", "step of the checkpoint to load"),
+    (("-H", "--hostfile"), "hostfile", "file with one line `name slots=8` for each machine"),
+    (("-i", "--sample_input_file"), "sample_input_file", "prompts for generate.py"),
+    (("-o", "--sample_output_file"), "sample_output_file", "where generate.py writes its samples"),
+)
+_ABSENT = {
+    "--eval_tasks": "evaluation with lm-eval is not part of this version.",
+    "--eval_results_prefix": "evaluation with lm-eval is not part of this version.",
+    "--autotuning": "DeepSpeed's autotuner is not used.",
+}
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What the user asked for. overrides: `key=value` texts, later ones winning, as `--set` and the flags gave them."""
+
+    config_files: list[str] = field(default_factory=list)
+    config_dir: str | None = None
+    overrides: list[str] = field(default_factory=list)
+    check: bool = False
+    show: bool = False
+
+    def command_line(self) -> str:
+        """Return these arguments as a person would type them, without --check and --print."""
+        words = list(self.config_files)
+        if self.config_dir:
+            words = ["-d", self.config_dir, *words]
+        for override in self.overrides:
+            words += ["--set", override]
+        return shlex.join(words)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises ConfigError instead of leaving the program."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise ConfigError(Problem("command line", f"{message}.", f"{self.format_usage().strip()}"))
+
+
+def build_parser(program: str = "./deepy.py train.py") -> argparse.ArgumentParser:
+    """Return the parser of everything that follows the script's name."""
+    parser = _Parser(prog=program, allow_abbrev=False, description="Run a script with the merged config files.")
+    parser.add_argument("config_files", nargs="*", metavar="config", help="YAML or JSON files; .yml may be left out")
+    parser.add_argument("-d", "--conf_dir", dest="config_dir", metavar="DIR", help="folder of the config files")
+    parser.add_argument(
+        "--set", dest="overrides", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help="override any key"
+    )
+    parser.add_argument("--check", action="store_true", help="validate, show what follows from the config, and stop")
+    parser.add_argument("--print", dest="show", action="store_true", help="show the command that would run, and stop")
+    for flags, key, text in _KEY_FLAGS:
+        parser.add_argument(*flags, dest=key, help=text)
+    return parser
+
+
+def parse_arguments(argv: list[str], program: str = "train.py") -> Arguments:
+    """Return the arguments of a script's command line.
+
+    Raises ConfigError for what cannot be understood, for flags of GPT-NeoX that have no feature behind them here,
+    for `--set` without `=`, and where no config file is named. Leaves the program after --help.
+    """
+    for word in argv:
+        flag = word.split("=", 1)[0]
+        if flag in _ABSENT:
+            raise ConfigError(Problem(flag, _ABSENT[flag], "Leave the flag out."))
+    values = vars(build_parser(program).parse_args(argv))
+    overrides = list(values["overrides"])
+    odd = [text for text in overrides if "=" not in text]
+    if odd:
+        raise ConfigError(
+            Problem(f"--set {odd[0]}", "is not key=value.", "Put config files before --set, and write --set key=value.")
+        )
+    overrides += [f"{key}={values[key]}" for _, key, _ in _KEY_FLAGS if values[key] is not None]
+    if not values["config_files"]:
+        raise ConfigError(
+            Problem("no config file", "is named on the command line.", f"Write: {program} configs/quickstart.yml")
+        )
+    return Arguments(values["config_files"], values["config_dir"], overrides, values["check"], values["show"])

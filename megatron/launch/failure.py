@@ -1,0 +1,136 @@
+"""What is said about a rank that failed: once, last, with rank, host and step.
+
+A mistake of the user (DeepyError) is said in its own words; everything else keeps its traceback. An error that
+only echoes the end of another rank, such as a closed connection, is never preferred to that rank's own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import signal
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron.errors import DeepyError
+from megatron.launch.memory import total_memory
+
+GIBIBYTE = 2**30
+# Words by which gloo, NCCL and TCPStore tell that a peer is gone.
+_ECHOES = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "broken pipe",
+    "remote process exited",
+    "timed out waiting",
+    "socket timeout",
+    "connection refused",
+    "wait timeout after",
+    "failed to recv, got 0 bytes",
+    "another rank failed",
+)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The end of one rank.
+
+    step: the iteration under way, None before the first. when: seconds since the epoch.
+    text: what a person reads: the traceback, or the message of a DeepyError.
+    is_mistake: True for a DeepyError, whose text stands by itself.
+    is_echo: True where the error only tells that another rank is gone.
+    """
+
+    rank: int
+    world_size: int
+    host: str
+    step: int | None
+    exit_code: int
+    text: str
+    is_mistake: bool = False
+    is_echo: bool = False
+    when: float = 0.0
+
+    def to_json(self) -> str:
+        """Return the failure as one line of JSON."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Failure:
+        """Return the failure that `to_json` wrote."""
+        return cls(**json.loads(text))
+
+    def __str__(self) -> str:
+        if self.is_mistake:
+            return self.text
+        at = "before its first step" if self.step is None else f"at step {self.step}"
+        rank = f"rank {self.rank} of {self.world_size}" if self.world_size > 1 else f"rank {self.rank}"
+        others = " The other ranks were stopped." if self.world_size > 1 else ""
+        return f"{self.text.rstrip()}\n\n{rank} on host {self.host} failed {at}, exit code {self.exit_code}.{others}"
+
+
+def from_exception(error: BaseException, rank: int, world_size: int, host: str, step: int | None) -> Failure:
+    """Return the report of an exception that ended a rank."""
+    is_mistake = isinstance(error, DeepyError)
+    text = str(error) if is_mistake else _traceback(error)
+    exit_code = error.exit_code if isinstance(error, DeepyError) else 1
+    is_echo = not is_mistake and any(echo in str(error).lower() for echo in _ECHOES)
+    return Failure(rank, world_size, host, step, exit_code, text, is_mistake, is_echo, time.time())
+
+
+def _traceback(error: BaseException) -> str:
+    """Return the traceback without the launcher's own frames, which stand above the script's."""
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None and _is_ours(place.tb_frame.f_code.co_filename):
+        place = place.tb_next
+    return "".join(traceback.format_exception(type(error), error, place))
+
+
+def _is_ours(filename: str) -> bool:
+    return filename == "<frozen runpy>" or Path(filename).parent == Path(__file__).parent
+
+
+def from_exit(status: int, peak_bytes: int, rank: int, world_size: int, host: str, step: int | None) -> Failure:
+    """Return the report of a process that ended without one.
+
+    status: the exit code, or minus the number of the signal that ended it. peak_bytes: its largest resident memory.
+    """
+    text = explain_signal(-status, peak_bytes) if status < 0 else "The process ended without a message of its own."
+    exit_code = 128 - status if status < 0 else status
+    return Failure(rank, world_size, host, step, exit_code, text, when=time.time())
+
+
+def first_cause(failures: list[Failure]) -> Failure:
+    """Return the failure to show: the earliest that is not an echo of another."""
+    return min(failures, key=lambda failure: (failure.is_echo, failure.when, failure.rank))
+
+
+def explain_signal(number: int, peak_bytes: int) -> str:
+    """Return what a signal that ended a process usually means, with the numbers of this machine."""
+    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+    peak = f"It had used up to {peak_bytes / GIBIBYTE:.1f} GiB of this machine's {total_memory() / GIBIBYTE:.1f} GiB."
+    reasons = {
+        signal.SIGKILL: f"most often because the machine ran out of memory (not GPU memory). {peak} Lower "
+        "train_micro_batch_size_per_gpu or num_workers, or ask for more memory; `dmesg | tail` may name the reason.",
+        signal.SIGBUS: f"most often because shared memory is full. {_shared_memory()} In a container, run it with "
+        "`--shm-size=8g` or `--ipc=host`, or lower num_workers.",
+        signal.SIGSEGV: "a crash inside native code. The stack that stands above, if any, shows where.",
+        signal.SIGABRT: "raised by native code that gave up; its own message stands above.",
+        signal.SIGILL: "an instruction that this processor lacks: a package was built for another one.",
+        signal.SIGFPE: "an arithmetic error inside native code.",
+        signal.SIGTERM: "sent from outside: a time limit, a pre-emption, or a person.",
+        signal.SIGINT: "an interruption from outside.",
+    }
+    reason = reasons.get(signal.Signals(number), "") if number in set(signal.Signals) else ""
+    return f"The process was ended by {name} (-{number}), {reason}".rstrip(", ")
+
+
+def _shared_memory() -> str:
+    try:
+        usage = shutil.disk_usage("/dev/shm")
+    except OSError:
+        return "/dev/shm is missing here."
+    return f"/dev/shm has {usage.total / GIBIBYTE:.2f} GiB, of which {usage.free / GIBIBYTE:.2f} are free."

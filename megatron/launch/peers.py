@@ -1,0 +1,147 @@
+"""What the ranks of a run tell each other besides training: that they are there, and that one of them failed.
+
+Both go through the TCPStore of torch.distributed, so they work under every launcher and across machines. A rank
+that fails writes its report into the store; a thread in every other rank looks once a second and ends its process,
+so nobody waits minutes for a collective that cannot finish.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import threading
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron import logs
+from megatron.config.schema.config import Config
+from megatron.errors import LaunchError, Problem
+from megatron.launch.failure import Failure
+from megatron.launch.place import Place
+
+CHECK_IN_SECONDS = 120.0
+_FAILURE, _COUNT = "deepy/failure", "deepy/failures"
+logger = logs.get_logger(__name__)
+
+
+def check_in(store: dist.Store, place: Place, config: Config, device: str, seconds: float = CHECK_IN_SECONDS) -> None:
+    """Meet all ranks before anything is built; rank 0 prints who they are.
+
+    seconds: how long to wait for the last rank.
+    Raises LaunchError naming the ranks that did not come, or that run another torch or another config.
+    """
+    card = {
+        "host": place.host,
+        "device": device,
+        "torch": torch.__version__,
+        "config": hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:12],
+    }
+    store.set(f"deepy/card/{place.rank}", json.dumps(card))
+    cards = _collect(store, place.world_size, time.monotonic() + seconds, seconds)
+    for what in ("torch", "config"):
+        _require_equal(what, [card[what] for card in cards], [card["host"] for card in cards])
+    hosts = sorted({card["host"] for card in cards})
+    devices = sorted({card["device"] for card in cards})
+    shown = ", ".join(hosts[:4]) + (f" and {len(hosts) - 4} more" if len(hosts) > 4 else "")
+    logger.info(f"{place.world_size} processes on {len(hosts)} host{'s'[: len(hosts) > 1]} ({shown}): {devices[0]}")
+
+
+def _collect(store: dist.Store, world_size: int, deadline: float, seconds: float) -> list[dict[str, str]]:
+    keys = [f"deepy/card/{rank}" for rank in range(world_size)]
+    present: set[int] = set()
+    while len(present) < world_size:
+        present |= {rank for rank in range(world_size) if rank not in present and store.check([keys[rank]])}
+        if len(present) < world_size and time.monotonic() > deadline:
+            known = sorted({json.loads(store.get(keys[rank]))["host"] for rank in present})
+            raise LaunchError(
+                Problem(
+                    f"ranks {_ranges(set(range(world_size)) - present)} of {world_size}",
+                    f"did not come within {seconds:.0f} s; the others are on {', '.join(known)}.",
+                    "Look at the output of the missing ranks, and whether their machines reach MASTER_ADDR:MASTER_PORT.",
+                )
+            )
+        time.sleep(0.0 if len(present) == world_size else 0.02)
+    return [json.loads(store.get(key)) for key in keys]
+
+
+def _require_equal(what: str, values: list[str], hosts: list[str]) -> None:
+    if len(set(values)) == 1:
+        return
+    odd = next(rank for rank, value in enumerate(values) if value != values[0])
+    raise LaunchError(
+        Problem(
+            f"{what} of rank {odd} on {hosts[odd]} is {values[odd]}",
+            f"but rank 0 on {hosts[0]} has {values[0]}.",
+            "Start all ranks from the same installation with the same files.",
+        )
+    )
+
+
+def _ranges(ranks: set[int]) -> str:
+    """Return ranks briefly: {0, 1, 2, 5} -> `0-2, 5`."""
+    pieces: list[list[int]] = []
+    for rank in sorted(ranks):
+        if pieces and pieces[-1][-1] == rank - 1:
+            pieces[-1].append(rank)
+        else:
+            pieces.append([rank])
+    return ", ".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in pieces)
+
+
+class PeerWatch:
+    """Ends this process when another rank fails, and tells the others when this one does.
+
+    It has a connection of its own: the store that torch.distributed uses may be locked by a waiting collective.
+    """
+
+    def __init__(self, place: Place, interval: float = 1.0) -> None:
+        self.place, self.interval = place, interval
+        self._store = dist.TCPStore(
+            place.master_addr,
+            place.master_port,
+            is_master=False,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=30),
+        )
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="peer-watch", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Look no longer; called before the ranks part in good order."""
+        self._stopped.set()
+        self._thread.join(timeout=5)
+
+    def announce(self, failure: Failure) -> bool:
+        """Tell the others; return whether this rank is the first to fail, and so the one whose report is shown."""
+        self._stopped.set()
+        if failure.is_echo:
+            time.sleep(2 * self.interval)  # the rank that caused it may be on its way to the store
+        try:
+            first = self._store.add(_COUNT, 1) == 1
+            if first:
+                self._store.set(_FAILURE, failure.to_json())
+                time.sleep(
+                    2 * self.interval
+                )  # the others leave, and rank 0 keeps the store open until they have seen it
+        except (RuntimeError, dist.DistError):
+            return not failure.is_echo
+        return first
+
+    def _look(self) -> None:
+        while not self._stopped.wait(self.interval):
+            try:
+                if not self._store.check([_FAILURE]):
+                    continue
+                failure = Failure.from_json(self._store.get(_FAILURE).decode())
+                reason = f"because rank {failure.rank} on host {failure.host} failed"
+            except (RuntimeError, dist.DistError):
+                reason = "because the process that holds the run together (rank 0 or its launcher) is gone"
+            if not self._stopped.is_set():
+                print(f"rank {self.place.rank} on host {self.place.host} ends {reason}.", file=sys.stderr, flush=True)
+                os._exit(1)

@@ -1,0 +1,54 @@
+"""What must be settled before torch is imported: the interpreter, and the variables that torch and DeepSpeed read.
+
+Only the standard library is used here, and nothing newer than Python 3.8, so that an old system Python gets
+a sentence instead of a syntax error. The scripts at the top call `prepare()` as their first act.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import os
+import sys
+import time
+from pathlib import Path
+
+MINIMUM_PYTHON = (3, 11)
+REQUIRED = ("yaml", "pydantic", "numpy", "torch", "deepspeed")
+LAUNCH_TIME = "DEEPY_LAUNCH_TIME"
+
+
+def prepare(script: str) -> None:
+    """Note the time of launch, make sure of an interpreter that has what we need, and quieten the collector.
+
+    script: path of the script that runs; `.venv/bin/python` is looked for beside it. Where this interpreter lacks
+    a package and that one exists, the process continues in it (os.execv) and this function does not return.
+    Exits with code 2 and the way to install where neither will do.
+    """
+    os.environ.setdefault(LAUNCH_TIME, repr(time.time()))
+    lacking = missing_packages()
+    if lacking:
+        _use_other_interpreter(Path(script).resolve().parent, lacking)
+    # Importing torch and DeepSpeed creates a million objects that stay; collecting between them costs 0.1 to 0.2 s.
+    # megatron.launch.entry switches the collector on again.
+    gc.disable()
+
+
+def missing_packages() -> list:
+    """Return what this interpreter lacks: names of packages, and "Python 3.11" where it is too old itself."""
+    lacking = [] if sys.version_info >= MINIMUM_PYTHON else ["Python %d.%d" % MINIMUM_PYTHON]  # noqa: UP031
+    return lacking + [name for name in REQUIRED if importlib.util.find_spec(name) is None]
+
+
+def _use_other_interpreter(folder: Path, lacking: list) -> None:
+    """Continue in `folder`/.venv, or exit with the way to install."""
+    other = folder / ".venv" / "bin" / "python"
+    # sys.prefix, not the resolved executable: a virtual environment's python is a link to the system's.
+    if other.exists() and Path(sys.prefix).resolve() != (folder / ".venv").resolve():
+        os.execv(str(other), [str(other), *sys.argv])
+    sys.stderr.write(
+        f"{sys.executable} lacks {', '.join(lacking)}.\n"
+        f"Install everything into {folder / '.venv'} with:\n\n    cd {folder} && make install\n\n"
+        "and run the same command again; it will find that interpreter by itself.\n"
+    )
+    raise SystemExit(2)

@@ -1,0 +1,118 @@
+"""From a place in the run to a Mesh: device, threads, process group, logs, and the meeting of all ranks."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron import logs
+from megatron.config.schema.config import Config
+from megatron.launch.board import VARIABLE, Board
+from megatron.launch.devices import usable_cores
+from megatron.launch.failure import Failure
+from megatron.launch.peers import PeerWatch, check_in
+from megatron.launch.place import Place
+from megatron.parallel.mesh import Mesh
+
+# Long, because one rank may build a data index while the others wait; a failed rank is noticed in a second anyway.
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+logger = logs.get_logger(__name__)
+
+
+@dataclass
+class Worker:
+    """This process as a member of the run. board: the launcher's, where it is ours; watch: where it is not."""
+
+    place: Place
+    mesh: Mesh
+    board: Board | None = None
+    watch: PeerWatch | None = None
+
+    def finish(self) -> None:
+        """Part from the other ranks in good order."""
+        if self.watch is not None:
+            self.watch.stop()
+        if dist.is_initialized():
+            if self.place.world_size > 1:
+                dist.barrier()
+            dist.destroy_process_group()
+
+
+def find_board(environ: Mapping[str, str]) -> Board | None:
+    """Return the board of the launcher that supervises this process, or None where another launcher does."""
+    folder = environ.get(VARIABLE)
+    return Board(Path(folder)) if folder and Path(folder).is_dir() else None
+
+
+def start_worker(config: Config, place: Place, board: Board | None = None) -> Worker:
+    """Join the run: choose the device, open the process group, meet the other ranks, and build the mesh.
+
+    board: where the launcher on this machine looks for steps and failures; None under another launcher.
+    Raises LaunchError where ranks are missing or differ, or the layout does not fit the number of processes.
+    """
+    os.environ.update(place.environment())
+    on_step = (lambda step: board.set_step(place.local_rank, step)) if board else None
+    logs.setup(place.rank, place.describe(), on_step=on_step)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|deepspeed)\b")
+    device = _choose_device(place)
+    if "OMP_NUM_THREADS" not in os.environ and device.type == "cpu":
+        torch.set_num_threads(max(1, usable_cores() // place.local_world_size))
+    watch = _connect(config, place, device, supervised=board is not None)
+    try:
+        mesh = Mesh.create(config.parallel.model_parallel_size, max(1, config.parallel.pipe_parallel_size), device)
+    except BaseException:
+        if watch is not None:
+            watch.stop()
+        raise
+    logs.setup(place.rank, f"{mesh.describe()} host {place.host}" if place.world_size > 1 else "")
+    return Worker(place, mesh, board, watch)
+
+
+def report(failure: Failure, board: Board | None, watch: PeerWatch | None) -> bool:
+    """Pass a failure on to whoever shows it; return whether this process must print it itself."""
+    if board is not None:
+        board.post(failure.rank, failure)
+        return False
+    return watch.announce(failure) if watch is not None else True
+
+
+def _choose_device(place: Place) -> torch.device:
+    if os.environ.get("DS_ACCELERATOR", "").lower() == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", place.local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def _connect(config: Config, place: Place, device: torch.device, supervised: bool) -> PeerWatch | None:
+    """Open the process group; return the watch over other ranks where no launcher of ours does that."""
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    name = _device_name(device)
+    if place.world_size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        logger.info(f"1 process on {place.host}: {name}")
+        return None
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
+    check_in(store, place, config, name)
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore("default", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=COLLECTIVE_TIMEOUT,
+        device_id=device if device.type == "cuda" else None,
+    )
+    return None if supervised else PeerWatch(place)
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)} (nccl)"
+    return f"CPU, {torch.get_num_threads()} thread{'s'[: torch.get_num_threads() > 1]} each (gloo)"
