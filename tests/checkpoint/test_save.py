@@ -75,11 +75,8 @@ def test_the_manifest_says_what_the_run_was(tmp_path):
     tokenizer = tmp_path / "tokenizer.json"
     tokenizer.write_text("{}")
     config = small_config(tokenizer_type="HFTokenizer", vocab_file=str(tokenizer))
-    extra = {
-        "tokenizer": {"name": "HFTokenizer", "fingerprint": "ab"},
-        "config_files": {"a.yml": "x: 1\n"},
-        "loss": 2.5,
-    }
+    record = {"name": "HFTokenizer", "fingerprint": "ab"}
+    extra = {"tokenizer": record, "config_files": {"a.yml": "x: 1\n"}, "loss": 2.5}
     folder = save_checkpoint(tmp_path / "run", 5, whole(make_state()), {"consumed_samples": 20}, config, extra, MESH)
     manifest = CheckpointReader(folder).manifest
     assert manifest.iteration == 5
