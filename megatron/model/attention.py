@@ -23,7 +23,7 @@ class SelfAttention(nn.Module):
 
     layer: index of the block, its place in the KV cache.
     num_heads, num_kv_heads: n and k of the full model.
-    key_scaling: divide the queries by this factor and multiply the scores by it (apply_query_key_layer_scaling); 1 is off.
+    key_scaling: divides the queries and multiplies the scores (apply_query_key_layer_scaling); 1 is off.
     qk_norm: one norm [n, d] for queries and keys, or None.
     rotary: tables, or None. mask: what is seen and any alibi bias. rpe: relative position bias, or None.
     """

@@ -4,8 +4,8 @@
 
 The tokens are taken in chunks: the logits of a chunk are computed in the input's dtype, turned into fp32 losses and, in
 the same memory, into their gradient. `linear_cross_entropy_sum` finishes the gradients of x and W during the forward
-pass, because the loss of a language model is one weighted sum; it costs no recomputation. `linear_cross_entropy` returns each
-token's loss, whose gradient is not known in advance, and computes the logits again in the backward pass.
+pass, because the loss of a language model is one weighted sum; it costs no recomputation. `linear_cross_entropy`
+returns each token's loss, whose gradient is not known in advance, and computes the logits again in the backward pass.
 """
 
 from __future__ import annotations
