@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron.config.schema.model import GATED_ACTIVATIONS, ModelConfig
 
-_LAYER_TYPES = {"global": "global", "flash": "global"}
+_LAYER_TYPES = {"global": "global", "flash": "global", "local": "local"}
 
 
 def layer_types(model: ModelConfig) -> list[str]:
@@ -102,7 +102,7 @@ def _block_vectors(model: ModelConfig) -> int:
     norms = 1 if model.gpt_j_residual and model.gpt_j_tied else 2
     total = norms * _norm_parameters(model, hidden)
     if model.use_qk_layernorm:
-        total += 2 * _norm_parameters(model, _head_dim(model))
+        total += _norm_parameters(model, hidden)  # one norm [n, d] for queries and keys
     if model.use_bias_in_attn_linear:
         total += hidden + 2 * kv_heads * _head_dim(model) + hidden
     if model.use_bias_in_mlp:

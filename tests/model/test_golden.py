@@ -27,14 +27,53 @@ WITHOUT_EFFECT = ("use_bias_in_norms", "num_unique_layers", "onnx_safe", "bias_d
 # GPT-NeoX's parallel residual without MLP biases drops the attention; ours does not.
 DEFECTIVE = ("no_bias_mlp_swiglu_gptj",)
 OTHER_ARCHITECTURES = ("mamba",)
-CASES = (
-    "base_rotary25 pythia gptj_tied learned_tied learned_untied rotary100 rotary_short_input alibi sinusoidal rpe pos_none "
-    "rmsnorm rmsnorm_default_eps nonparametric layernorm_eps1e-3 act_geglu act_swiglu act_glu act_relu act_softsign act_swish "
-    "act_silu act_gelu_onnx_safe act_gelu_bias_fusion act_swiglu_intermediate96 mlp_intermediate80 mlp_expansion3 gqa2 "
-    "gqa2_rotary100 gqa2_learned no_bias_attn no_bias_attn_gptj no_bias_mlp_swiglu no_bias_norms llama qk_layernorm qk_rmsnorm "
-    "qk_layer_scaling softmax_fp32 bias_dropout_fusion activation_checkpointing eod_mask_loss bf16 num_unique_layers1 "
-    "pipe_module_forward"
-).split()
+CASES = [
+    "base_rotary25",
+    "pythia",
+    "gptj_tied",
+    "learned_tied",
+    "learned_untied",
+    "rotary100",
+    "rotary_short_input",
+    "alibi",
+    "sinusoidal",
+    "rpe",
+    "pos_none",
+    "rmsnorm",
+    "rmsnorm_default_eps",
+    "nonparametric",
+    "layernorm_eps1e-3",
+    "act_geglu",
+    "act_swiglu",
+    "act_glu",
+    "act_relu",
+    "act_softsign",
+    "act_swish",
+    "act_silu",
+    "act_gelu_onnx_safe",
+    "act_gelu_bias_fusion",
+    "act_swiglu_intermediate96",
+    "mlp_intermediate80",
+    "mlp_expansion3",
+    "gqa2",
+    "gqa2_rotary100",
+    "gqa2_learned",
+    "no_bias_attn",
+    "no_bias_attn_gptj",
+    "no_bias_mlp_swiglu",
+    "no_bias_norms",
+    "llama",
+    "qk_layernorm",
+    "qk_rmsnorm",
+    "qk_layer_scaling",
+    "softmax_fp32",
+    "bias_dropout_fusion",
+    "activation_checkpointing",
+    "eod_mask_loss",
+    "bf16",
+    "num_unique_layers1",
+    "pipe_module_forward",
+]
 
 
 def canonical_name(name: str, num_layers: int) -> str | None:
