@@ -116,6 +116,11 @@ class IndexedDataset:
         return item[offset : item.size if length is None else offset + length]
 
     @property
+    def tokens(self) -> NDArray[Any]:
+        """All tokens of the file one after another, a read-only view [num_tokens]; item i begins at its pointer."""
+        return np.frombuffer(self._bytes, self.dtype, self.num_tokens)
+
+    @property
     def num_documents(self) -> int:
         """The number of items, which is what training calls documents."""
         return len(self)

@@ -48,7 +48,13 @@ class DataConfig(Section):
         True, "Whether pack_until_overflow and unpacked may cut documents longer than seq_length, or skip them."
     )
     mmap_warmup: bool = setting(False, "Read the data files once at the start so that they are in the page cache.")
-    num_workers: int = setting(2, "Processes that prepare batches, per rank.", unit="processes", ge=0)
+    num_workers: int = setting(
+        2, "Threads that read batches ahead, per rank; 0 reads each step when it is asked for.", unit="threads", ge=0
+    )
+    data_index_dir: str | None = setting(
+        None,
+        "Folder for the sample indices of large data sets, readable by all ranks. Unset: index_cache beside the data.",
+    )
 
 
 class TokenizerConfig(Section):
