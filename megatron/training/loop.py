@@ -1,0 +1,62 @@
+"""The training loop: batches -> engine -> result -> monitor, with validation and checkpoints when they are due."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron import logs
+from megatron.config.schema.training import TrainingConfig
+from megatron.data.loaders import BatchLoader
+from megatron.engine.base import Engine
+from megatron.monitor.build import Monitor
+from megatron.training.evaluate import Evaluator
+from megatron.training.persistence import Keeper
+from megatron.training.progress import Progress
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts of a run, assembled. train_iters: its length in optimizer steps. valid: None where there is nothing
+    to validate on."""
+
+    training: TrainingConfig
+    train_iters: int
+    engine: Engine
+    loader: BatchLoader
+    valid: Evaluator | None
+    keeper: Keeper
+    monitor: Monitor
+
+
+def run_loop(run: Run, progress: Progress) -> Progress:
+    """Train from `progress` to the end of the run, or to its exit_interval; return how far it came."""
+    if progress.iteration == 0:
+        validate(run, progress)
+        run.keeper.save_if_due(run.engine, progress)
+    while progress.iteration < run.train_iters:
+        logs.set_step(progress.iteration + 1)
+        batches = next(run.loader)
+        result = run.engine.train_step(batches, progress.iteration)
+        samples = run.loader.consumed_samples - progress.consumed_samples
+        progress = progress.after_step(samples, result.num_tokens, result.skipped)
+        run.monitor.log_step(progress.iteration, result)
+        if is_due(progress, run.training.eval_interval) or progress.iteration == run.train_iters:
+            validate(run, progress)
+        run.keeper.save_if_due(run.engine, progress)
+        if is_due(progress, run.training.exit_interval):
+            run.monitor.message(f"stopping at iteration {progress.iteration}, a multiple of exit_interval")
+            break
+    run.keeper.save(run.engine, progress)
+    return progress
+
+
+def is_due(progress: Progress, interval: int | None) -> bool:
+    """Say whether the iteration is a multiple of an interval; None is never due."""
+    return interval is not None and progress.iteration % interval == 0
+
+
+def validate(run: Run, progress: Progress) -> None:
+    """Evaluate the validation set, where there is one, and show the result."""
+    if run.valid is not None:
+        evaluation = run.valid.evaluate(run.engine, run.valid.window(progress.iteration))
+        run.monitor.log_validation(progress.iteration, evaluation.loss, evaluation.character_perplexity)

@@ -1,0 +1,126 @@
+"""A training run, assembled: `train(config, mesh)` reads like a table of contents."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from megatron.config.schema.config import Config
+from megatron.data.build import DataSets, build_datasets
+from megatron.data.gpt import SampleReader
+from megatron.data.loaders import BatchLoader, build_loader
+from megatron.engine.base import Engine
+from megatron.engine.build import build_engine
+from megatron.errors import DataError, Problem
+from megatron.logs import get_logger
+from megatron.model.accounting import flops_per_token, num_parameters, padded_vocab_size
+from megatron.model.build import build_model
+from megatron.monitor.build import Monitor, build_monitor
+from megatron.objectives.build import build_objective
+from megatron.parallel.mesh import Mesh
+from megatron.tokenizer.base import Tokenizer
+from megatron.tokenizer.build import build_tokenizer
+from megatron.training.evaluate import Evaluator
+from megatron.training.loop import Run, run_loop
+from megatron.training.persistence import Keeper
+from megatron.training.progress import Progress
+
+logger = get_logger(__name__)
+
+
+def train(config: Config, mesh: Mesh) -> Progress:
+    """Train as the config says, on every rank of the mesh; return how far the run came.
+
+    Raises DeepyError for what the user can mend: data, tokenizer, checkpoint, combinations of settings.
+    """
+    tokenizer = build_tokenizer(config.tokenizer)
+    data = _open_data(config, mesh, tokenizer)
+    config = _with_length(config, data.train_iters)
+    keeper = Keeper(config, mesh, tokenizer)
+    vocab_size = padded_vocab_size(
+        tokenizer.vocab_size, config.model.make_vocab_size_divisible_by, config.parallel.model_parallel_size
+    )
+    with ExitStack() as stack:
+        assembly = _Assembly(config, mesh, tokenizer, stack)
+        engine, progress = assembly.engine(vocab_size, keeper)
+        monitor = assembly.monitor(vocab_size, progress)
+        for summary in data.summaries:
+            monitor.message(str(summary))
+        run = Run(
+            training=config.training,
+            train_iters=data.train_iters,
+            engine=engine,
+            loader=assembly.loader(data.train, progress.consumed_samples),
+            valid=assembly.evaluator(data.valid),
+            keeper=keeper,
+            monitor=monitor,
+        )
+        progress = run_loop(run, progress)
+        test = assembly.evaluator(data.test)
+        if test is not None and progress.iteration == data.train_iters:
+            monitor.log_test(progress.iteration, test.evaluate(engine, 0).loss)
+        return progress
+
+
+@dataclass(frozen=True)
+class _Assembly:
+    """Builds the parts that share config, mesh and tokenizer; what must be closed goes on the stack."""
+
+    config: Config
+    mesh: Mesh
+    tokenizer: Tokenizer
+    stack: ExitStack
+
+    def engine(self, vocab_size: int, keeper: Keeper) -> tuple[Engine, Progress]:
+        """Return the engine with the weights and the state that the run begins with, and its progress."""
+        model = build_model(self.config, vocab_size, self.mesh, initialized=keeper.is_fresh)
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        engine = build_engine(self.config, self.mesh, model, build_objective())
+        return engine, keeper.restore(engine, shapes)
+
+    def monitor(self, vocab_size: int, progress: Progress) -> Monitor:
+        """Return the monitor, which shows and writes on rank 0 only."""
+        monitor = build_monitor(
+            self.config,
+            is_main=self.mesh.world.rank == 0,
+            start_iteration=progress.iteration,
+            num_parameters=num_parameters(self.config.model, vocab_size),
+            flops_full=flops_per_token(self.config.model, vocab_size, causal=False),
+            flops_causal=flops_per_token(self.config.model, vocab_size, causal=True),
+        )
+        self.stack.callback(monitor.close)
+        return monitor
+
+    def loader(self, dataset: SampleReader, consumed_samples: int) -> BatchLoader:
+        """Return this rank's loader at its position; its threads end with the run."""
+        eod = self.tokenizer.eod if self.config.training.eod_mask_loss else None
+        ranks = {"dp_rank": self.mesh.dp.rank, "dp_size": self.mesh.dp.size}
+        loader = build_loader(self.config, dataset, consumed_samples=consumed_samples, eod_token=eod, **ranks)
+        return self.stack.enter_context(loader)
+
+    def evaluator(self, dataset: SampleReader | None) -> Evaluator | None:
+        """Return the evaluator of a validation or test set, or None where there is none or eval_iters is 0."""
+        if dataset is None or self.config.training.eval_iters == 0:
+            return None
+        return Evaluator(self.config, self.mesh, self.loader(dataset, 0), self.tokenizer)
+
+
+def _open_data(config: Config, mesh: Mesh, tokenizer: Tokenizer) -> DataSets:
+    return build_datasets(
+        config,
+        vocab_size=tokenizer.vocab_size,
+        tokenizer_fingerprint=tokenizer.fingerprint(),
+        is_builder=mesh.world.rank == 0,
+        barrier=lambda: None if mesh.world.size == 1 else dist.barrier(group=mesh.world.group),
+    )
+
+
+def _with_length(config: Config, train_iters: int) -> Config:
+    """Return the config of a run whose length in steps is known, which train_epochs alone does not say."""
+    if train_iters < 1:
+        why = "the training data set has fewer samples than one global batch."
+        raise DataError(Problem(f"train_epochs = {config.training.train_epochs}", why, "Use a smaller batch or more data."))
+    training = config.training.model_copy(update={"train_iters": train_iters})
+    return config.model_copy(update={"training": training})
