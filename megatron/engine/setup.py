@@ -6,8 +6,10 @@ Every module of this package that needs DeepSpeed imports this one first.
 from __future__ import annotations
 
 import logging
+import warnings
 
 import deepspeed
+import deepspeed.runtime.bf16_optimizer
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
@@ -38,6 +40,10 @@ def prepare(mesh: Mesh) -> None:
     # leaves a lock on which every later run of the machine waits for ever.
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False, "deepspeed_not_implemented": False}
     deepspeed_logger.setLevel(logging.WARNING)
+    # BF16_Optimizer prints its memory use eight times while it is built, collecting garbage each time (1.2 s).
+    deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda message, force=False: None
+    # torch renamed the collectives that DeepSpeed calls; the advice is not for our users.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     if not dist.is_initialized():
         backend = "gloo" if mesh.device.type == "cpu" else "nccl"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
