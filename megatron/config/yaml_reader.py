@@ -47,7 +47,7 @@ class Setting:
     inner: Mapping[str, str] = field(default_factory=dict)
 
 
-class _Syntax(Exception):
+class _NodeError(Exception):
     """A node that cannot stand for a configuration value."""
 
     def __init__(self, problem: Problem) -> None:
@@ -88,7 +88,7 @@ def parse_value(text: str, where: str) -> Setting:
             return Setting(None, where)
         inner: dict[str, str] = {}
         value = _construct(node, "", lambda _: where, inner)
-    except (yaml.YAMLError, _Syntax):
+    except (yaml.YAMLError, _NodeError):
         return Setting(text, where)
     return Setting(value, where, inner)
 
@@ -103,7 +103,9 @@ def _pairs(node: Any, place: Any) -> Iterable[tuple[Any, Any]]:
         sources = value.value if isinstance(value, yaml.SequenceNode) else [value]
         for source in sources:
             if not isinstance(source, yaml.MappingNode):
-                raise _Syntax(Problem("<<", "it merges mappings only.", "Write `<<: *name` of a mapping.", place(value)))
+                raise _NodeError(
+                    Problem("<<", "it merges mappings only.", "Write `<<: *name` of a mapping.", place(value))
+                )
             for pair in _pairs(source, place):
                 if pair[0].value not in own:
                     own.add(pair[0].value)
@@ -113,11 +115,11 @@ def _pairs(node: Any, place: Any) -> Iterable[tuple[Any, Any]]:
 def _construct(node: Any, path: str, place: Any, inner: dict[str, str]) -> Any:
     """Return the plain value of a YAML node and note the place of each nested key in `inner`."""
     if not node.tag.startswith("tag:yaml.org,2002:") or "python" in node.tag:
-        raise _Syntax(Problem(node.tag, "tags have no meaning here.", "Write the plain value.", place(node)))
+        raise _NodeError(Problem(node.tag, "tags have no meaning here.", "Write the plain value.", place(node)))
     if isinstance(node, yaml.ScalarNode):
         return node.value if node.style else parse_scalar(node.value)
     if path.count(".") > _DEEPEST:
-        raise _Syntax(Problem(path[:40], "it is nested without end.", "Write the values out.", place(node)))
+        raise _NodeError(Problem(path[:40], "it is nested without end.", "Write the values out.", place(node)))
     if isinstance(node, yaml.SequenceNode):
         return [_construct(child, f"{path}.{index}", place, inner) for index, child in enumerate(node.value)]
     result: dict[str, Any] = {}
@@ -125,7 +127,7 @@ def _construct(node: Any, path: str, place: Any, inner: dict[str, str]) -> Any:
     for key_node, value_node in _pairs(node, place):
         key = str(key_node.value)
         if key in result:
-            raise _Syntax(_duplicate(key, lines[key], place(key_node)))
+            raise _NodeError(_duplicate(key, lines[key], place(key_node)))
         lines[key] = place(key_node)
         inner_path = f"{path}.{key}" if path else key
         inner[inner_path] = lines[key]
@@ -159,7 +161,7 @@ def read_text(text: str, name: str) -> tuple[dict[str, Setting], list[Problem]]:
         mark = error.problem_mark or error.context_mark
         where = f"{name}:{mark.line + 1}" if mark else name
         why = f"{error.problem or error.context}."
-        return {}, [Problem("not YAML", why, "Write one `key: value` per line, or `{\"key\": value, ...}`.", where)]
+        return {}, [Problem("not YAML", why, 'Write one `key: value` per line, or `{"key": value, ...}`.', where)]
     except yaml.YAMLError as error:
         return {}, [Problem("not YAML", f"{error}.", "Save the file as UTF-8 text.", name)]
     if root is None:
@@ -170,7 +172,7 @@ def read_text(text: str, name: str) -> tuple[dict[str, Setting], list[Problem]]:
     problems: list[Problem] = []
     try:
         pairs = list(_pairs(root, place))
-    except _Syntax as error:
+    except _NodeError as error:
         return {}, [error.problem]
     for key_node, value_node in pairs:
         key = canonical_key(str(key_node.value))
@@ -180,7 +182,7 @@ def read_text(text: str, name: str) -> tuple[dict[str, Setting], list[Problem]]:
         inner: dict[str, str] = {}
         try:
             value = _construct(value_node, "", place, inner)
-        except _Syntax as error:
+        except _NodeError as error:
             problems.append(error.problem)
             continue
         settings[key] = Setting(value, place(key_node), inner)

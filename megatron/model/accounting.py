@@ -7,51 +7,13 @@ L layers, s sequence, v padded vocabulary.
 
 from __future__ import annotations
 
-from typing import Any
-
+from megatron.config.attention import expand_attention
 from megatron.config.schema.model import GATED_ACTIVATIONS, ModelConfig
-
-_LAYER_TYPES = {"global": "global", "flash": "global", "local": "local"}
 
 
 def layer_types(model: ModelConfig) -> list[str]:
-    """Return the attention type of each layer, with `attention_config` written out.
-
-    Both forms of GPT-NeoX are understood: a list of num_layers names, and a list of [names, repeats or "all"].
-    Raises ValueError, with the reason, for a pattern that does not fill num_layers exactly; the configuration's
-    rules turn that into a message with its place.
-    """
+    """Return the attention type of each layer, with `attention_config` written out."""
     return expand_attention(model.attention_config, model.num_layers)
-
-
-def expand_attention(pattern: list[Any] | None, num_layers: int) -> list[str]:
-    """Return `num_layers` attention types from a pattern; see `layer_types`."""
-    if pattern is None:
-        return ["global"] * num_layers
-    names: list[str] = []
-    for item in pattern:
-        names.extend(_expand_item(item, num_layers))
-    if len(names) != num_layers:
-        raise ValueError(f"it names {len(names)} layers and num_layers is {num_layers}")
-    unknown = sorted({name for name in names if name.lower() not in _LAYER_TYPES})
-    if unknown:
-        raise ValueError(f"{', '.join(unknown)} cannot be trained by this version; it has {', '.join(_LAYER_TYPES)}")
-    return [_LAYER_TYPES[name.lower()] for name in names]
-
-
-def _expand_item(item: Any, num_layers: int) -> list[str]:
-    if isinstance(item, str):
-        return [item]
-    if not (isinstance(item, list) and len(item) == 2 and isinstance(item[0], list) and item[0]):
-        raise ValueError(f'{item!r} is neither a name nor [[names], repeats or "all"]')
-    names, repeats = item
-    if repeats == "all":
-        if num_layers % len(names):
-            raise ValueError(f"{len(names)} names do not divide num_layers = {num_layers}")
-        repeats = num_layers // len(names)
-    if not isinstance(repeats, int) or isinstance(repeats, bool) or repeats < 1:
-        raise ValueError(f'{repeats!r} is neither a positive number of repeats nor "all"')
-    return [str(name) for name in names] * repeats
 
 
 def padded_vocab_size(vocab_size: int, divisor: int, tensor_parallel_size: int) -> int:

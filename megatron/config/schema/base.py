@@ -24,5 +24,4 @@ def setting(default: Any, description: str, *, unit: str | None = None, **constr
     unit: what a number counts ("tokens", "optimizer steps", "fraction"); None for what is not a number.
     constraints: pydantic's ge, gt, le, lt; each number has at least one.
     """
-    extra = {"unit": unit} if unit else None
-    return Field(default, description=description, json_schema_extra=extra, **constraints)
+    return Field(default, description=description, json_schema_extra={"unit": unit} if unit else {}, **constraints)

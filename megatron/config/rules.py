@@ -1,0 +1,337 @@
+"""Rules across keys: each a small function that yields a Problem for what cannot stand.
+
+A rule reads values as attributes of the draft; where one of them is itself wrong the rule is skipped, so that
+nothing is reported twice. `RULES` must hold for every config; `runnable` says what this version cannot start yet,
+and `trainable` what training needs beyond a model.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from megatron.config import keys
+from megatron.config.attention import expand_attention
+from megatron.config.blocks import OPTIMIZERS
+from megatron.config.draft import Draft
+from megatron.config.schema.config import Config
+from megatron.errors import Problem
+
+TRIANGLE = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+Rule = Callable[[Draft], Iterator[Problem]]
+
+
+def _divisors(number: int, most: int = 12) -> str:
+    """Return the divisors of a number as "1, 2 or 4"; the largest ones where there are many."""
+    found = [str(candidate) for candidate in range(1, number + 1) if number % candidate == 0][-most:]
+    return " or ".join(filter(None, (", ".join(found[:-1]), found[-1])))
+
+
+def heads_divide_hidden(d: Draft) -> Iterator[Problem]:
+    """Each head takes hidden_size / num_attention_heads features."""
+    heads, hidden = d.num_attention_heads, d.hidden_size
+    if hidden % heads:
+        why = f"hidden_size = {hidden} cannot be divided among it ({hidden} % {heads} = {hidden % heads})."
+        near = sorted((n for n in range(1, hidden + 1) if hidden % n == 0), key=lambda n: abs(n - heads))[:4]
+        fix = f"Set num_attention_heads to {_either(sorted(near))}."
+        yield d.problem("num_attention_heads", heads, why, fix)
+
+
+def _either(values: list[Any]) -> str:
+    texts = [str(value) for value in values]
+    return " or ".join(filter(None, (", ".join(texts[:-1]), texts[-1])))
+
+
+def kv_heads_divide_heads(d: Draft) -> Iterator[Problem]:
+    """Query heads share key-value heads in equal groups."""
+    groups, heads = d.num_kv_heads, d.num_attention_heads
+    if groups and heads % groups:
+        why = f"num_attention_heads = {heads} is not a multiple of it."
+        yield d.problem("num_kv_heads", groups, why, f"Set num_kv_heads to {_divisors(heads)}.")
+
+
+def heads_divide_over_processes(d: Draft) -> Iterator[Problem]:
+    """Tensor parallelism splits whole heads."""
+    tp, heads, groups = d.model_parallel_size, d.num_attention_heads, d.num_kv_heads
+    if heads % tp:
+        why = f"it cannot be split over model_parallel_size = {tp} ({heads} % {tp} = {heads % tp})."
+        fix = f"Set model_parallel_size to {_divisors(heads)}."
+        yield d.problem("num_attention_heads", heads, why, fix)
+    elif groups and groups % tp:
+        why = f"it cannot be split over model_parallel_size = {tp} ({groups} % {tp} = {groups % tp})."
+        yield d.problem("num_kv_heads", groups, why, f"Set model_parallel_size to {_divisors(groups)}.")
+
+
+def rotary_is_even(d: Draft) -> Iterator[Problem]:
+    """Rotation turns pairs of features."""
+    if d.pos_emb != "rotary" or d.hidden_size % d.num_attention_heads:
+        return
+    head = d.hidden_size // d.num_attention_heads
+    rotated = head if d.rotary_pct == 1 else int(head * d.rotary_pct)
+    if rotated % 2 or not rotated:
+        why = f"int({d.rotary_pct} x {head} features per head) = {rotated} features cannot be rotated in pairs."
+        pairs = [2 * n / head for n in range(1, head // 2 + 1)]
+        near = sorted(pairs, key=lambda share: abs(share - d.rotary_pct))[:1]
+        fix = f"Set rotary_pct to {near[0]:g}." if near else "Use fewer heads, so that a head has 2 or more features."
+        yield d.problem("rotary_pct", d.rotary_pct, why, fix)
+
+
+def positions_cover_sequence(d: Draft) -> Iterator[Problem]:
+    """The position table must hold every position of a sample."""
+    if d.max_position_embeddings < d.seq_length:
+        why = f"it is less than seq_length = {d.seq_length}."
+        fix = f"Set max_position_embeddings to {d.seq_length} or more."
+        yield d.problem("max_position_embeddings", d.max_position_embeddings, why, fix)
+
+
+def one_mlp_width(d: Draft) -> Iterator[Problem]:
+    """intermediate_size and expansion_factor are two ways to say one thing."""
+    if d.intermediate_size is not None and d.expansion_factor is not None:
+        why = f"expansion_factor = {d.expansion_factor:g} sets the MLP's width as well."
+        yield d.problem("intermediate_size", d.intermediate_size, why, "Keep one of the two.")
+
+
+def attention_pattern_fits(d: Draft) -> Iterator[Problem]:
+    """attention_config names each layer once."""
+    try:
+        expand_attention(d.attention_config, d.num_layers)
+    except ValueError as error:
+        fix = 'Write attention_config: [[["global"], "all"]]'
+        yield d.problem("attention_config", d.attention_config, f"{error}.", fix)
+
+
+def tied_norm_needs_parallel_residual(d: Draft) -> Iterator[Problem]:
+    """gpt_j_tied is a form of gpt_j_residual."""
+    if d.gpt_j_tied and not d.gpt_j_residual:
+        why = "it has no meaning without gpt_j_residual."
+        yield d.problem("gpt_j_tied", True, why, "Add gpt_j_residual: true, or remove gpt_j_tied.")
+
+
+def fused_gelu_needs_gelu(d: Draft) -> Iterator[Problem]:
+    """bias_gelu_fusion chooses between two forms of gelu."""
+    if d.bias_gelu_fusion and d.activation != "gelu":
+        why = f"it is the tanh form of gelu, and activation is {d.activation}."
+        yield d.problem("bias_gelu_fusion", True, why, "Remove bias_gelu_fusion, or set activation: gelu")
+
+
+def split_is_possible(d: Draft) -> Iterator[Problem]:
+    """split holds one to three shares, at least the first of which is positive."""
+    separator = "," if "," in d.split else "/"
+    fix = 'Write three shares such as split: "969, 30, 1"'
+    try:
+        shares = [float(part) for part in d.split.split(separator) if part.strip()]
+    except ValueError:
+        yield d.problem("split", d.split, "it is not a list of numbers divided by comma or slash.", fix)
+        return
+    if not shares or len(shares) > 3:
+        yield d.problem("split", d.split, f"it has {len(shares)} shares (training, validation, test).", fix)
+    elif any(not 0 <= share < float("inf") for share in shares):
+        yield d.problem("split", d.split, "a share cannot be negative.", fix)
+    elif not sum(shares):
+        yield d.problem("split", d.split, "all shares are 0.", fix)
+
+
+def one_source_of_data(d: Draft) -> Iterator[Problem]:
+    """data_path is divided by split; *_data_paths are divided already."""
+    listed = [f"{name}_data_paths" for name in ("train", "valid", "test") if getattr(d, f"{name}_data_paths")]
+    if d.data_path and listed:
+        yield d.problem("data_path", d.data_path, f"{listed[0]} names data too.", "Keep one of the two.")
+    if listed and "train_data_paths" not in listed:
+        why = "train_data_paths is not set."
+        yield d.problem(listed[0], getattr(d, listed[0]), why, "Add train_data_paths: [prefix]")
+    if d.data_path and "," in d.data_path and not os.path.exists(f"{d.data_path}.bin"):
+        paths = ", ".join(part.strip() for part in d.data_path.split(","))
+        yield d.problem("data_path", d.data_path, "it is one prefix, not a list.", f"Write train_data_paths: [{paths}]")
+
+
+def lists_match(d: Draft) -> Iterator[Problem]:
+    """Labels and weights have one entry for each data set."""
+    for name in ("train", "valid", "test"):
+        paths = getattr(d, f"{name}_data_paths")
+        for key in (f"{name}_label_data_paths", f"{name}_data_weights"):
+            entries = getattr(d, key)
+            if entries is not None and len(entries) != len(paths or []):
+                why = f"it has {len(entries)} entries, and {name}_data_paths has {len(paths or [])}."
+                yield d.problem(key, entries, why, "Give one entry for each data set.")
+        weights = getattr(d, f"{name}_data_weights")
+        if weights and (min(weights) < 0 or not sum(weights)):
+            why = "weights are not negative, and one at least is positive."
+            yield d.problem(f"{name}_data_weights", weights, why, "Give shares such as [0.7, 0.3]")
+        if weights and d.weight_by_num_documents:
+            why = "weight_by_num_documents derives the weights from document counts."
+            yield d.problem(f"{name}_data_weights", weights, why, "Keep one of the two.")
+
+
+def unpacked_needs_labels(d: Draft) -> Iterator[Problem]:
+    """With one document per sample, labels say what has a loss."""
+    if d.pack_impl == "unpacked" and not d.train_label_data_paths:
+        why = "one document per sample needs labels, which say where the padding starts."
+        yield d.problem("pack_impl", d.pack_impl, why, "Add train_label_data_paths, or set pack_impl: packed")
+
+
+def one_length_of_training(d: Draft) -> Iterator[Problem]:
+    """A run is measured in steps or in epochs."""
+    if d.train_iters is not None and d.train_epochs is not None:
+        why = f"train_iters = {d.train_iters} says how long training runs too."
+        yield d.problem("train_epochs", d.train_epochs, why, "Keep one of the two.")
+    if d.train_epochs is not None and d.pack_impl != "packed":
+        why = f"the samples of an epoch are not countable with pack_impl = {d.pack_impl}."
+        yield d.problem("train_epochs", d.train_epochs, why, "Set train_iters instead.")
+
+
+def learning_rate_is_a_range(d: Draft) -> Iterator[Problem]:
+    """The floor of the learning rate is below its peak."""
+    peak = d.optimizer["params"]["lr"]
+    if d.min_lr > peak:
+        fix = f"Set min_lr to {peak:g} or less (a tenth, {peak / 10:g}, is usual)."
+        yield d.problem("min_lr", d.min_lr, f"it is more than the peak, optimizer.params.lr = {peak:g}.", fix)
+    if d.lr_decay_iters is not None and d.lr_decay_fraction is not None:
+        why = f"lr_decay_iters = {d.lr_decay_iters} sets the horizon as well."
+        yield d.problem("lr_decay_fraction", d.lr_decay_fraction, why, "Keep one of the two.")
+    if d.lr_decay_style == "wsd" and d.warmup + d.wsd_decay_fraction > 1:
+        why = f"with warmup = {d.warmup:g} there is no room for both (their sum is more than 1)."
+        yield d.problem("wsd_decay_fraction", d.wsd_decay_fraction, why, "Make one of them smaller.")
+
+
+def optimizer_takes_params(d: Draft) -> Iterator[Problem]:
+    """Each optimizer has parameters of its own."""
+    kind = d.optimizer["type"]
+    takes = OPTIMIZERS[kind]
+    for name, value in d.optimizer["params"].items():
+        if name != "lr" and name not in takes:
+            fix = f"Remove it; {kind} takes {_either(['lr', *sorted(takes)])}."
+            yield d.problem(f"optimizer.params.{name}", value, f"optimizer {kind} does not take it.", fix)
+    betas = d.optimizer["params"].get("betas", [])
+    if any(not 0 <= beta < 1 for beta in betas):
+        yield d.problem("optimizer.params.betas", betas, "each must be at least 0 and less than 1.",
+                        "Write betas: [0.9, 0.95]")  # fmt: skip
+    if kind == "sm3" and d.weight_decay and d.given("weight_decay"):
+        yield d.problem("weight_decay", d.weight_decay, "optimizer sm3 has no decay.", "Set weight_decay: 0")
+
+
+def zero_and_pipeline(d: Draft) -> Iterator[Problem]:
+    """DeepSpeed's pipelines shard optimizer states only."""
+    stage = d.zero_optimization["stage"]
+    if stage >= 2 and d.pipe_parallel_size > 1:
+        why = (
+            f"gradients and parameters cannot be sharded over a pipeline (pipe_parallel_size = {d.pipe_parallel_size})."
+        )
+        fix = "Set zero_optimization.stage to 1, or pipe_parallel_size to 1."
+        yield d.problem("zero_optimization.stage", stage, why, fix)
+
+
+def engine_decides_alone(d: Draft) -> Iterator[Problem]:
+    """deepspeed_extra_args holds only what no other key decides."""
+    for name, value in (d.deepspeed_extra_args or {}).items():
+        if name in keys.fields() or name in ("gradient_clipping", "steps_per_print", "optimizer", "scheduler"):
+            yield d.problem(f"deepspeed_extra_args.{name}", value, "a key of its own decides it.",
+                            f"Write {name} outside deepspeed_extra_args.")  # fmt: skip
+        elif keys.status(name) == "refused" and not keys.is_neutral(name, value):
+            yield d.problem(f"deepspeed_extra_args.{name}", value, keys.REFUSED[name].reason, keys.REFUSED[name].fix)
+
+
+def saving_needs_a_time(d: Draft) -> Iterator[Problem]:
+    """`save` without a time to save loses the run."""
+    if d.save and d.checkpoint_factor is None and not d.extra_save_iters:
+        yield d.problem("save", d.save, "nothing says when to save.", "Add checkpoint_factor: 1000")
+    if d.checkpoint_factor is None:
+        return
+    if d.checkpoint_scale == "log" and d.checkpoint_factor <= 1:
+        why = "log-spaced saves are at its powers, so it must be more than 1."
+        yield d.problem("checkpoint_factor", d.checkpoint_factor, why, "Set checkpoint_factor: 2")
+    if d.checkpoint_scale == "linear" and (d.checkpoint_factor % 1 or d.checkpoint_factor < 1):
+        why = "it is a number of steps, so it must be whole."
+        fix = f"Set checkpoint_factor: {max(1, round(d.checkpoint_factor))}"
+        yield d.problem("checkpoint_factor", d.checkpoint_factor, why, fix)
+
+
+def steps_are_not_negative(d: Draft) -> Iterator[Problem]:
+    """Saves happen at steps from 0."""
+    if d.extra_save_iters and min(d.extra_save_iters) < 0:
+        yield d.problem("extra_save_iters", d.extra_save_iters, "a step is 0 or more.", "Remove the negative ones.")
+
+
+RULES: tuple[Rule, ...] = (
+    heads_divide_hidden, kv_heads_divide_heads, heads_divide_over_processes, rotary_is_even, positions_cover_sequence,
+    one_mlp_width, attention_pattern_fits, tied_norm_needs_parallel_residual, fused_gelu_needs_gelu, split_is_possible,
+    one_source_of_data, lists_match, unpacked_needs_labels, one_length_of_training, learning_rate_is_a_range,
+    optimizer_takes_params, zero_and_pipeline, engine_decides_alone, saving_needs_a_time, steps_are_not_negative,
+)  # fmt: skip
+
+
+_EFFECT: dict[str, tuple[str, tuple[Any, ...]]] = {
+    # key that is set: (the key that it depends on, the values under which it has an effect)
+    "rotary_pct": ("pos_emb", ("rotary",)),
+    "rotary_emb_base": ("pos_emb", ("rotary",)),
+    "rpe_num_buckets": ("pos_emb", ("rpe",)),
+    "rpe_max_distance": ("pos_emb", ("rpe",)),
+    "opt_pos_emb_offset": ("pos_emb", ("learned",)),
+    "mup_rp_embedding_mult": ("pos_emb", ("learned", "sinusoidal")),
+    "rms_norm_epsilon": ("norm", ("rmsnorm",)),
+    "scalenorm_epsilon": ("norm", ("scalenorm",)),
+    "layernorm_epsilon": ("norm", ("layernorm", "non_parametric_layernorm")),
+    "wsd_decay_fraction": ("lr_decay_style", ("wsd",)),
+    "wsd_decay_shape": ("lr_decay_style", ("wsd",)),
+    "weighted_sampler_alpha": ("weight_by_num_documents", (True,)),
+    "gradient_predivide_factor": ("prescale_gradients", (True,)),
+    "checkpoint_num_layers": ("checkpoint_activations", (True,)),
+    "allow_chopped": ("pack_impl", ("pack_until_overflow", "unpacked")),
+}
+
+
+def without_effect(draft: Draft) -> Iterator[str]:
+    """Yield a sentence for each key that is set away from its default, and that another key makes idle."""
+    for key, (condition, values) in _EFFECT.items():
+        if draft.given(key) and draft.values[key] != keys.default(key) and draft.values[condition] not in values:
+            place = f"{draft.where(key)}: " if draft.where(key) else ""
+            needed = _either([f"{condition}: {_text(value)}" for value in values])
+            yield f"{place}{key} has no effect without {needed}."
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def runnable(config: Config) -> list[Problem]:
+    """Return why this version cannot start the config on its mesh; such a config can still be checked and planned."""
+    parallel = config.parallel
+    asked = {
+        "model_parallel_size": (parallel.model_parallel_size, parallel.model_parallel_size > 1, "1"),
+        "pipe_parallel_size": (parallel.pipe_parallel_size, parallel.pipe_parallel_size > 1, "1"),
+        "sequence_parallel": ("true", parallel.sequence_parallel, "false"),
+    }
+    why = "tensor, sequence and pipeline parallelism are not built in this version."
+    fix = "Set {}: {} (zero_optimization.stage 1 to 3 shards the model's state over data parallel processes)."
+    return [
+        Problem(f"{key} = {value}", why, fix.format(key, plain))
+        for key, (value, wanted, plain) in asked.items()
+        if wanted
+    ]
+
+
+def trainable(config: Config) -> list[Problem]:
+    """Return what training needs and the config lacks: a length, data, and the tokenizer that made the data."""
+    problems = []
+    if config.training.train_iters is None and config.training.train_epochs is None:
+        problems.append(Problem("train_iters", "nothing says how long to train.", "Add train_iters: 1000"))
+    if not config.data.data_path and not config.data.train_data_paths:
+        fix = "Add data_path: data/quickstart/python_text_document (or give configs/local_setup.yml as well)."
+        problems.append(Problem("data_path", "no training data is named.", fix))
+    return problems + tokenizer_files(config)
+
+
+def tokenizer_files(config: Config) -> list[Problem]:
+    """Return the files that the kind of tokenizer needs and the config does not name."""
+    needs = {
+        "GPT2BPETokenizer": ("vocab_file", "merge_file"),
+        "HFTokenizer": ("vocab_file",),
+        "SPMTokenizer": ("vocab_file",),
+        "TiktokenTokenizer": ("vocab_file",),
+    }
+    kind = config.tokenizer.tokenizer_type
+    return [
+        Problem(key, f"tokenizer_type {kind} needs it.", f"Add {key}: <path>")
+        for key in needs.get(kind, ())
+        if not getattr(config.tokenizer, key)
+    ]
