@@ -1,0 +1,108 @@
+"""A run that was stopped, killed or moved to another number of ranks is the run that never stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron.checkpoint.load import CheckpointReader, find_checkpoint
+from megatron.engine.plain import DeepSpeedEngine
+from megatron.errors import CheckpointError
+from megatron.parallel.mesh import Mesh
+from megatron.training.run import train
+from tests.end_to_end.tiny import config, losses, write_corpus
+from tests.ranks import RankError, run_ranks
+
+
+def run(folder: Path, world_size: int = 1, **changes: Any) -> dict[str, int]:
+    """Train the tiny run as one rank of `world_size`; returns its progress."""
+    return train(config(folder, world_size, **changes), Mesh.create()).as_dict()
+
+
+def run_killed(folder: Path, at: int, **changes: Any) -> None:
+    """Train, and die as by kill -9 within the step after `at` updates."""
+    step: Callable[..., Any] = DeepSpeedEngine.train_step
+
+    def dying_step(self: DeepSpeedEngine, batches: Any, iteration: int) -> Any:
+        if iteration == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, batches, iteration)
+
+    DeepSpeedEngine.train_step = dying_step  # type: ignore[method-assign]
+    run(folder, **changes)
+
+
+def tensors(folder: Path) -> dict[tuple[str, str], torch.Tensor]:
+    """Return everything that the newest checkpoint holds."""
+    reader = CheckpointReader(find_checkpoint(folder / "checkpoints"))
+    return {(kind, name): reader.read(name, kind) for kind in reader.kinds for name in reader.names(kind)}  # type: ignore[misc]
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    for name in ("whole", "broken"):
+        write_corpus(tmp_path / name / "corpus")
+    return tmp_path / "whole", tmp_path / "broken"
+
+
+@pytest.mark.parametrize("changes", [{}, {"precision": "bf16", "hidden_dropout": 0.0, "attention_dropout": 0.0}])
+def test_killed_run_continues_bitwise(folders: tuple[Path, Path], changes: dict[str, Any]) -> None:
+    whole, broken = folders
+    run_ranks(1, lambda: run(whole, **changes))
+    with pytest.raises(RankError, match="died"):
+        run_ranks(1, lambda: run_killed(broken, 5, **changes))
+    assert find_checkpoint(broken / "checkpoints").name == "global_step4"
+    [progress] = run_ranks(1, lambda: run(broken, **changes))
+    assert progress["iteration"] == 8
+    assert progress["consumed_samples"] == 8 * 4
+    assert losses(whole) == losses(broken)
+    assert losses(whole, "validation/lm_loss") == losses(broken, "validation/lm_loss")
+    expected, found = tensors(whole), tensors(broken)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+def test_resume_on_two_ranks_and_another_stage_has_the_same_losses(folders: tuple[Path, Path]) -> None:
+    whole, broken = folders
+    changes = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
+    run_ranks(1, lambda: run(whole, **changes))
+    run_ranks(1, lambda: run(broken, exit_interval=4, **changes))
+    moved = {"gradient_accumulation_steps": 1, "zero_optimization": {"stage": 3}}
+    run_ranks(2, lambda: run(broken, 2, **{**changes, **moved}))
+    assert losses(broken).keys() == losses(whole).keys()
+    for iteration, loss in losses(whole).items():
+        assert losses(broken)[iteration] == pytest.approx(loss, rel=1e-6)
+
+
+def test_nothing_is_overwritten_without_being_asked(folders: tuple[Path, Path]) -> None:
+    whole, _ = folders
+    run_ranks(1, lambda: run(whole, train_iters=2))
+    before = tensors(whole)
+    with pytest.raises(CheckpointError, match=r"already holds checkpoints, up to iteration 2.*resume: auto"):
+        run_ranks(1, lambda: run(whole, train_iters=2, resume="never"))
+    assert all(torch.equal(before[key], tensor) for key, tensor in tensors(whole).items())
+
+
+def test_finetune_takes_the_weights_and_begins_at_zero(folders: tuple[Path, Path]) -> None:
+    whole, broken = folders
+    run_ranks(1, lambda: run(whole, train_iters=4))
+    source = str(whole / "checkpoints")
+    changes = {"load": source, "finetune": True, "train_iters": 1, "optimizer": {"type": "sgd", "params": {"lr": 1e-9}}}
+    [progress] = run_ranks(1, lambda: run(broken, weight_decay=0.0, lr_decay_style="constant", **changes))
+    assert progress["iteration"] == 1
+    trained = CheckpointReader(find_checkpoint(whole / "checkpoints"))
+    for (kind, name), tensor in tensors(broken).items():
+        if kind == "weight":
+            torch.testing.assert_close(tensor, trained.read(name), rtol=0, atol=1e-6)
+
+
+def test_load_that_finds_nothing_stops(folders: tuple[Path, Path]) -> None:
+    whole, _ = folders
+    with pytest.raises(CheckpointError, match="There is no such folder"):
+        run_ranks(1, lambda: run(whole, load=str(whole / "nowhere")))
