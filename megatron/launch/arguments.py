@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 from dataclasses import dataclass, field
 
@@ -65,7 +66,7 @@ def build_parser(program: str = "./deepy.py train.py") -> argparse.ArgumentParse
     parser.add_argument("--check", action="store_true", help="validate, show what follows from the config, and stop")
     parser.add_argument("--print", dest="show", action="store_true", help="show the command that would run, and stop")
     for flags, key, text in _KEY_FLAGS:
-        parser.add_argument(*flags, dest=key, help=text)
+        parser.add_argument(*flags, dest=key, help=text, type=int if key == "iteration" else str)
     return parser
 
 
@@ -86,7 +87,7 @@ def parse_arguments(argv: list[str], program: str = "train.py") -> Arguments:
         raise ConfigError(
             Problem(f"--set {odd[0]}", "is not key=value.", "Put config files before --set, and write --set key=value.")
         )
-    overrides += [f"{key}={values[key]}" for _, key, _ in _KEY_FLAGS if values[key] is not None]
+    overrides += [f"{key}={json.dumps(values[key])}" for _, key, _ in _KEY_FLAGS if values[key] is not None]
     if not values["config_files"]:
         raise ConfigError(
             Problem("no config file", "is named on the command line.", f"Write: {program} configs/quickstart.yml")

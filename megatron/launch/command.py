@@ -12,6 +12,7 @@ import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from urllib.parse import quote
 
 from megatron.config.schema.run import LauncherConfig
 from megatron.errors import LaunchError, Problem
@@ -169,7 +170,7 @@ def runner_command(
     words += [f"--launcher_args={shlex.join(extra)}"] if extra else []
     words += [script, PAYLOAD_FLAG, payload]
     for key, value in _worker_variables(layout, launcher, address, environ).items():
-        words += [ENVIRONMENT_FLAG, f"{key}={value}"]
+        words += [ENVIRONMENT_FLAG, f"{key}={quote(value, safe='/:.,+-_=@')}"]  # pdsh hands it to a shell
     return words
 
 

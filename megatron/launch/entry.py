@@ -12,10 +12,12 @@ The same script runs under `deepy.py`, torchrun, srun, mpirun, plain RANK/WORLD_
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import sys
 import traceback
 from collections.abc import Callable
+from urllib.parse import unquote
 
 from megatron.config.schema.config import Config
 from megatron.config.transport import unpack
@@ -58,9 +60,10 @@ def _read(argv: list[str]) -> tuple[Config, Place]:
         place = find_place(os.environ)
         return read_config(parse_arguments(argv), place.world_size), place
     payload = argv[argv.index(PAYLOAD_FLAG) + 1]
-    for flag, value in zip(argv, argv[1:], strict=False):
+    for flag, word in itertools.pairwise(argv):
         if flag == ENVIRONMENT_FLAG:
-            os.environ.setdefault(*value.split("=", 1))
+            key, value = word.split("=", 1)
+            os.environ.setdefault(key, unquote(value))
     config = unpack(payload)
     return config, find_place(os.environ, config.launcher.master_port)
 

@@ -62,7 +62,7 @@ def _collect(store: dist.Store, world_size: int, deadline: float, seconds: float
                 Problem(
                     f"ranks {_ranges(set(range(world_size)) - present)} of {world_size}",
                     f"did not come within {seconds:.0f} s; the others are on {', '.join(known)}.",
-                    "Look at the output of the missing ranks, and whether their machines reach MASTER_ADDR:MASTER_PORT.",
+                    "Look at the output of the missing ranks; can their machines reach MASTER_ADDR:MASTER_PORT?",
                 )
             )
         time.sleep(0.0 if len(present) == world_size else 0.02)

@@ -100,7 +100,7 @@ def _master_address(environ: Mapping[str, str], world_size: int) -> str:
     if nodes:
         return first_of_node_list(nodes)
     local = _optional(environ, "OMPI_COMM_WORLD_LOCAL_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")
-    if world_size == 1 or local == world_size or "RANK" in environ and local is None:
+    if world_size == 1 or local == world_size or ("RANK" in environ and local is None):
         return "127.0.0.1"
     raise LaunchError(
         Problem("MASTER_ADDR is not set", _MPI, "Set MASTER_ADDR to the name or address of the first machine.")

@@ -1,0 +1,143 @@
+"""`./deepy.py`: from the words a person types to a run, its check, its command line, or a report on the machine."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from megatron.config.transport import pack
+from megatron.errors import DeepyError, LaunchError, Problem
+from megatron.launch import check, doctor
+from megatron.launch.arguments import PAYLOAD_FLAG, Arguments, build_parser, parse_arguments
+from megatron.launch.command import Layout, find_layout, local_environments, runner_command, unsent_secrets
+from megatron.launch.devices import torch_has_cuda
+from megatron.launch.read_config import read_config, read_launcher
+from megatron.launch.supervise import run_ranks
+
+USAGE = """\
+./deepy.py SCRIPT [-d DIR] CONFIG [CONFIG ...] [--set KEY=VALUE ...] [--check | --print]
+./deepy.py doctor
+
+  ./deepy.py train.py configs/quickstart.yml                     train on this machine, on its GPUs or its CPU
+  ./deepy.py train.py -d configs 125M local_setup                several files are merged; .yml may be left out
+  ./deepy.py train.py configs/125M.yml --set train_iters=100     any key can be set on the command line
+  ./deepy.py train.py configs/125M.yml --check                   is the config sound? needs no GPU and no torch
+  ./deepy.py train.py configs/125M.yml --print                   what would run, in a form to copy
+  ./deepy.py generate.py configs/quickstart.yml -i prompts.txt   text from a checkpoint
+  ./deepy.py doctor                                              what this machine has
+
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Do what the command line asks; return the exit code: 0, 2 for a mistake of the user, or the failed rank's."""
+    try:
+        if not argv:
+            print(f"Which script, and which configs?\n\n{USAGE}", file=sys.stderr, end="")
+            return 2
+        if argv[0] in ("-h", "--help", "help"):
+            print(USAGE + build_parser("./deepy.py SCRIPT").format_help(), end="")
+            return 0
+        if argv[0] == "doctor":
+            return doctor.main(argv[1:])
+        script = _find_script(argv[0])
+        return _run(script, parse_arguments(argv[1:], f"./deepy.py {argv[0]}"))
+    except DeepyError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+
+
+def _find_script(name: str) -> str:
+    """Return the script to run. Raises LaunchError where there is none of that name."""
+    for candidate in (name, f"{name}.py"):
+        if Path(candidate).is_file() and candidate.endswith(".py"):
+            return candidate
+    if Path(name).suffix in (".yml", ".yaml", ".json"):
+        why, fix = "is a config; the script comes first.", f"Write: ./deepy.py train.py {name}"
+    else:
+        why = "is no script here." if not Path(name).exists() else "is not a Python script."
+        fix = f"The scripts are: {', '.join(sorted(path.name for path in Path().glob('*.py')) or ['(none)'])}."
+    error = LaunchError(Problem(name, why, fix))
+    error.exit_code = 2
+    raise error
+
+
+def _run(script: str, arguments: Arguments) -> int:
+    """Check, print or start a script with its configs."""
+    if arguments.check:
+        return check.run_check(arguments.config_files, arguments.config_dir, arguments.overrides)
+    launcher = read_launcher(arguments)
+    layout = find_layout(launcher, os.environ)
+    config = read_config(arguments, layout.world_size)
+    payload = pack(config)
+    if layout.uses_runner:
+        command = runner_command(layout, launcher, script, payload, os.environ)
+        if arguments.show:
+            print(shlex.join(command))
+            return 0
+        return _run_runner(command, unsent_secrets(launcher, os.environ))
+    environments = local_environments(layout, launcher, os.environ)
+    if arguments.show:
+        print(_show_local(script, arguments, layout, environments))
+        return 0
+    if not layout.gpus and _has_unused_gpus():
+        print(
+            "[warning] This machine has a GPU, but torch was built without CUDA: running on the CPU.", file=sys.stderr
+        )
+    return run_ranks(lambda local_rank: _run_script(script, payload), environments)
+
+
+def _has_unused_gpus() -> bool:
+    return not torch_has_cuda() and any(Path("/dev").glob("nvidia[0-9]*"))
+
+
+def _run_script(script: str, payload: str) -> int:
+    """In a rank's process: run the script as if it had been started by itself, with the config as its argument."""
+    sys.argv = [script, PAYLOAD_FLAG, payload]
+    sys.path.insert(0, str(Path(script).resolve().parent))
+    runpy.run_path(script, run_name="__main__")
+    return 0
+
+
+def _run_runner(command: list[str], unsent: list[str]) -> int:
+    """Run DeepSpeed's runner in the place of this process's attention, and return its exit code."""
+    if unsent:
+        print(
+            f"[warning] {', '.join(unsent)} are not sent to other hosts, because every user there could read them on a "
+            "command line. Run `wandb login` once on the first host instead.",
+            file=sys.stderr,
+        )
+    process = subprocess.Popen(command)
+    while True:
+        try:
+            status = process.wait()
+            return status if status >= 0 else 128 - status
+        except KeyboardInterrupt:
+            continue  # the terminal has sent it to the runner too, which ends its workers
+
+
+def _show_local(script: str, arguments: Arguments, layout: Layout, environments: list[dict[str, str]]) -> str:
+    """Return the command lines that start the same ranks by hand."""
+    count = layout.world_size
+    placed = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    shared = {key: value for key, value in environments[0].items() if key not in placed | {"CROSS_RANK", "CROSS_SIZE"}}
+    words = f"{shlex.quote(script)} {arguments.command_line()}"
+    python = shlex.quote(sys.executable)
+    torchrun = f"{python} -m torch.distributed.run --standalone --nproc_per_node={count}"
+    lines = [
+        f"# {count} process{'es'[: 2 * (count > 1)]} on this machine. The same with torchrun:",
+        f"{_assignments(shared)} {torchrun} {words}",
+        "# The same by hand, one line for each process:",
+    ]
+    background = " &" if count > 1 else ""
+    lines += [f"{_assignments(environment)} {python} {words}{background}" for environment in environments]
+    return "\n".join(lines + (["wait"] if count > 1 else []))
+
+
+def _assignments(environment: Mapping[str, str]) -> str:
+    return " ".join(f"{key}={shlex.quote(value)}" for key, value in environment.items())

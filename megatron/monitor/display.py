@@ -1,0 +1,155 @@
+"""What stands on the screen while training: a live bar in a terminal, and plain lines in a log file."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from dataclasses import dataclass
+from typing import Protocol
+
+from megatron import logs
+from megatron.monitor.throughput import Speed
+
+logger = logs.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The numbers of one step that a person follows; seconds_left counts the remaining steps."""
+
+    iteration: int
+    total_iterations: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    clipped_grad_norm: float
+    speed: Speed
+    seconds_left: float
+    loss_scale: float = 1.0
+    skipped: int = 0
+
+    def numbers(self) -> list[str]:
+        """Return the numbers as short texts."""
+        norm = f"grad norm {self.grad_norm:.3g}"
+        if self.clipped_grad_norm < self.grad_norm * 0.9995:
+            norm += f" -> {self.clipped_grad_norm:.3g}"
+        texts = [f"loss {self.loss:.4f}", f"lr {self.learning_rate:.2e}", norm]
+        texts.append(f"{self.speed.tokens_per_second:,.0f} tokens/s")
+        if self.speed.mfu is not None:
+            causal = f" ({self.speed.causal_mfu:.1%} causal)" if self.speed.causal_mfu is not None else ""
+            texts.append(f"MFU {self.speed.mfu:.1%}{causal}")
+        if self.loss_scale != 1:
+            texts.append(f"loss scale {self.loss_scale:g}")
+        if self.skipped:
+            texts.append(f"{self.skipped} skipped")
+        return texts
+
+
+class Display(Protocol):
+    """Shows steps; `is_due` says whether the next `show` is wanted now."""
+
+    def is_due(self, iteration: int) -> bool:
+        """Return whether this iteration should be shown."""
+        ...
+
+    def show(self, shown: Shown) -> None:
+        """Show an iteration."""
+        ...
+
+    def close(self) -> None:
+        """Leave the screen as it should stay."""
+        ...
+
+
+class Silent:
+    """Shows nothing: for all ranks but the first."""
+
+    def is_due(self, iteration: int) -> bool:
+        """Return False."""
+        return False
+
+    def show(self, shown: Shown) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+class Lines:
+    """One line every `log_interval` steps, the first and the last step."""
+
+    def __init__(self, total_iterations: int, log_interval: int) -> None:
+        self.total_iterations, self.log_interval = total_iterations, log_interval
+        self._is_first = True
+
+    def is_due(self, iteration: int) -> bool:
+        """Return whether this iteration has a line."""
+        return self._is_first or iteration % self.log_interval == 0 or iteration == self.total_iterations
+
+    def show(self, shown: Shown) -> None:
+        """Write the line of an iteration."""
+        self._is_first = False
+        width = len(str(shown.total_iterations))
+        place = f"iteration {shown.iteration:>{width}}/{shown.total_iterations}"
+        logger.info(" | ".join([place, *shown.numbers(), f"{clock_time(shown.seconds_left)} left"]))
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+class Bar:
+    """A live bar at the bottom of the terminal; messages pass above it. Redrawn at most five times a second."""
+
+    def __init__(self, total_iterations: int, completed: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        self._progress = Progress(
+            TextColumn("{task.percentage:>3.0f} %"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+            console=Console(stderr=True),
+            refresh_per_second=5,
+        )
+        self._task = self._progress.add_task(
+            "the first step takes longest", total=total_iterations, completed=completed
+        )
+        self._progress.start()
+        self._drawn = -math.inf
+
+    def is_due(self, iteration: int) -> bool:
+        """Return whether the bar was last redrawn more than 0.2 s ago, or this is the last step."""
+        return time.monotonic() - self._drawn > 0.2 or iteration == self._progress.tasks[0].total
+
+    def show(self, shown: Shown) -> None:
+        """Redraw the bar."""
+        self._drawn = time.monotonic()
+        text = "  ".join([*shown.numbers(), f"{clock_time(shown.seconds_left)} left"])
+        self._progress.update(self._task, completed=shown.iteration, description=text)
+
+    def close(self) -> None:
+        """Leave the last state of the bar on the screen."""
+        self._progress.stop()
+
+
+def clock_time(seconds: float) -> str:
+    """Return a duration: `0:42`, `12:05`, `3:07:00`, `2 d 03:10`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours >= 24:
+        return f"{hours // 24} d {hours % 24:02}:{minutes:02}"
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def build_display(total_iterations: int, completed: int, log_interval: int, is_first_rank: bool) -> Display:
+    """Return the display of this process: a bar where stderr is a terminal, else lines; nothing on other ranks."""
+    if not is_first_rank:
+        return Silent()
+    if sys.stderr.isatty():
+        try:
+            return Bar(total_iterations, completed)
+        except ImportError:
+            logger.warning("The progress bar needs rich: pip install rich. Until then there are plain lines.")
+    return Lines(total_iterations, log_interval)

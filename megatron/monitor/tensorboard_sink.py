@@ -1,0 +1,34 @@
+"""TensorBoard event files, written without torch or TensorFlow.
+
+Read them with `tensorboard --logdir <tensorboard_dir>`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+INSTALL = "pip install -r requirements/tensorboard.txt"
+
+
+class TensorBoardSink:
+    """Writes scalars to `folder`. Raises ImportError where the package is missing."""
+
+    def __init__(self, folder: Path) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._event, self._summary = Event, Summary
+        folder.mkdir(parents=True, exist_ok=True)
+        self._writer = EventFileWriter(str(folder))
+
+    def write(self, scalars: Mapping[str, float], iteration: int) -> None:
+        """Record the numbers of an iteration."""
+        values = [self._summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
+        event = self._event(wall_time=time.time(), step=iteration, summary=self._summary(value=values))
+        self._writer.add_event(event)
+
+    def close(self) -> None:
+        """Flush and close the event file."""
+        self._writer.close()
