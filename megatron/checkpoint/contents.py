@@ -12,6 +12,7 @@ import yaml
 
 from megatron.config.schema.config import Config
 
+_COMPANIONS = ("special_tokens_map.json", "tokenizer_config.json")  # which tokens end and pad, beside a tokenizer.json
 _TOKENIZER_LIMIT = 256 << 20  # bytes; a larger file is not a tokenizer's
 
 
@@ -36,6 +37,9 @@ def copy_tokenizer(config: Config, folder: Path) -> dict[str, str]:
                 target = target.with_name(f"{key}_{source.name}")
             _write(folder / target, source.read_bytes())
             copied[key] = str(target)
+            for companion in (source.with_name(name) for name in _COMPANIONS):
+                if companion.is_file():
+                    _write(folder / "tokenizer" / companion.name, companion.read_bytes())
     return copied
 
 

@@ -1,0 +1,65 @@
+"""A checkpoint as a model in one process: what generation, export and inspection start from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from megatron.checkpoint.compatible import require_shapes, stored_config
+from megatron.checkpoint.load import CheckpointReader
+from megatron.config.schema.config import Config
+from megatron.config.schema.data import TokenizerConfig
+from megatron.model.build import build_model
+from megatron.model.sequential import SequentialModel
+from megatron.parallel.mesh import Mesh
+
+WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
+
+
+def load_model(
+    reader: CheckpointReader,
+    device: str | torch.device = "cpu",
+    precision: str | None = None,
+    read: Callable[[str], Tensor | None] | None = None,
+) -> SequentialModel:
+    """Return the checkpoint's model on one device, in evaluation mode.
+
+    precision: "fp32", "fp16" or "bf16"; None keeps that of the training run.
+    read: returns a weight by its canonical name; None reads the checkpoint's own.
+    Raises CheckpointError where the weights are not those of the stored config.
+    """
+    config = with_precision(stored_config(reader), precision)
+    shape = reader.shapes.get(WORD_EMBEDDINGS)
+    rows = shape[0] if shape else 0
+    model = build_model(config, rows, Mesh.single(device), initialized=False)
+    require_shapes(reader, {name: tuple(weight.shape) for name, weight in model.named_parameters()})
+    fill_parameters(model, read or reader.read)
+    return model.eval().requires_grad_(False)
+
+
+def fill_parameters(model: nn.Module, read: Callable[[str], Tensor | None]) -> None:
+    """Copy every parameter from `read(canonical name)`, one tensor in memory at a time."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            values = read(name)
+            assert values is not None, f"{name} has been checked to be there"
+            parameter.copy_(values)
+
+
+def with_precision(config: Config, precision: str | None) -> Config:
+    """Return the config with another precision; None leaves it."""
+    if precision is None:
+        return config
+    numerics = config.numerics.model_copy(update={"precision": precision})
+    return config.model_copy(update={"numerics": numerics})
+
+
+def stored_tokenizer(reader: CheckpointReader) -> TokenizerConfig:
+    """Return the tokenizer's config, with the checkpoint's own copies of its files where it has them."""
+    config = stored_config(reader).tokenizer
+    files = reader.manifest.tokenizer.get("files", {})
+    own = {key: str(Path(reader.folder) / place) for key, place in files.items()}
+    return config.model_copy(update=own)

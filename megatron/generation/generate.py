@@ -1,0 +1,189 @@
+"""Decoding: prompts in, samples out, in batches, with keys and values of earlier tokens kept.
+
+samples = generate(model, tokenizer, ["def main():"], DecodingSettings(maximum_tokens=64, context=2048))
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from megatron import logs
+from megatron.config.schema.model import ModelConfig
+from megatron.generation.sampling import Draws, SamplingSettings, choose
+from megatron.model.cache import KVCache
+from megatron.model.sequential import SequentialModel
+from megatron.tokenizer.base import Tokenizer
+
+logger = logs.get_logger(__name__)
+
+_PREFILL = 512  # tokens of a prompt fed at once, which bounds the logits that are computed only to be dropped
+
+
+@dataclass(frozen=True)
+class DecodingSettings:
+    """model: the shape of the model, whose `seq_length` bounds prompt and sample together.
+    maximum_tokens: most new tokens of a sample. batch: prompts decoded together.
+    recompute: no cache; the whole context is computed for every token.
+    seed: of the draws.
+    """
+
+    model: ModelConfig
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    maximum_tokens: int = 64
+    batch: int = 8
+    recompute: bool = False
+    seed: int = 1234
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What one prompt gave.
+
+    tokens: the new ids, without the end-of-document id. finished: whether the model ended the document itself.
+    message: what a reader should know (a prompt that was cut), or None.
+    duration_seconds: wall time of the batch that the prompt was part of.
+    """
+
+    context: str
+    text: str
+    tokens: list[int]
+    finished: bool
+    message: str | None
+    duration_seconds: float
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """A prompt as ids. name: what its draws are seeded with; room: most new tokens."""
+
+    index: int
+    text: str
+    name: str
+    ids: list[int]
+    room: int
+    message: str | None
+
+
+def generate(
+    model: SequentialModel, tokenizer: Tokenizer, prompts: Sequence[str], settings: DecodingSettings
+) -> list[Sample]:
+    """Return one sample for each prompt, in order; an empty prompt starts a document."""
+    prepared = _prepare(prompts, tokenizer, settings)
+    samples: dict[int, Sample] = {}
+    for group in _groups(prepared, 1 if settings.recompute else settings.batch):
+        started = time.perf_counter()
+        ids = _decode(model, tokenizer, group, settings)
+        seconds = round(time.perf_counter() - started, 3)
+        for prompt, new in zip(group, ids, strict=True):
+            samples[prompt.index] = _sample(tokenizer, prompt, new, seconds)
+    return [samples[index] for index in range(len(prompts))]
+
+
+def _prepare(prompts: Iterable[str], tokenizer: Tokenizer, settings: DecodingSettings) -> list[_Prompt]:
+    """Return the prompts as ids that leave room for the new tokens; long ones lose their beginning."""
+    limit = settings.model.seq_length
+    room = min(settings.maximum_tokens, limit - 1)
+    seen: dict[str, int] = {}
+    prepared = []
+    for index, text in enumerate(prompts):
+        ids = tokenizer.encode(text) or [tokenizer.eod]
+        messages = []
+        if room < settings.maximum_tokens:
+            messages.append(f"maximum_tokens = {settings.maximum_tokens} is cut to {room}: seq_length is {limit}")
+        if len(ids) > limit - room:
+            messages.append(
+                f"the first {len(ids) - (limit - room)} of the prompt's {len(ids)} tokens were left out: {room} new "
+                f"tokens must fit into seq_length = {limit}"
+            )
+            ids = ids[-(limit - room) :]
+        for message in messages:
+            logger.warning("prompt %d: %s", index, message)
+        number = seen[text] = seen.get(text, -1) + 1
+        prepared.append(_Prompt(index, text, f"{number}/{text}", ids, room, "; ".join(messages) or None))
+    return prepared
+
+
+def _groups(prompts: Sequence[_Prompt], size: int) -> Iterator[list[_Prompt]]:
+    """Yield groups of at most `size` prompts of similar lengths, so that little padding is computed."""
+    ordered = sorted(prompts, key=lambda prompt: len(prompt.ids))
+    for start in range(0, len(ordered), size):
+        yield ordered[start : start + size]
+
+
+@torch.inference_mode()
+def _decode(
+    model: SequentialModel, tokenizer: Tokenizer, group: Sequence[_Prompt], settings: DecodingSettings
+) -> list[list[int]]:
+    """Return the new ids of each prompt, the end-of-document id included where it came."""
+    stepper = _Recomputing(model, group) if settings.recompute else _Cached(model, group, settings.model)
+    draws = Draws(settings.seed, [prompt.name for prompt in group])
+    new: list[list[int]] = [[] for _ in group]
+    running = set(range(len(group)))
+    tokens: Tensor | None = None
+    for _ in range(group[0].room):
+        logits = stepper.next(tokens)
+        logits[:, tokenizer.vocab_size :] = float("-inf")  # rows that only pad the vocabulary have no text
+        tokens = choose(logits, settings.sampling, draws)
+        for row, token in enumerate(tokens.tolist()):
+            if row in running:
+                new[row].append(token)
+                if token == tokenizer.eod:
+                    running.discard(row)
+        if not running:
+            break
+    return new
+
+
+class _Cached:
+    """Logits of the next token, with the keys and values of all earlier ones kept."""
+
+    def __init__(self, model: SequentialModel, group: Sequence[_Prompt], shape: ModelConfig) -> None:
+        parameter = next(model.parameters())
+        width = max(len(prompt.ids) for prompt in group)
+        padding = [width - len(prompt.ids) for prompt in group]
+        rows = [[0] * pad + prompt.ids for pad, prompt in zip(padding, group, strict=True)]
+        self.model = model
+        self.device = parameter.device
+        self.prompt = torch.tensor(rows, device=self.device)
+        self.cache = KVCache(shape, len(group), width + group[0].room, self.device, parameter.dtype)
+        self.cache.set_padding(torch.tensor(padding))
+
+    def next(self, tokens: Tensor | None) -> Tensor:
+        """Return logits [b, v] after `tokens` [b], or after the prompts where it is None."""
+        if tokens is not None:
+            return self._last(tokens.unsqueeze(1))
+        *head, tail = self.prompt.split(_PREFILL, dim=1)
+        for part in head:
+            self.model(part, cache=self.cache)
+        return self._last(tail)
+
+    def _last(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.model(tokens, cache=self.cache)
+        return logits[:, -1].clone()
+
+
+class _Recomputing:
+    """The slow twin of _Cached, for one prompt: every token computes the whole context."""
+
+    def __init__(self, model: SequentialModel, group: Sequence[_Prompt]) -> None:
+        (prompt,) = group
+        self.model = model
+        self.context = torch.tensor([prompt.ids], device=next(model.parameters()).device)
+
+    def next(self, tokens: Tensor | None) -> Tensor:
+        """Return logits [1, v] after `tokens` [1], or after the prompt where it is None."""
+        if tokens is not None:
+            self.context = torch.cat([self.context, tokens.unsqueeze(1)], dim=1)
+        logits: Tensor = self.model(self.context)
+        return logits[:, -1].clone()
+
+
+def _sample(tokenizer: Tokenizer, prompt: _Prompt, new: list[int], seconds: float) -> Sample:
+    finished = bool(new) and new[-1] == tokenizer.eod
+    tokens = new[:-1] if finished else new
+    return Sample(prompt.text, tokenizer.decode(tokens), tokens, finished, prompt.message, seconds)
