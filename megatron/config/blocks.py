@@ -96,7 +96,7 @@ class Bf16(Block):
     """bf16."""
 
     enabled: bool | None = None
-    immediate_grad_update: bool = False
+    immediate_grad_update: bool = True  # add to the fp32 sum at once, so that no bf16 gradient outlives its layer
     check_grad_overflow: bool = True
     bf16_master_weights_and_grads: bool = False
     bf16_optimizer_states: bool = False
@@ -123,15 +123,13 @@ class OptimizerParams(Block):
 class Optimizer(Block):
     """optimizer."""
 
-    type: Literal["adam", "adamw", "cpu_adam", "cpu_torch_adam", "apex_adam", "sgd", "lion", "madgrad_wd", "sm3"] = (
-        "adam"
-    )
+    type: Literal["adam", "adamw", "cpu_adam", "cpu_torch_adam", "sgd", "lion", "madgrad_wd", "sm3"] = "adam"
     params: OptimizerParams
 
 
 OPTIMIZERS: dict[str, frozenset[str]] = {
     # what `params` may hold beside lr and weight_decay
-    **dict.fromkeys(("adam", "adamw", "cpu_adam", "cpu_torch_adam", "apex_adam"), frozenset({"betas", "eps"})),
+    **dict.fromkeys(("adam", "adamw", "cpu_adam", "cpu_torch_adam"), frozenset({"betas", "eps"})),
     "sgd": frozenset({"momentum", "nesterov"}),
     "lion": frozenset({"betas"}),
     "madgrad_wd": frozenset({"momentum", "eps"}),

@@ -37,6 +37,7 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "wall_clock_breakdown": extra.wall_clock_breakdown,
         "memory_breakdown": False,
+        "timers": {"throughput": {"enabled": False, "synchronized": False}},  # it waits for the GPU at each step
         "dump_state": extra.dump_state,
         "flops_profiler": {"enabled": False, **(extra.flops_profiler or {})},
         "comms_logger": {"enabled": False, **(extra.comms_logger or {})},

@@ -19,7 +19,7 @@ from megatron.engine.plain import DeepSpeedEngine
 from megatron.engine.setup import prepare
 from megatron.errors import ConfigError, EngineError, Problem
 from megatron.logs import get_logger
-from megatron.optim.build import OptimizerKind, build_optimizer, optimizer_kind
+from megatron.optim.build import OptimizerKind, build_optimizer, optimizer_kind, optimizer_name
 from megatron.parallel.mesh import Mesh
 
 logger = get_logger(__name__)
@@ -36,7 +36,7 @@ def build_engine(config: Config, mesh: Mesh, model: nn.Module, objective: Object
     _require_layout(mesh)
     _require_optimizer(config)
     prepare(mesh)
-    optimizer = build_optimizer(config, model.named_parameters(), _deepspeed_optimizers())
+    optimizer = build_optimizer(config, model.named_parameters(), _DEEPSPEED_OPTIMIZERS)
     sizes = [sum(parameter.numel() for parameter in group["params"]) for group in optimizer.param_groups]
     wanted = verify.expected(config, mesh, verify.group_facts(optimizer.param_groups, sizes))
     live, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config))
@@ -51,21 +51,12 @@ def build_engine(config: Config, mesh: Mesh, model: nn.Module, objective: Object
     return engine
 
 
-def _deepspeed_optimizers() -> dict[str, OptimizerKind]:
-    """The optimizers that DeepSpeed compiles on first use; `cpu_adam` updates masters that are offloaded to the CPU."""
-    parameters = frozenset(("lr", "betas", "eps"))
-    return {
-        "cpu_adam": OptimizerKind(_cpu_adam, parameters),
-        "fused_adam": OptimizerKind(_fused_adam, parameters),
-    }
-
-
 def _cpu_adam(groups: list[dict[str, Any]], **params: Any) -> Any:
     return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **params)
 
 
-def _fused_adam(groups: list[dict[str, Any]], **params: Any) -> Any:
-    return deepspeed.ops.adam.FusedAdam(groups, adam_w_mode=True, **params)
+# DeepSpeed compiles it on first use; it updates masters that are offloaded to the CPU.
+_DEEPSPEED_OPTIMIZERS = {"cpu_adam": OptimizerKind(_cpu_adam)}
 
 
 def _require_layout(mesh: Mesh) -> None:
@@ -79,7 +70,7 @@ def _require_layout(mesh: Mesh) -> None:
 def _require_optimizer(config: Config) -> None:
     """Raise ConfigError where the optimizer and the ZeRO block do not fit each other."""
     zero = config.parallel.zero_optimization
-    name = str(config.optimizer.optimizer.get("type", "adam")).lower()
+    name = optimizer_name(config)
     offload = (zero.get("offload_optimizer") or {}).get("device", "none")
     if name == "cpu_adam" and offload != "cpu":
         raise ConfigError(
@@ -97,7 +88,7 @@ def _require_optimizer(config: Config) -> None:
                 fix='Set it to "cpu" or "none".',
             )
         )
-    if not optimizer_kind(config, _deepspeed_optimizers()).elementwise:
+    if not optimizer_kind(config, _DEEPSPEED_OPTIMIZERS).elementwise:
         raise ConfigError(
             Problem(
                 what=f'optimizer.type = "{name}"',
