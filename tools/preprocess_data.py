@@ -19,8 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tqdm import tqdm
-
+from megatron.data.bar import Bar
 from megatron.data.corpus import find_inputs
 from megatron.data.indexed import bin_path
 from megatron.data.preprocess import Counts, Job, encoder_for, preprocess
@@ -80,46 +79,35 @@ def _check(parsed: argparse.Namespace) -> None:
         raise ConfigError(*problems)
 
 
-class Bar:
-    """The progress bar, and the bad lines printed above it.
-
-    It counts bytes of input, or documents where their number is known; `interval` documents pass between updates. Into
-    a file it writes a line every ten seconds at most.
-    """
+class Display:
+    """The progress bar over documents, if their number is known, or bytes of input, and bad lines printed above it."""
 
     def __init__(self, num_bytes: int, num_documents: int | None, interval: int) -> None:
         self.by_documents = num_documents is not None
         self.interval = interval
         self.pending = self.shown_documents = self.num_bad = 0
-        unit = {"unit": "doc"} if self.by_documents else {"unit": "B", "unit_scale": True}
-        pause = 0.1 if sys.stderr.isatty() else 10.0
-        total = num_documents if self.by_documents else num_bytes
-        self.bar = tqdm(total=total, mininterval=pause, desc="encoding", file=sys.stderr, **unit)
+        self.bar = Bar("encoding", num_documents or num_bytes, "documents" if self.by_documents else "MB")
 
     def progress(self, num_bytes: int, counts: Counts) -> None:
-        """Move on by a chunk."""
+        """Move on by a chunk, if `interval` documents have passed since the last time."""
         self.pending += num_bytes
         new = counts.num_documents - self.shown_documents
-        if new < self.interval:
-            return
-        self.bar.set_postfix_str(
-            f"{counts.num_documents:,} docs, {counts.num_tokens / 1e6:,.1f} M tokens", refresh=False
-        )
-        self.bar.update(new if self.by_documents else self.pending)
-        self.pending, self.shown_documents = 0, counts.num_documents
+        if new >= self.interval:
+            note = f"{counts.num_documents:,} documents, {counts.num_tokens / 1e6:,.1f} M tokens"
+            self.bar.advance(new if self.by_documents else self.pending, note)
+            self.pending, self.shown_documents = 0, counts.num_documents
 
     def report(self, message: str) -> None:
         """Show a bad line; after SHOWN_BAD_LINES they are only counted."""
         self.num_bad += 1
         if self.num_bad <= SHOWN_BAD_LINES:
-            self.bar.write(f"bad line: {message}", file=sys.stderr)
+            self.bar.message(f"bad line: {message}")
         elif self.num_bad == SHOWN_BAD_LINES + 1:
-            self.bar.write("bad line: further ones are counted, not shown", file=sys.stderr)
+            self.bar.message("bad line: further ones are counted, not shown")
 
     def close(self) -> None:
-        """Complete the bar."""
-        if not self.by_documents:
-            self.bar.update(self.pending)
+        """Complete the bar and give the terminal back."""
+        self.bar.advance(0 if self.by_documents else self.pending)
         self.bar.close()
 
 
@@ -142,11 +130,11 @@ def run(parsed: argparse.Namespace) -> None:
         max_bad_fraction=parsed.max_bad_lines,
         tokenizer_files=(parsed.vocab_file, parsed.merge_file),
     )
-    bar = Bar(sum(source.size for source in files), parsed.num_docs, parsed.log_interval)
+    display = Display(sum(source.size for source in files), parsed.num_docs, parsed.log_interval)
     try:
-        counts = preprocess(job, bar.progress, bar.report)
+        counts = preprocess(job, display.progress, display.report)
     finally:
-        bar.close()
+        display.close()
     for key in keys:
         print(summary(job, key, counts[key], time.perf_counter() - start))
 
