@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 
 from megatron.errors import ConfigError, Problem
 
-PAYLOAD_FLAG = "--deepy-payload"
-ENVIRONMENT_FLAG = "--deepy-env"
 # GPT-NeoX's flags, each a short way to set one key: (flags, key, help).
 _KEY_FLAGS = (
     (("--wandb_group",), "wandb_group", "Weights & Biases group"),

@@ -13,12 +13,22 @@ from pathlib import Path
 from megatron.config.transport import pack
 from megatron.errors import DeepyError, LaunchError, Problem
 from megatron.launch import check, doctor
-from megatron.launch.arguments import PAYLOAD_FLAG, Arguments, build_parser, parse_arguments
-from megatron.launch.command import Layout, find_layout, local_environments, runner_command, unsent_secrets
+from megatron.launch.arguments import Arguments, build_parser, parse_arguments
+from megatron.launch.command import (
+    Layout,
+    find_layout,
+    local_environments,
+    runner_command,
+    single_layout,
+    unsent_secrets,
+)
 from megatron.launch.devices import torch_has_cuda
-from megatron.launch.read_config import read_config, read_launcher
+from megatron.launch.prelude import PAYLOAD_FLAG
+from megatron.launch.read_config import read_launcher, read_settings, resolve_for
 from megatron.launch.supervise import run_ranks
 
+# Scripts that use one process, whatever layout the config trains with.
+SINGLE_PROCESS = frozenset({"generate.py"})
 USAGE = """\
 ./deepy.py SCRIPT [-d DIR] CONFIG [CONFIG ...] [--set KEY=VALUE ...] [--check | --print]
 ./deepy.py doctor
@@ -71,9 +81,11 @@ def _run(script: str, arguments: Arguments) -> int:
     """Check, print or start a script with its configs."""
     if arguments.check:
         return check.run_check(arguments.config_files, arguments.config_dir, arguments.overrides)
-    launcher = read_launcher(arguments)
-    layout = find_layout(launcher, os.environ)
-    config = read_config(arguments, layout.world_size)
+    settings = read_settings(arguments)
+    is_alone = Path(script).name in SINGLE_PROCESS
+    launcher = read_launcher(settings)
+    layout = single_layout(os.environ) if is_alone else find_layout(launcher, os.environ)
+    config = resolve_for(settings, None if is_alone else layout.world_size, planning=is_alone)
     payload = pack(config)
     if layout.uses_runner:
         command = runner_command(layout, launcher, script, payload, os.environ)

@@ -16,10 +16,10 @@ from urllib.parse import quote
 
 from megatron.config.schema.run import LauncherConfig
 from megatron.errors import LaunchError, Problem
-from megatron.launch.arguments import ENVIRONMENT_FLAG, PAYLOAD_FLAG
 from megatron.launch.devices import usable_cores, visible_gpus
 from megatron.launch.hosts import Host, hostfile_path, read_hostfile, select
 from megatron.launch.place import Place
+from megatron.launch.prelude import ENVIRONMENT_FLAG, PAYLOAD_FLAG
 
 # Variables that change how torch, its collectives or our messages behave, and so must be alike on all machines.
 _FORWARDED = re.compile(
@@ -66,6 +66,11 @@ def find_layout(launcher: LauncherConfig, environ: Mapping[str, str]) -> Layout:
         _require_expressible(launcher)
         return Layout(tuple(hosts), hostfile=path, uses_runner=True)
     return _on_this_machine(hosts[0].slots, environ, path)
+
+
+def single_layout(environ: Mapping[str, str]) -> Layout:
+    """Return the layout of one process on this machine, whatever hostfile there is."""
+    return _on_this_machine((0,), environ)
 
 
 def _local_layout(launcher: LauncherConfig, environ: Mapping[str, str]) -> Layout:

@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,7 +84,7 @@ def verdict(broken: list[Finding]) -> str:
     return f"Training can run here, on the CPU ({usable_cores()} cores)."
 
 
-def _print(title: str, findings: list[Finding]) -> None:
+def _print(title: str, findings: Iterable[Finding]) -> None:
     print(title)
     for finding in findings:
         print(finding, flush=True)

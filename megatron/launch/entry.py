@@ -12,39 +12,44 @@ The same script runs under `deepy.py`, torchrun, srun, mpirun, plain RANK/WORLD_
 from __future__ import annotations
 
 import gc
-import itertools
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
-from urllib.parse import unquote
 
 from megatron.config.schema.config import Config
 from megatron.config.transport import unpack
-from megatron.errors import DeepyError
-from megatron.launch.arguments import ENVIRONMENT_FLAG, PAYLOAD_FLAG, parse_arguments
+from megatron.launch.arguments import parse_arguments
 from megatron.launch.failure import from_exception
 from megatron.launch.place import Place, find_place
-from megatron.launch.read_config import read_config
-from megatron.launch.worker import Worker, find_board, report, start_worker
+from megatron.launch.prelude import PAYLOAD_FLAG
+from megatron.launch.read_config import read_settings, resolve_for
+from megatron.launch.worker import Worker, find_board, report, single_worker, start_worker
 from megatron.logs import current_step
 from megatron.parallel.mesh import Mesh
 
 Work = Callable[[Config, Mesh], object]
 
 
-def run_worker(work: Work, argv: list[str]) -> int:
+def run_worker(work: Work, argv: list[str], alone: bool = False) -> int:
     """Run `work(config, mesh)` as one rank; return the exit code.
 
     argv: the launcher's payload, or what a person writes: `configs/a.yml configs/b.yml --set key=value`.
+    alone: one process does all the work, whatever layout the config trains with; further ranks have nothing to do.
     An exception is reported once, by the launcher that supervises this process, or by the first rank that failed.
     """
     gc.enable()
     gc.freeze()
     place, worker = Place(), None
     try:
-        config, place = _read(argv)
-        worker = start_worker(config, place, find_board(os.environ))
+        place = find_place(os.environ)
+        if alone and place.rank > 0:
+            return 0
+        config = _read(argv, None if alone else place.world_size)
+        place = place.listening_at(config.launcher.master_addr, config.launcher.master_port)
+        board = find_board(os.environ)
+        worker = single_worker(place, board) if alone else start_worker(config, place, board)
         work(config, worker.mesh)
         worker.finish()
     except KeyboardInterrupt:
@@ -54,27 +59,23 @@ def run_worker(work: Work, argv: list[str]) -> int:
     return 0
 
 
-def _read(argv: list[str]) -> tuple[Config, Place]:
-    """Return the config and this process's place, from a launcher's payload or from files."""
-    if PAYLOAD_FLAG not in argv:
-        place = find_place(os.environ)
-        return read_config(parse_arguments(argv), place.world_size), place
-    payload = argv[argv.index(PAYLOAD_FLAG) + 1]
-    for flag, word in itertools.pairwise(argv):
-        if flag == ENVIRONMENT_FLAG:
-            key, value = word.split("=", 1)
-            os.environ.setdefault(key, unquote(value))
-    config = unpack(payload)
-    return config, find_place(os.environ, config.launcher.master_port)
+def _read(argv: list[str], world_size: int | None) -> Config:
+    """Return the config of a launcher's payload, or of files for `world_size` processes (None: as planned there)."""
+    if PAYLOAD_FLAG in argv:
+        return unpack(argv[argv.index(PAYLOAD_FLAG) + 1])
+    return resolve_for(read_settings(parse_arguments(argv)), world_size, planning=world_size is None)
 
 
 def _fail(error: Exception, place: Place, worker: Worker | None) -> int:
     """Report the end of this rank and return its exit code."""
     failure = from_exception(error, place.rank, place.world_size, place.host, current_step())
-    board = find_board(os.environ)
-    if report(failure, board, worker.watch if worker else None):
+    board, watch = find_board(os.environ), worker.watch if worker else None
+    if watch is None and board is None and place.rank > 0:
+        # Before the ranks have met, all are likely to fail for the same reason: rank 0 is given the time to say it.
+        time.sleep(2)
+    if report(failure, board, watch):
         print(f"\n{failure}", file=sys.stderr, flush=True)
-    elif board is None and not isinstance(error, DeepyError):
+    elif board is None:
         last = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
         print(f"rank {place.rank} on host {place.host} failed as well: {last}", file=sys.stderr, flush=True)
     return failure.exit_code

@@ -6,6 +6,7 @@ Understood, in this order: RANK/WORLD_SIZE (ours, torchrun, DeepSpeed's), Slurm 
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import socket
 from collections.abc import Mapping
@@ -13,8 +14,7 @@ from dataclasses import dataclass, field
 
 from megatron.errors import LaunchError, Problem
 
-DEFAULT_PORT = 29500
-_MPI = "this launcher starts processes, but does not say where the first one listens."
+_UNKNOWN = "this launcher starts processes, but does not say where the first one listens."
 # (rank, world size, local rank, local size) by launcher. DeepSpeed's own launcher sets LOCAL_SIZE.
 _VARIABLES = (
     ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
@@ -27,14 +27,14 @@ _VARIABLES = (
 
 @dataclass(frozen=True)
 class Place:
-    """A process's place: global and local rank, the sizes, and where rank 0 listens."""
+    """A process's place: global and local rank, the sizes, and where rank 0 listens ("" and 0: not known yet)."""
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
-    master_addr: str = "127.0.0.1"
-    master_port: int = DEFAULT_PORT
+    master_addr: str = ""
+    master_port: int = 0
     host: str = field(default_factory=socket.gethostname)
 
     def environment(self) -> dict[str, str]:
@@ -52,20 +52,32 @@ class Place:
             "CROSS_SIZE": str(nodes),
         }
 
+    def listening_at(self, address: str | None, port: int) -> Place:
+        """Return the place with the config's master_addr and master_port where the environment named none.
+
+        Raises LaunchError where several machines take part and nothing names the first."""
+        address = self.master_addr or address
+        if not address and self.local_world_size < self.world_size:
+            raise LaunchError(
+                Problem(
+                    "MASTER_ADDR is not set", _UNKNOWN, "Set MASTER_ADDR to the name or address of the first machine."
+                )
+            )
+        return dataclasses.replace(self, master_addr=address or "127.0.0.1", master_port=self.master_port or port)
+
     def describe(self) -> str:
         """Return the place for messages, such as `rank 3 host n1`; "" for a single process."""
         return f"rank {self.rank} host {self.host}" if self.world_size > 1 else ""
 
 
-def find_place(environ: Mapping[str, str], default_port: int = DEFAULT_PORT) -> Place:
+def find_place(environ: Mapping[str, str]) -> Place:
     """Return the place that the environment describes; one process where it describes none.
 
-    default_port: used where MASTER_PORT is not set.
-    Raises LaunchError where the variables contradict each other or no address of rank 0 can be told.
+    Raises LaunchError where the variables contradict each other.
     """
     names = next((names for names in _VARIABLES if _is_set(names, environ)), None)
     if names is None:
-        return Place(master_port=default_port)
+        return Place()
     rank, world_size = _number(environ, names[0]), _number(environ, names[1])
     if not 0 <= rank < world_size:
         raise LaunchError(
@@ -81,8 +93,8 @@ def find_place(environ: Mapping[str, str], default_port: int = DEFAULT_PORT) -> 
         local_rank = rank % local_size if local_size else rank
     if local_size is None:
         local_size = world_size
-    port = _optional(environ, "MASTER_PORT") or default_port
-    return Place(rank, world_size, local_rank, local_size, _master_address(environ, world_size), port)
+    port = _optional(environ, "MASTER_PORT") or 0
+    return Place(rank, world_size, local_rank, local_size, _master_address(environ), port)
 
 
 def _is_set(names: tuple[str, ...], environ: Mapping[str, str]) -> bool:
@@ -92,19 +104,10 @@ def _is_set(names: tuple[str, ...], environ: Mapping[str, str]) -> bool:
     return names[0] in environ and names[1] in environ
 
 
-def _master_address(environ: Mapping[str, str], world_size: int) -> str:
-    """Return the address of rank 0's machine: MASTER_ADDR, else the first host of Slurm's node list."""
-    if environ.get("MASTER_ADDR"):
-        return environ["MASTER_ADDR"]
+def _master_address(environ: Mapping[str, str]) -> str:
+    """Return the address of rank 0's machine: MASTER_ADDR, else the first host of Slurm's node list, else ""."""
     nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
-    if nodes:
-        return first_of_node_list(nodes)
-    local = _optional(environ, "OMPI_COMM_WORLD_LOCAL_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")
-    if world_size == 1 or local == world_size or ("RANK" in environ and local is None):
-        return "127.0.0.1"
-    raise LaunchError(
-        Problem("MASTER_ADDR is not set", _MPI, "Set MASTER_ADDR to the name or address of the first machine.")
-    )
+    return environ.get("MASTER_ADDR") or (first_of_node_list(nodes) if nodes else "")
 
 
 def first_of_node_list(text: str) -> str:

@@ -12,14 +12,19 @@ import os
 import sys
 import time
 from pathlib import Path
+from urllib.parse import unquote
+
+from megatron.launch.devices import visible_gpus
 
 MINIMUM_PYTHON = (3, 11)
 REQUIRED = ("yaml", "pydantic", "numpy", "torch", "deepspeed")
 LAUNCH_TIME = "DEEPY_LAUNCH_TIME"
+PAYLOAD_FLAG = "--deepy-payload"
+ENVIRONMENT_FLAG = "--deepy-env"
 
 
 def prepare(script: str) -> None:
-    """Note the time of launch, make sure of an interpreter that has what we need, and quieten the collector.
+    """Note the time of launch, make sure of an interpreter that has what we need, and settle the environment.
 
     script: path of the script that runs; `.venv/bin/python` is looked for beside it. Where this interpreter lacks
     a package and that one exists, the process continues in it (os.execv) and this function does not return.
@@ -29,9 +34,22 @@ def prepare(script: str) -> None:
     lacking = missing_packages()
     if lacking:
         _use_other_interpreter(Path(script).resolve().parent, lacking)
+    _apply_sent_environment(sys.argv)
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if visible_gpus(os.environ) else "cpu")
+    # DeepSpeed decorates functions with torch.compile when it is imported; nothing here is compiled by it, and
+    # loading the compiler for that costs 0.7 s.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     # Importing torch and DeepSpeed creates a million objects that stay; collecting between them costs 0.1 to 0.2 s.
     # megatron.launch.entry switches the collector on again.
     gc.disable()
+
+
+def _apply_sent_environment(argv: list) -> None:
+    """Set the variables that the launcher on another machine sent as `--deepy-env KEY=VALUE`, percent-encoded."""
+    for flag, word in zip(argv, argv[1:]):  # noqa: B905, RUF007 - an old Python has neither strict nor pairwise
+        if flag == ENVIRONMENT_FLAG:
+            key, value = word.split("=", 1)
+            os.environ.setdefault(key, unquote(value))
 
 
 def missing_packages() -> list:

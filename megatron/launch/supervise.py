@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn
 
@@ -79,7 +79,7 @@ class _Ranks:
 
 
 def run_ranks(
-    body: Callable[[int], int], environments: list[Mapping[str, str]], patience: Patience | None = None
+    body: Callable[[int], int], environments: Sequence[Mapping[str, str]], patience: Patience | None = None
 ) -> int:
     """Run `body(local_rank)` in a process of its own for each environment; return the exit code of the run.
 

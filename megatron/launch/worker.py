@@ -58,12 +58,7 @@ def start_worker(config: Config, place: Place, board: Board | None = None) -> Wo
     Raises LaunchError where ranks are missing or differ, or the layout does not fit the number of processes.
     """
     os.environ.update(place.environment())
-    on_step = (lambda step: board.set_step(place.local_rank, step)) if board else None
-    logs.setup(place.rank, place.describe(), on_step=on_step)
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|deepspeed)\b")
-    device = _choose_device(place)
-    if "OMP_NUM_THREADS" not in os.environ and device.type == "cpu":
-        torch.set_num_threads(max(1, usable_cores() // place.local_world_size))
+    device = _prepare(place, board)
     watch = _connect(config, place, device, supervised=board is not None)
     try:
         mesh = Mesh.create(config.parallel.model_parallel_size, max(1, config.parallel.pipe_parallel_size), device)
@@ -73,6 +68,24 @@ def start_worker(config: Config, place: Place, board: Board | None = None) -> Wo
         raise
     logs.setup(place.rank, f"{mesh.describe()} host {place.host}" if place.world_size > 1 else "")
     return Worker(place, mesh, board, watch)
+
+
+def single_worker(place: Place, board: Board | None = None) -> Worker:
+    """Return a process that works alone, without torch.distributed."""
+    device = _prepare(place, board)
+    logger.info(f"1 process on {place.host}: {_device_name(device)}")
+    return Worker(place, Mesh.single(device), board)
+
+
+def _prepare(place: Place, board: Board | None) -> torch.device:
+    """Settle logs, warnings, device and threads."""
+    on_step = (lambda step: board.set_step(place.local_rank, step)) if board else None
+    logs.setup(place.rank, place.describe(), on_step=on_step)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|deepspeed)\b")
+    device = _choose_device(place)
+    if "OMP_NUM_THREADS" not in os.environ and device.type == "cpu":
+        torch.set_num_threads(max(1, usable_cores() // place.local_world_size))
+    return device
 
 
 def report(failure: Failure, board: Board | None, watch: PeerWatch | None) -> bool:

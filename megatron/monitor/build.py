@@ -1,10 +1,11 @@
 """The monitor of a run: one object that the loop tells everything, and that tells people and files.
 
-    monitor = build_monitor(config, work, is_first_rank=mesh.world.rank == 0, start_iteration=progress.iteration)
+    monitor = build_monitor(config, is_main=mesh.world.rank == 0, start_iteration=progress.iteration)
     monitor.log_validation(0, loss)
+    monitor.start_step(1)                  # iterations count from 1: updates done, this one included
     with monitor.timers.measure("batch"): ...
-    monitor.log_step(iteration, result, seconds)      # iteration counts from 1: updates done, this one included
-    monitor.log_checkpoint(iteration, folder)
+    monitor.log_step(1, result)
+    monitor.log_checkpoint(1, folder)
     monitor.close()
 
 On ranks other than the first it keeps quiet and writes nothing.
@@ -13,6 +14,7 @@ On ranks other than the first it keeps quiet and writes nothing.
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,11 +24,11 @@ from typing import Protocol
 from megatron import logs
 from megatron.config.schema.config import Config
 from megatron.monitor import comet_sink, plot, tensorboard_sink, wandb_sink
-from megatron.monitor.display import Display, Shown, build_display
+from megatron.monitor.display import Display, Shown, Silent, build_display
 from megatron.monitor.metrics import MetricsFile
 from megatron.monitor.run_folder import open_run_folder, run_name, saved_config
 from megatron.monitor.sinks import GuardedSink, Sink
-from megatron.monitor.throughput import Speed, StepClock, Work, speed
+from megatron.monitor.throughput import Speed, StepClock, Work, known_peak, speed
 from megatron.monitor.timers import Timers
 
 logger = logs.get_logger(__name__)
@@ -81,7 +83,7 @@ class Monitor:
         self.timers = Timers()
         self._display, self._record, self._clock = display, record, StepClock()
         self._skipped = 0
-        self._begin = time.monotonic()
+        self._step_begin: float | None = None
         if record is not None:
             record.metrics.write("start", start_iteration)
 
@@ -90,11 +92,17 @@ class Monitor:
         """The run's folder; None on ranks other than the first."""
         return self._record.folder if self._record is not None else None
 
-    def log_step(self, iteration: int, values: StepValues, seconds: float) -> None:
-        """Record one optimizer step.
+    def start_step(self, iteration: int) -> None:
+        """Say that an optimizer step begins; its seconds count from here, and messages name it."""
+        logs.set_step(iteration)
+        if self._step_begin is None and self._record is not None:
+            self._record.metrics.write("first_step", iteration, seconds_since_launch=_seconds_since_launch())
+        self._step_begin = time.perf_counter()
 
-        iteration: updates done, this one included. seconds: wall time of the step, its batch included.
-        """
+    def log_step(self, iteration: int, values: StepValues) -> None:
+        """Record the optimizer step that `start_step` began. iteration: updates done, this one included."""
+        seconds = time.perf_counter() - self._step_begin if self._step_begin is not None else 0.0
+        seconds = max(seconds, 1e-9)
         self._clock.add(seconds)
         self._skipped += values.skipped
         if self._record is None:
@@ -135,19 +143,27 @@ class Monitor:
             self._skipped,
         )
 
-    def log_validation(self, iteration: int, loss: float, name: str = "validation") -> None:
-        """Record a loss over held-out data, in nats per token. name: "validation" or "test"."""
+    def log_validation(self, iteration: int, loss: float, character_perplexity: float | None = None) -> None:
+        """Record the validation loss, in nats per token, and the perplexity per character where it is measured."""
+        self._log_held_out("validation", iteration, loss, character_perplexity)
+
+    def log_test(self, iteration: int, loss: float, character_perplexity: float | None = None) -> None:
+        """Record the loss over the test set, in nats per token."""
+        self._log_held_out("test", iteration, loss, character_perplexity)
+
+    def _log_held_out(self, name: str, iteration: int, loss: float, character_perplexity: float | None) -> None:
         if self._record is None:
             return
-        perplexity = math.exp(min(loss, 700.0))
-        self._record.metrics.write(name, iteration, loss=loss, perplexity=perplexity)
-        self._record.send({f"{name}/lm_loss": loss, f"{name}/lm_loss_ppl": perplexity}, iteration)
-        logger.info(f"{name} at iteration {iteration}: loss {loss:.4f}, perplexity {perplexity:,.2f}")
-
-    def log_event(self, event: str, iteration: int, **values: float | str) -> None:
-        """Append an event of the loop to metrics.jsonl, such as the moment at which the first step begins."""
-        if self._record is not None:
-            self._record.metrics.write(event, iteration, **values)
+        numbers = {"lm_loss": loss, "lm_loss_ppl": math.exp(min(loss, 700.0))}
+        if character_perplexity is not None:
+            numbers["lm_loss_char_lvl_ppl"] = character_perplexity
+        perplexity = numbers["lm_loss_ppl"]
+        self._record.metrics.write(
+            name, iteration, loss=loss, perplexity=perplexity, character_perplexity=character_perplexity
+        )
+        self._record.send({f"{name}/{key}": value for key, value in numbers.items()}, iteration)
+        per_character = f", {character_perplexity:.3f} per character" if character_perplexity is not None else ""
+        logger.info(f"{name} at iteration {iteration}: loss {loss:.4f}, perplexity {perplexity:,.2f}{per_character}")
 
     def log_checkpoint(self, iteration: int, folder: Path) -> None:
         """Say that a checkpoint was written, and bring the loss plot up to date."""
@@ -213,22 +229,49 @@ def _speed_scalars(now: Speed) -> dict[str, float]:
     return {**rates, **{name: value for name, value in optional.items() if value is not None}}
 
 
+def _seconds_since_launch() -> float | None:
+    """Return the seconds since the launcher began, which it left in the environment; None without it."""
+    begin = os.environ.get("DEEPY_LAUNCH_TIME")
+    return time.time() - float(begin) if begin else None
+
+
 def build_monitor(
-    config: Config, work: Work, is_first_rank: bool, total_iterations: int, start_iteration: int = 0
+    config: Config,
+    is_main: bool,
+    start_iteration: int = 0,
+    num_parameters: int | None = None,
+    flops_full: float | None = None,
+    flops_causal: float | None = None,
+    device_name: str = "",
 ) -> Monitor:
     """Return the monitor of this process: on the first rank with the run's folder and sinks, elsewhere a quiet one.
 
     start_iteration: the iteration the run resumes from; 0 starts its metrics afresh.
+    flops_full, flops_causal: per token, forward and backward, with whole and with causal attention.
+    device_name: as torch names the GPU, to know its peak where peak_theoretical_tflops is not set; "" for a CPU.
     Raises DeepyError where the run's folder cannot be written.
     """
-    display = build_display(total_iterations, start_iteration, config.monitor.log_interval, is_first_rank)
-    if not is_first_rank:
-        return Monitor(work, display, total_iterations)
+    total, monitor = config.training.train_iters or 0, config.monitor
+    work = Work(
+        samples=config.batch.train_batch_size,
+        tokens=config.batch.train_batch_size * config.model.seq_length,
+        world_size=config.parallel.world_size,
+        flops_per_token=flops_full,
+        causal_flops_per_token=flops_causal,
+        peak_tflops=monitor.peak_theoretical_tflops or known_peak(device_name),
+        recomputes=config.training.checkpoint_activations,
+    )
+    if not is_main:
+        return Monitor(work, Silent(), total)
     name = run_name(config)
     folder = open_run_folder(config, name, start_iteration)
     sinks = [sink for sink in _open_sinks(config, name, folder) if sink.is_open]
+    size = f"{num_parameters:,} parameters, " if num_parameters else ""
+    logger.info(f"{size}{work.tokens:,} tokens in each step, metrics in {folder}")
     record = _Record(folder, MetricsFile(folder / "metrics.jsonl"), sinks)
-    return Monitor(work, display, total_iterations, start_iteration, record, name)
+    return Monitor(
+        work, build_display(total, start_iteration, monitor.log_interval), total, start_iteration, record, name
+    )
 
 
 def _open_sinks(config: Config, name: str, folder: Path) -> list[GuardedSink]:

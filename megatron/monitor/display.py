@@ -143,10 +143,8 @@ def clock_time(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def build_display(total_iterations: int, completed: int, log_interval: int, is_first_rank: bool) -> Display:
-    """Return the display of this process: a bar where stderr is a terminal, else lines; nothing on other ranks."""
-    if not is_first_rank:
-        return Silent()
+def build_display(total_iterations: int, completed: int, log_interval: int) -> Display:
+    """Return the display of the first rank: a bar where stderr is a terminal, else lines."""
     if sys.stderr.isatty():
         try:
             return Bar(total_iterations, completed)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
-from megatron import logs
 from megatron.config.schema.training import TrainingConfig
 from megatron.data.loaders import BatchLoader
 from megatron.engine.base import Engine
@@ -32,22 +32,31 @@ def run_loop(run: Run, progress: Progress) -> Progress:
     """Train from `progress` to the end of the run, or to its exit_interval; return how far it came."""
     if progress.iteration == 0:
         validate(run, progress)
-        run.keeper.save_if_due(run.engine, progress)
+        save_if_due(run, progress)
     while progress.iteration < run.train_iters:
         logs.set_step(progress.iteration + 1)
-        batches = next(run.loader)
+        begin = time.perf_counter()
+        with run.monitor.timers.measure("batch"):
+            batches = next(run.loader)
         result = run.engine.train_step(batches, progress.iteration)
         samples = run.loader.consumed_samples - progress.consumed_samples
         progress = progress.after_step(samples, result.num_tokens, result.skipped)
-        run.monitor.log_step(progress.iteration, result)
+        run.monitor.log_step(progress.iteration, result, time.perf_counter() - begin)
         if is_due(progress, run.training.eval_interval) or progress.iteration == run.train_iters:
             validate(run, progress)
-        run.keeper.save_if_due(run.engine, progress)
+        save_if_due(run, progress)
         if is_due(progress, run.training.exit_interval):
             run.monitor.message(f"stopping at iteration {progress.iteration}, a multiple of exit_interval")
             break
     run.keeper.save(run.engine, progress)
     return progress
+
+
+def save_if_due(run: Run, progress: Progress) -> None:
+    """Save where the config says so, and show where."""
+    folder = run.keeper.save_if_due(run.engine, progress)
+    if folder is not None:
+        run.monitor.log_checkpoint(progress.iteration, folder)
 
 
 def is_due(progress: Progress, interval: int | None) -> bool:
@@ -59,4 +68,6 @@ def validate(run: Run, progress: Progress) -> None:
     """Evaluate the validation set, where there is one, and show the result."""
     if run.valid is not None:
         evaluation = run.valid.evaluate(run.engine, run.valid.window(progress.iteration))
-        run.monitor.log_validation(progress.iteration, evaluation.loss, evaluation.character_perplexity)
+        run.monitor.log_validation(
+            progress.iteration, evaluation.loss, character_perplexity=evaluation.character_perplexity
+        )

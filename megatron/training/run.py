@@ -5,6 +5,8 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+import torch
+import torch
 import torch.distributed as dist
 
 from megatron.config.schema.config import Config
@@ -15,9 +17,10 @@ from megatron.engine.base import Engine
 from megatron.engine.build import build_engine
 from megatron.errors import DataError, Problem
 from megatron.logs import get_logger
-from megatron.model.accounting import flops_per_token, num_parameters, padded_vocab_size
+from megatron.model.accounting import flops_per_token, padded_vocab_size
 from megatron.model.build import build_model
 from megatron.monitor.build import Monitor, build_monitor
+from megatron.monitor.throughput import Work, known_peak
 from megatron.objectives.build import build_objective
 from megatron.parallel.mesh import Mesh
 from megatron.tokenizer.base import Tokenizer
@@ -60,7 +63,7 @@ def train(config: Config, mesh: Mesh) -> Progress:
         progress = run_loop(run, progress)
         test = assembly.evaluator(data.test)
         if test is not None and progress.iteration == data.train_iters:
-            monitor.log_test(progress.iteration, test.evaluate(engine, 0).loss)
+            monitor.log_validation(progress.iteration, test.evaluate(engine, 0).loss, name="test")
         return progress
 
 
@@ -82,14 +85,18 @@ class _Assembly:
 
     def monitor(self, vocab_size: int, progress: Progress) -> Monitor:
         """Return the monitor, which shows and writes on rank 0 only."""
-        monitor = build_monitor(
-            self.config,
-            is_main=self.mesh.world.rank == 0,
-            start_iteration=progress.iteration,
-            num_parameters=num_parameters(self.config.model, vocab_size),
-            flops_full=flops_per_token(self.config.model, vocab_size, causal=False),
-            flops_causal=flops_per_token(self.config.model, vocab_size, causal=True),
+        config, world = self.config, self.mesh.world
+        tokens = config.batch.train_batch_size * config.model.seq_length
+        work = Work(
+            samples=config.batch.train_batch_size,
+            tokens=tokens,
+            world_size=world.size,
+            flops_per_token=flops_per_token(config.model, vocab_size, causal=False),
+            causal_flops_per_token=flops_per_token(config.model, vocab_size, causal=True),
+            peak_tflops=config.monitor.peak_theoretical_tflops or _known_peak(self.mesh.device),
+            recomputes=config.training.checkpoint_activations,
         )
+        monitor = build_monitor(config, work, world.rank == 0, config.training.train_iters or 0, progress.iteration)
         self.stack.callback(monitor.close)
         return monitor
 
@@ -105,6 +112,11 @@ class _Assembly:
         if dataset is None or self.config.training.eval_iters == 0:
             return None
         return Evaluator(self.config, self.mesh, self.loader(dataset, 0), self.tokenizer)
+
+
+def _known_peak(device: torch.device) -> float | None:
+    """Return the peak of a GPU in TFLOP/s, where its name is known; None for a CPU."""
+    return known_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def _open_data(config: Config, mesh: Mesh, tokenizer: Tokenizer) -> DataSets:
