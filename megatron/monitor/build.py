@@ -1,6 +1,6 @@
 """The monitor of a run: one object that the loop tells everything, and that tells people and files.
 
-    monitor = build_monitor(config, is_main=mesh.world.rank == 0, start_iteration=progress.iteration)
+    monitor = build_monitor(config, work, is_first_rank=mesh.world.rank == 0, total_iterations=1000)
     monitor.log_validation(0, loss)
     monitor.start_step(1)                  # iterations count from 1: updates done, this one included
     with monitor.timers.measure("batch"): ...
@@ -28,7 +28,7 @@ from megatron.monitor.display import Display, Shown, Silent, build_display
 from megatron.monitor.metrics import MetricsFile
 from megatron.monitor.run_folder import open_run_folder, run_name, saved_config
 from megatron.monitor.sinks import GuardedSink, Sink
-from megatron.monitor.throughput import Speed, StepClock, Work, known_peak, speed
+from megatron.monitor.throughput import Speed, StepClock, Work, speed
 from megatron.monitor.timers import Timers
 
 logger = logs.get_logger(__name__)
@@ -143,26 +143,24 @@ class Monitor:
             self._skipped,
         )
 
-    def log_validation(self, iteration: int, loss: float, character_perplexity: float | None = None) -> None:
-        """Record the validation loss, in nats per token, and the perplexity per character where it is measured."""
-        self._log_held_out("validation", iteration, loss, character_perplexity)
+    def log_validation(
+        self, iteration: int, loss: float, name: str = "validation", character_perplexity: float | None = None
+    ) -> None:
+        """Record a loss over held-out data, in nats per token.
 
-    def log_test(self, iteration: int, loss: float, character_perplexity: float | None = None) -> None:
-        """Record the loss over the test set, in nats per token."""
-        self._log_held_out("test", iteration, loss, character_perplexity)
-
-    def _log_held_out(self, name: str, iteration: int, loss: float, character_perplexity: float | None) -> None:
+        name: "validation" or "test". character_perplexity: per character of the text, where it is measured.
+        """
         if self._record is None:
             return
-        numbers = {"lm_loss": loss, "lm_loss_ppl": math.exp(min(loss, 700.0))}
+        perplexity = math.exp(min(loss, 700.0))
+        values = {"loss": loss, "perplexity": perplexity}
+        scalars = {f"{name}/lm_loss": loss, f"{name}/lm_loss_ppl": perplexity}
+        per_character = ""
         if character_perplexity is not None:
-            numbers["lm_loss_char_lvl_ppl"] = character_perplexity
-        perplexity = numbers["lm_loss_ppl"]
-        self._record.metrics.write(
-            name, iteration, loss=loss, perplexity=perplexity, character_perplexity=character_perplexity
-        )
-        self._record.send({f"{name}/{key}": value for key, value in numbers.items()}, iteration)
-        per_character = f", {character_perplexity:.3f} per character" if character_perplexity is not None else ""
+            values["character_perplexity"] = scalars[f"{name}/lm_loss_char_lvl_ppl"] = character_perplexity
+            per_character = f", {character_perplexity:.3f} per character"
+        self._record.metrics.write(name, iteration, **values)
+        self._record.send(scalars, iteration)
         logger.info(f"{name} at iteration {iteration}: loss {loss:.4f}, perplexity {perplexity:,.2f}{per_character}")
 
     def log_checkpoint(self, iteration: int, folder: Path) -> None:
@@ -170,7 +168,6 @@ class Monitor:
         if self._record is None:
             return
         self._record.metrics.write("checkpoint", iteration, folder=str(folder))
-        logger.info(f"checkpoint at iteration {iteration}: {folder}")
         self.plot()
 
     def message(self, text: str) -> None:
@@ -236,42 +233,21 @@ def _seconds_since_launch() -> float | None:
 
 
 def build_monitor(
-    config: Config,
-    is_main: bool,
-    start_iteration: int = 0,
-    num_parameters: int | None = None,
-    flops_full: float | None = None,
-    flops_causal: float | None = None,
-    device_name: str = "",
+    config: Config, work: Work, is_first_rank: bool, total_iterations: int, start_iteration: int = 0
 ) -> Monitor:
     """Return the monitor of this process: on the first rank with the run's folder and sinks, elsewhere a quiet one.
 
     start_iteration: the iteration the run resumes from; 0 starts its metrics afresh.
-    flops_full, flops_causal: per token, forward and backward, with whole and with causal attention.
-    device_name: as torch names the GPU, to know its peak where peak_theoretical_tflops is not set; "" for a CPU.
     Raises DeepyError where the run's folder cannot be written.
     """
-    total, monitor = config.training.train_iters or 0, config.monitor
-    work = Work(
-        samples=config.batch.train_batch_size,
-        tokens=config.batch.train_batch_size * config.model.seq_length,
-        world_size=config.parallel.world_size,
-        flops_per_token=flops_full,
-        causal_flops_per_token=flops_causal,
-        peak_tflops=monitor.peak_theoretical_tflops or known_peak(device_name),
-        recomputes=config.training.checkpoint_activations,
-    )
-    if not is_main:
-        return Monitor(work, Silent(), total)
+    if not is_first_rank:
+        return Monitor(work, Silent(), total_iterations)
     name = run_name(config)
     folder = open_run_folder(config, name, start_iteration)
     sinks = [sink for sink in _open_sinks(config, name, folder) if sink.is_open]
-    size = f"{num_parameters:,} parameters, " if num_parameters else ""
-    logger.info(f"{size}{work.tokens:,} tokens in each step, metrics in {folder}")
     record = _Record(folder, MetricsFile(folder / "metrics.jsonl"), sinks)
-    return Monitor(
-        work, build_display(total, start_iteration, monitor.log_interval), total, start_iteration, record, name
-    )
+    display = build_display(total_iterations, start_iteration, config.monitor.log_interval)
+    return Monitor(work, display, total_iterations, start_iteration, record, name)
 
 
 def _open_sinks(config: Config, name: str, folder: Path) -> list[GuardedSink]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 from megatron.config.schema.training import TrainingConfig
@@ -34,14 +33,13 @@ def run_loop(run: Run, progress: Progress) -> Progress:
         validate(run, progress)
         save_if_due(run, progress)
     while progress.iteration < run.train_iters:
-        logs.set_step(progress.iteration + 1)
-        begin = time.perf_counter()
+        run.monitor.start_step(progress.iteration + 1)
         with run.monitor.timers.measure("batch"):
             batches = next(run.loader)
         result = run.engine.train_step(batches, progress.iteration)
         samples = run.loader.consumed_samples - progress.consumed_samples
         progress = progress.after_step(samples, result.num_tokens, result.skipped)
-        run.monitor.log_step(progress.iteration, result, time.perf_counter() - begin)
+        run.monitor.log_step(progress.iteration, result)
         if is_due(progress, run.training.eval_interval) or progress.iteration == run.train_iters:
             validate(run, progress)
         save_if_due(run, progress)
