@@ -155,19 +155,13 @@ def lists_match(d: Draft) -> Iterator[Problem]:
                 why = f"it has {len(entries)} entries, and {name}_data_paths has {len(paths or [])}."
                 yield d.problem(key, entries, why, "Give one entry for each data set.")
         weights = getattr(d, f"{name}_data_weights")
-        if weights and (min(weights) < 0 or not sum(weights)):
-            why = "weights are not negative, and one at least is positive."
-            yield d.problem(f"{name}_data_weights", weights, why, "Give shares such as [0.7, 0.3]")
+        if weights and not all(0 < weight < float("inf") for weight in weights):
+            why = "it holds a weight that is not a positive number."
+            fix = f"Remove such a data set from {name}_data_paths together with its weight."
+            yield d.problem(f"{name}_data_weights", weights, why, fix)
         if weights and d.weight_by_num_documents:
             why = "weight_by_num_documents derives the weights from document counts."
             yield d.problem(f"{name}_data_weights", weights, why, "Keep one of the two.")
-
-
-def unpacked_needs_labels(d: Draft) -> Iterator[Problem]:
-    """With one document per sample, labels say what has a loss."""
-    if d.pack_impl == "unpacked" and not d.train_label_data_paths:
-        why = "one document per sample needs labels, which say where the padding starts."
-        yield d.problem("pack_impl", d.pack_impl, why, "Add train_label_data_paths, or set pack_impl: packed")
 
 
 def one_length_of_training(d: Draft) -> Iterator[Problem]:
@@ -175,9 +169,9 @@ def one_length_of_training(d: Draft) -> Iterator[Problem]:
     if d.train_iters is not None and d.train_epochs is not None:
         why = f"train_iters = {d.train_iters} says how long training runs too."
         yield d.problem("train_epochs", d.train_epochs, why, "Keep one of the two.")
-    if d.train_epochs is not None and d.pack_impl != "packed":
-        why = f"the samples of an epoch are not countable with pack_impl = {d.pack_impl}."
-        yield d.problem("train_epochs", d.train_epochs, why, "Set train_iters instead.")
+    if d.train_epochs is not None and (d.weight_by_num_documents or len(set(d.train_data_weights or [])) > 1):
+        why = "it counts passes over every training data set, but they have different weights."
+        yield d.problem("train_epochs", d.train_epochs, why, "Set train_iters instead, or remove the weights.")
 
 
 def learning_rate_is_a_range(d: Draft) -> Iterator[Problem]:
@@ -255,7 +249,7 @@ def steps_are_not_negative(d: Draft) -> Iterator[Problem]:
 RULES: tuple[Rule, ...] = (
     heads_divide_hidden, kv_heads_divide_heads, heads_divide_over_processes, rotary_is_even, positions_cover_sequence,
     one_mlp_width, attention_pattern_fits, tied_norm_needs_parallel_residual, fused_gelu_needs_gelu, split_is_possible,
-    one_source_of_data, lists_match, unpacked_needs_labels, one_length_of_training, learning_rate_is_a_range,
+    one_source_of_data, lists_match, one_length_of_training, learning_rate_is_a_range,
     optimizer_takes_params, zero_and_pipeline, engine_decides_alone, saving_needs_a_time, steps_are_not_negative,
 )  # fmt: skip
 

@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron.data.gpt import SampleReader, Samples
-from megatron.errors import ConfigError, Problem
 
 OVERSAMPLING = 1.005
 BLOCK = 1024
@@ -103,19 +102,6 @@ def weights_by_documents(counts: Sequence[int], alpha: float, neox_compat: bool 
     if neox_compat and len(counts) > 1:
         weights = weights * (1 - shares)
     return normalised(weights.tolist())
-
-
-def check_weights(key: str, weights: Sequence[float], num_paths: int) -> None:
-    """Raise ConfigError where `weights` are not one positive number for each of `num_paths` paths."""
-    paths_key = key.replace("weights", "paths")
-    if len(weights) != num_paths:
-        why = f"has {len(weights)} weights for {num_paths} paths in {paths_key}."
-        fix = f"Give {key} {num_paths} numbers, one per path, or leave it out for equal weights."
-        raise ConfigError(Problem(what=f"{key} = {list(weights)}", why=why, fix=fix))
-    if not all(0 < weight < math.inf for weight in weights):
-        why = "holds a weight that is not a positive number."
-        fix = f"Remove the path from {paths_key} together with its weight."
-        raise ConfigError(Problem(what=f"{key} = {list(weights)}", why=why, fix=fix))
 
 
 def blend_index(weights: Sequence[float], num_samples: int, lanes: int | None = None) -> BlendIndex:

@@ -7,7 +7,6 @@ are looked at: blocks spread over the file now, and every batch when it is read.
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ import numpy as np
 from megatron import logs
 from megatron.data.gpt import beyond_vocabulary
 from megatron.data.indexed import IndexedDataset
+from megatron.data.sidecar import sidecar_path
 from megatron.errors import DataError, Problem
 
 SAMPLED_BLOCKS = 64
@@ -40,7 +40,7 @@ def check_fitness(dataset: IndexedDataset, vocab_size: int | None, tokenizer_fin
 
 def read_sidecar(dataset: IndexedDataset) -> dict[str, Any]:
     """Return what `<prefix>.json` says; nothing where it is absent or, with a warning, where it is of other tokens."""
-    path = Path(f"{dataset.prefix}.json")
+    path = sidecar_path(dataset.prefix)
     try:
         sidecar = json.loads(path.read_text())
     except (OSError, ValueError):

@@ -92,15 +92,14 @@ class GptDataset:
         """Return the samples at `indices` [b]. Raises DataError for a token id beyond the vocabulary."""
         pieces = self._pieces(self.index.rows(indices))
         text = self._copy(pieces, self.documents.text, len(indices), PADDING)
-        self._check_vocabulary(text)
+        self._check_vocabulary(text, self.documents.text)
         if self.documents.labels is not None:
-            return Samples(text, self._copy(pieces, self.documents.labels, len(indices), IGNORED))
+            labels = self._copy(pieces, self.documents.labels, len(indices), IGNORED)
+            self._check_vocabulary(np.maximum(labels, 0), self.documents.labels)
+            return Samples(text, labels)
         if self.neox_compat or int(pieces.lengths.sum()) == text.size:
             return Samples(text)
-        labels = np.full(text.size, IGNORED, np.int64)
-        filled = np.repeat(pieces.places, pieces.lengths) + _within_runs(pieces.lengths)
-        labels[filled] = text.reshape(-1)[filled]
-        return Samples(text, labels.reshape(text.shape))
+        return Samples(text, self._copy(pieces, self.documents.text, len(indices), IGNORED))
 
     def _copy(self, pieces: Pieces, source: IndexedDataset, rows: int, padding: int) -> NDArray[np.int64]:
         flat = np.full(rows * (self.seq_length + 1), padding, np.int64)
@@ -131,12 +130,12 @@ class GptDataset:
         text = self.documents.text
         return text.num_tokens - text.pointers[documents] // text.dtype.itemsize
 
-    def _check_vocabulary(self, text: NDArray[np.int64]) -> None:
+    def _check_vocabulary(self, ids: NDArray[np.int64], source: IndexedDataset) -> None:
         """Negative ids are caught by the same comparison: as unsigned numbers they are huge."""
-        if self.vocab_size is None or text.view(np.uint64).max() < self.vocab_size:
+        if self.vocab_size is None or ids.view(np.uint64).max() < self.vocab_size:
             return
-        wrong = text[(text < 0) | (text >= self.vocab_size)]
-        raise beyond_vocabulary(self.documents.text.prefix, int(wrong.flat[0]), self.vocab_size)
+        wrong = ids[(ids < 0) | (ids >= self.vocab_size)]
+        raise beyond_vocabulary(source.prefix, int(wrong[0]), self.vocab_size)
 
 
 def beyond_vocabulary(prefix: str, token: int, vocab_size: int) -> DataError:

@@ -48,7 +48,6 @@ class IndexCache:
     folder: Path | None = None
     is_builder: bool = True
     barrier: Callable[[], None] = _no_barrier
-    small_index: int = SMALL_INDEX
 
     def get(self, facts: Mapping[str, object], num_entries: int, build: Callable[[], Arrays]) -> Arrays:
         """Return the arrays that `build` makes; read-only maps of files where the index is large.
@@ -56,7 +55,7 @@ class IndexCache:
         facts: everything the arrays depend on, as JSON values. num_entries: about as many as the arrays have.
         Where the folder cannot be written, every process builds the index in its own memory, with a warning.
         """
-        if self.folder is None or num_entries < self.small_index:
+        if self.folder is None or num_entries < SMALL_INDEX:
             return build()
         text = json.dumps({"format": FORMAT, **facts}, sort_keys=True, indent=1)
         folder = self.folder / hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from megatron import logs
 from megatron.config.schema.config import Config
-from megatron.data.blend import check_weights, normalised, requested_per_dataset, weights_by_documents
+from megatron.data.blend import normalised, requested_per_dataset, weights_by_documents
 from megatron.data.documents import Documents
 from megatron.data.indexed import IndexedDataset
 from megatron.data.split import PARTS, RunLength, boundaries, parse_split, requested_samples
@@ -54,17 +54,13 @@ class Summary:
 def find_members(config: Config) -> dict[str, list[Member]]:
     """Return the data sets of each part ("train", "valid", "test"); a part without any is not there.
 
-    Raises ConfigError for settings that contradict each other, DataError for files that are missing or damaged.
+    Raises ConfigError where a part has no documents, DataError for files that are missing, damaged or too small.
     """
-    _check_epochs(config)
     if config.data.train_data_paths is None:
         if config.data.data_path is None:
             fix = "Set data_path: data/corpus_text_document, or train_data_paths to a list of such prefixes."
             raise ConfigError(Problem(what="data_path", why="there is nothing to train on.", fix=fix))
         return _split_members(config, config.data.data_path)
-    if config.data.data_path is not None:
-        why = f"is set beside train_data_paths = {config.data.train_data_paths}; only one of the two can be meant."
-        raise ConfigError(Problem(what=f"data_path = {config.data.data_path}", why=why, fix="Remove one of them."))
     return {part: members for part in PARTS if (members := _listed_members(config, part))}
 
 
@@ -106,19 +102,7 @@ def _listed_members(config: Config, part: str) -> list[Member]:
     label_paths: list[str] | None = getattr(config.data, f"{part}_label_data_paths")
     weights: list[float] | None = getattr(config.data, f"{part}_data_weights")
     wanted = wanted_samples(config)[part]
-    if not paths:
-        for key, value in ((f"{part}_label_data_paths", label_paths), (f"{part}_data_weights", weights)):
-            if value:
-                fix = f"Set {part}_data_paths, or remove {key}."
-                raise ConfigError(Problem(what=f"{key} = {value}", why=f"there is no {part}_data_paths.", fix=fix))
-        return []
-    if label_paths is not None and len(label_paths) != len(paths):
-        why = f"has {len(label_paths)} paths, but {part}_data_paths has {len(paths)}."
-        fix = f"Give {part}_label_data_paths one path for each of them."
-        raise ConfigError(Problem(what=f"{part}_label_data_paths", why=why, fix=fix))
-    if weights is not None:
-        check_weights(f"{part}_data_weights", weights, len(paths))
-    if wanted == 0:
+    if not paths or wanted == 0:
         return []
     files = [_open(config, f"{part}_data_paths", path) for path in paths]
     labels = [_open(config, f"{part}_label_data_paths", path) for path in label_paths or []]
@@ -156,17 +140,6 @@ def _checked(config: Config, members: dict[str, list[Member]]) -> dict[str, list
     return members
 
 
-def _check_epochs(config: Config) -> None:
-    """An epoch is one pass over every data set, so shares of a blend have no place in it."""
-    if config.training.train_epochs is None or config.training.train_iters is not None:
-        return
-    weights = config.data.train_data_weights or []
-    if config.data.weight_by_num_documents or any(weight != weights[0] for weight in weights):
-        what = f"train_epochs = {config.training.train_epochs}"
-        why = "counts passes over every training data set, but the data sets have different weights."
-        raise ConfigError(Problem(what=what, why=why, fix="Set train_iters instead, or remove the weights."))
-
-
 def _summary(config: Config, member: Member) -> Summary:
     documents = member.documents
     training = config.training
@@ -188,8 +161,6 @@ def _open(config: Config, key: str, prefix: str) -> IndexedDataset:
         return IndexedDataset(prefix, warmup=config.data.mmap_warmup)
     except DataError as error:
         problems = [replace(problem, what=f"{key} = {prefix}: {problem.what}") for problem in error.problems]
-        if key == "data_path" and "," in prefix:
-            problems = [replace(problems[0], fix="Name several data sets with train_data_paths: [a, b] instead.")]
         raise DataError(*problems) from None
 
 

@@ -41,13 +41,3 @@ class Layout:
         """Return the sample indices [micro_batch] of one micro-batch of the step that begins at `consumed_samples`."""
         first = consumed_samples + micro_batch_number * self.micro_batch_samples + self.dp_rank * self.micro_batch
         return (first + np.arange(self.micro_batch, dtype=np.int64)) % self.epoch_samples(num_samples)
-
-
-def validation_window(iteration: int, eval_interval: int, eval_iters: int) -> int:
-    """Return the first step of the validation set that the evaluation at `iteration` reads; it reads eval_iters steps.
-
-    The evaluations of a run read one window after another, as in GPT-NeoX: the one at eval_interval the first, the one
-    at 2 * eval_interval the second. It depends on the iteration alone, so a resumed run evaluates on the same samples.
-    The evaluation before the first step reads the first window, and so is comparable to the one after it.
-    """
-    return max(0, -(-iteration // eval_interval) - 1) * eval_iters
