@@ -71,7 +71,7 @@ def run_stage(number: int, count: int, stage: Stage) -> float:
 def final_losses() -> tuple[float, float]:
     """Return the first and the last validation loss of the run, in nats per token."""
     records = [json.loads(line) for line in METRICS.read_text().splitlines()]
-    losses = [record["validation/lm_loss"] for record in records if "validation/lm_loss" in record]
+    losses = [record["loss"] for record in records if record["event"] == "validation"]
     return losses[0], losses[-1]
 
 

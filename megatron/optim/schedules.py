@@ -75,7 +75,7 @@ def learning_rate(optimizer: OptimizerConfig, train_iters: int, iteration: int) 
     horizon = decay_horizon(optimizer, train_iters)
     warmup = optimizer.warmup * horizon
     if warmup > 0 and iteration <= warmup:
-        return lr * max(1, iteration) / warmup
+        return min(lr, lr * max(1, iteration) / warmup)  # a warm-up of less than one update must not overshoot
     if optimizer.lr_decay_style == "wsd":
         return _warmup_stable_decay(optimizer, lr, iteration, warmup, horizon)
     decay = horizon - warmup

@@ -96,26 +96,34 @@ class Keeper:
         self._reader = None
         return progress
 
-    def save_if_due(self, engine: Engine, progress: Progress) -> None:
-        """Save where the keys of the config say so; a failure costs this checkpoint, and training goes on."""
-        if progress.iteration not in self._due:
-            return
-        try:
-            self.save(engine, progress)
-        except CheckpointError as error:
-            logger.error("no checkpoint at iteration %d, training goes on. %s", progress.iteration, error)
+    def save_if_due(self, engine: Engine, progress: Progress) -> Path | None:
+        """Save where the keys of the config say so, and return the folder.
 
-    def save(self, engine: Engine, progress: Progress) -> None:
-        """Save now, unless this iteration is saved already. Raises CheckpointError where it cannot be written."""
+        A failure before the end of the run costs this checkpoint, and training goes on; at the end it is raised.
+        """
+        if progress.iteration not in self._due:
+            return None
+        try:
+            return self.save(engine, progress)
+        except CheckpointError as error:
+            if progress.iteration == self._config.training.train_iters:
+                raise
+            logger.error("no checkpoint at iteration %d, training goes on. %s", progress.iteration, error)
+            return None
+
+    def save(self, engine: Engine, progress: Progress) -> Path | None:
+        """Save now and return the folder, or None where this iteration is saved already or `save` is not set.
+
+        Raises CheckpointError where it cannot be written."""
         settings = self._config.checkpoint
         if settings.save is None or self._last_saved == progress.iteration:
-            return
+            return None
         tokenizer = {
             "name": self._tokenizer.name,
             "fingerprint": self._tokenizer.fingerprint(),
             "vocab_size": self._tokenizer.vocab_size,
         }
-        save_checkpoint(
+        folder = save_checkpoint(
             Path(settings.save),
             progress.iteration,
             engine.state_pieces(),
@@ -125,3 +133,4 @@ class Keeper:
             self._mesh,
         )
         self._last_saved = progress.iteration
+        return folder

@@ -6,7 +6,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
-import torch
 import torch.distributed as dist
 
 from megatron.config.schema.config import Config

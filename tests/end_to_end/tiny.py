@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import types
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 from megatron.config.resolve import resolve
 from megatron.config.schema.config import Config
 from megatron.data.indexed import IndexedWriter
+from megatron.monitor.metrics import read_metrics, series
 
 
 def write_corpus(prefix: Path, num_documents: int = 40) -> Path:
@@ -68,8 +68,7 @@ def config(folder: Path, world_size: int = 1, **changes: Any) -> Config:
     return resolve(settings(folder, **changes), world_size)
 
 
-def losses(folder: Path, name: str = "train/lm_loss") -> dict[int, float]:
-    """Return iteration -> value of a metric of the tiny run; a repeated iteration keeps its last value."""
-    lines = (folder / "runs" / "tiny" / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
-    return {record["iteration"]: record[name] for record in records if name in record}
+def losses(folder: Path, event: str = "step") -> dict[int, float]:
+    """Return iteration -> loss of one kind of event of the tiny run: "step", "validation" or "test"."""
+    records = read_metrics(folder / "runs" / "tiny" / "metrics.jsonl")
+    return dict(zip(*series(records, event, "loss"), strict=True))
