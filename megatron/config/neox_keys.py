@@ -9,6 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+OWN_KEYS = frozenset({"neox_compat", "resume", "run_name", "runs_dir", "wsd_decay_fraction", "wsd_decay_shape"})
+"""Keys of the schema that GPT-NeoX does not have; every other key is one of its names."""
+
 ALIASES: dict[str, str] = {
     # another name of a key, or of an entry of a block
     "batch_size": "train_micro_batch_size_per_gpu",

@@ -69,7 +69,7 @@ def resolve_settings(
         except UnavailableError:
             continue
     if draft.problems:
-        raise ConfigError(*_in_order(draft.problems))
+        raise ConfigError(*_in_order(_without_model(draft)))
     draft.notices.extend(rules.without_effect(draft))
     return Resolution(Config.model_validate(sections), tuple(draft.notices))
 
@@ -202,6 +202,16 @@ def _section(draft: Draft, name: str) -> Any:
     already = {key for key in model.model_fields if key in draft.wrong and model.model_fields[key].is_required()}
     values |= dict.fromkeys(already, 1)  # reported before; 1 is valid for every required key
     return validate(draft, model, values)
+
+
+def _without_model(draft: Draft) -> list[Problem]:
+    """Return the draft's problems, with one in the place of five where no file describes a model."""
+    required = [key for key, (_, info) in keys.fields().items() if info.is_required() and key not in rules.TRIANGLE]
+    if any(key in draft.settings for key in required):
+        return draft.problems
+    why = "no file describes a model."
+    missing = Problem(", ".join(required), why, "Give a model's file as well, such as configs/125M.yml.")
+    return [missing, *(problem for problem in draft.problems if problem.what not in required)]
 
 
 def _in_order(problems: list[Problem]) -> list[Problem]:
