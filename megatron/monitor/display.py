@@ -31,9 +31,9 @@ class Shown:
 
     def numbers(self) -> list[str]:
         """Return the numbers as short texts."""
-        norm = f"grad norm {self.grad_norm:.3g}"
+        norm = f"grad norm {self.grad_norm:#.3g}"
         if self.clipped_grad_norm < self.grad_norm * 0.9995:
-            norm += f" -> {self.clipped_grad_norm:.3g}"
+            norm += f" -> {self.clipped_grad_norm:#.3g}"
         texts = [f"loss {self.loss:.4f}", f"lr {self.learning_rate:.2e}", norm]
         texts.append(f"{self.speed.tokens_per_second:,.0f} tokens/s")
         if self.speed.mfu is not None:

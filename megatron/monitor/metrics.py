@@ -27,8 +27,8 @@ class MetricsFile:
 
     def write(self, event: str, iteration: int, **values: Any) -> None:
         """Append one record. Numbers that are not finite become null, since JSON has no word for them."""
-        record = {"event": event, "iteration": iteration, "time": round(time.time(), 3), **values}
-        self._file.write(json.dumps({key: _plain(value) for key, value in record.items()}) + "\n")
+        record = {"event": event, "iteration": iteration, "time": round(time.time(), 3)}
+        self._file.write(json.dumps({**record, **{key: _plain(value) for key, value in values.items()}}) + "\n")
         self._file.flush()
 
     def close(self) -> None:
