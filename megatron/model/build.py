@@ -34,7 +34,7 @@ _TIED = "word_embeddings"
 def build_model(config: Config, vocab_size_padded: int, mesh: Mesh, initialized: bool = True) -> SequentialModel:
     """Return the model on the mesh's device, in the config's precision, with its activation checkpointing.
 
-    initialized: draw the initial weights; False leaves them undefined, for a checkpoint to fill.
+    initialized: draw the initial weights; False makes them zeros, for a checkpoint to fill.
     """
     training = config.training
     return SequentialModel(

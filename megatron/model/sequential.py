@@ -32,7 +32,7 @@ class SequentialModel(nn.Module):
     """Builds the plans in order and runs them in order.
 
     device, dtype: of all parameters.
-    seed: of the initial weights; None leaves them undefined, for a checkpoint to fill.
+    seed: of the initial weights; None makes them zeros, for a checkpoint to fill.
     tensor_axis: the axis that the plans were made for; this rank takes its share of each initial tensor.
     recompute_layers: consecutive blocks whose activations are recomputed together in the backward pass; 0 keeps all.
 
@@ -103,13 +103,22 @@ def _build_modules(
         if module is None:
             with device, _default_dtype(dtype):
                 module = plan.build()
-            if seed is not None:
+            if seed is None:
+                _clear(module)
+            else:
                 initialize(module, plan.name, seed, tensor_axis)
             _register(root, plan.name, module)
             if plan.share:
                 shared[plan.share] = module
         modules.append(module)
     return modules
+
+
+@torch.no_grad()
+def _clear(module: nn.Module) -> None:
+    """Set all weights to zero: memory that nobody wrote may hold NaN, which equals nothing, not even itself."""
+    for parameter in module.parameters():
+        parameter.zero_()
 
 
 def _register(root: nn.Module, name: str, module: nn.Module) -> None:
