@@ -135,9 +135,7 @@ def run(parsed: argparse.Namespace) -> None:
     entries = tokenizer.get_vocab_size()
     print(f"{parsed.output}: {entries:,} entries, {found}. {time.perf_counter() - start:.1f} s.")
     if entries < parsed.vocab_size:
-        print(
-            f"The corpus has no more pairs that occur {parsed.min_frequency} times: {entries:,} of {parsed.vocab_size:,}."
-        )
+        print(f"{parsed.vocab_size:,} were wanted; no further pair occurs {parsed.min_frequency} times in the corpus.")
     print(f"In the YAML: tokenizer_type: HFTokenizer, vocab_file: {parsed.output}")
 
 

@@ -34,8 +34,9 @@ def byte_level_bpe(vocab: Path, merges: Path) -> tokenizers.Tokenizer:
     ids = read_json(vocab, "GPT-2's vocab.json, token to id")
     if not isinstance(ids, dict) or not all(isinstance(value, int) for value in ids.values()):
         raise tokenizer_error(f"vocab_file = {vocab}", "is JSON, but not a map from token to id.", SOURCE)
+    pairs = read_merges(merges)
     try:
-        model = models.BPE(ids, read_merges(merges))
+        model = models.BPE(ids, pairs)
     except Exception as error:  # the library raises bare Exception
         why = f"do not fit together: {error}."
         raise tokenizer_error(

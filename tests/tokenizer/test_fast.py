@@ -1,0 +1,118 @@
+"""gigatoken is used where it gives the same ids, and only there; arrays of ids and sizes for preprocessing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from megatron.tokenizer.build import load_tokenizer
+from megatron.tokenizer.char_level import CharLevelTokenizer
+from megatron.tokenizer.fast import DocumentEncoder, choose_encoder
+from megatron.tokenizer.train import train_byte_level_bpe
+
+
+class Off:
+    """A fast backend that is wrong for one letter."""
+
+    vocab_size = 512
+
+    def encode(self, text: str) -> NDArray[Any]:
+        return np.frombuffer(text.replace("q", "p").encode(), np.uint8)
+
+
+class Wrong(CharLevelTokenizer):
+    def fast_backend(self) -> Off:
+        return Off()
+
+
+class Unloadable(CharLevelTokenizer):
+    def fast_backend(self) -> Off:
+        raise ValueError("unknown pre-tokenizer\nat line 3")
+
+
+class Plain:
+    """The protocol without a fast backend."""
+
+    name = "Plain"
+    vocab_size = 512
+    eod = pad = 0
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
+        return bytes(ids).decode()
+
+    def fingerprint(self) -> str:
+        return ""
+
+
+def test_a_difference_in_the_sample_falls_back_and_says_so() -> None:
+    assert choose_encoder(Wrong(), ["a fine text"]).fast is not None
+    encoder = choose_encoder(Wrong(), ["a fine text", "quite"])
+    assert encoder.fast is None
+    assert encoder.reason == "Encoding with CharLevelTokenizer: gigatoken gives other ids for 'quite'."
+    assert encoder.encode(["quite"], None, np.dtype("u2"))[0].tolist() == list(b"quite")
+
+
+def test_a_tokenizer_that_gigatoken_cannot_load_falls_back_and_says_so() -> None:
+    reason = choose_encoder(Unloadable(), []).reason
+    assert reason == "Encoding with CharLevelTokenizer: gigatoken cannot load it (unknown pre-tokenizer)."
+    assert choose_encoder(Plain(), []).reason == "Encoding with Plain, which has no faster implementation."
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_ids_sizes_and_ends(fast: bool) -> None:
+    encoder = choose_encoder(CharLevelTokenizer() if fast else Plain(), [])
+    assert (encoder.fast is not None) is fast
+    tokens, sizes = encoder.encode(["ab", "", "c"], 7, np.dtype("<i4"))
+    assert tokens.tolist() == [97, 98, 7, 7, 99, 7]
+    assert tokens.dtype == np.dtype("<i4")
+    assert sizes.tolist() == [3, 1, 2]
+    tokens, sizes = encoder.encode(["ab", "", "c"], None, np.dtype("<u2"))
+    assert (tokens.tolist(), sizes.tolist(), tokens.dtype) == ([97, 98, 99], [2, 0, 1], np.dtype("<u2"))
+    tokens, sizes = encoder.encode([], 7, np.dtype("<u2"))
+    assert (tokens.size, sizes.size) == (0, 0)
+
+
+@pytest.mark.parametrize(("nfkc", "prefix_space"), [(False, False), (True, False), (False, True), (True, True)])
+def test_gigatoken_equals_tokenizers_for_any_text(tmp_path: Path, nfkc: bool, prefix_space: bool) -> None:
+    path = tmp_path / "tokenizer.json"
+    texts = [Path(__file__).read_text(encoding="utf-8"), "naïve café — Straße ﬁ ½ 日本語 😀"] * 2
+    train_byte_level_bpe(texts, 500, nfkc=nfkc, prefix_space=prefix_space).save(str(path))
+    tokenizer = load_tokenizer("HFTokenizer", str(path))
+    encoder = choose_encoder(tokenizer, texts)
+    if encoder.fast is None:
+        assert "gigatoken" in encoder.reason
+        return
+    check_any_text(encoder)
+
+
+def check_any_text(encoder: DocumentEncoder) -> None:
+    assert encoder.fast is not None
+    fast = encoder.fast
+
+    @settings(max_examples=150, deadline=None)
+    @given(st.text(max_size=60))
+    def check(text: str) -> None:
+        assert fast.encode(text).tolist() == encoder.tokenizer.encode(text)
+
+    check()
+
+
+def test_the_lossless_default_is_always_fast(bpe_file: Path) -> None:
+    encoder = choose_encoder(load_tokenizer("HFTokenizer", str(bpe_file)), ["text"])
+    assert encoder.fast is not None
+    assert encoder.reason == (
+        "Encoding with gigatoken, checked against HFTokenizer on 1 documents (4 characters), the same ids."
+    )
