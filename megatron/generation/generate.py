@@ -115,7 +115,7 @@ def _groups(prompts: Sequence[_Prompt], size: int) -> Iterator[list[_Prompt]]:
         yield ordered[start : start + size]
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: tables that the model keeps must serve training too
 def _decode(
     model: SequentialModel, tokenizer: Tokenizer, group: Sequence[_Prompt], settings: DecodingSettings
 ) -> list[list[int]]:
