@@ -176,7 +176,7 @@ def test_what_hugging_face_cannot_express_is_refused_by_key(tmp_path, keys, mess
     [
         ({"model_type": "mamba"}, r"model_type = mamba in config.json: .*gpt_neox, llama, gpt2"),
         ({"hidden_act": "quick_gelu"}, r"hidden_act = quick_gelu"),
-        ({"model_type": "llama", "hidden_act": "gelu_new"}, r"hidden_act = gelu_new"),
+        ({"model_type": "llama", "hidden_act": "gelu_new", "rope_parameters": {}}, r"hidden_act = gelu_new"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, r"rope_type = yarn"),
         ({"num_hidden_layers": 3}, r"It lacks \['gpt_neox.layers.2"),
         ({"num_hidden_layers": 1}, r"lacks nothing and has \['gpt_neox.layers.1"),
