@@ -135,12 +135,13 @@ def make_batch(samples: Samples, eod_token: int | None = None, pin_memory: bool 
     """
     text = torch.from_numpy(samples.text)
     tokens, labels = text[:, :-1].contiguous(), text[:, 1:].contiguous()
+    loss_mask = torch.ones(tokens.shape)
     if samples.labels is not None:
-        labels = torch.from_numpy(samples.labels)[:, 1:].contiguous()
-    loss_mask = (labels >= 0).float()
+        labels = torch.from_numpy(samples.labels)[:, 1:].clamp(min=0)
+        loss_mask = torch.from_numpy(samples.labels[:, 1:] >= 0).float()
     if eod_token is not None:
         loss_mask *= tokens != eod_token
-    batch = (tokens, labels.clamp(min=0), loss_mask)
+    batch = (tokens, labels, loss_mask)
     return Batch(*(_pin(tensor) for tensor in batch)) if pin_memory else Batch(*batch)
 
 
