@@ -52,7 +52,9 @@ def _put(settings: dict[str, Setting], key: str, setting: Setting, problems: lis
         return
     inner = {name: place for name, place in old.inner.items() if not f"{name}.".startswith(f"{path}.")}
     _set_entry(block, path, setting.value)
-    settings[top] = Setting(block, old.where, {**inner, path: setting.where})
+    names = path.split(".")
+    created = {".".join(names[:count]): setting.where for count in range(1, len(names))}
+    settings[top] = Setting(block, old.where, {**created, **inner, path: setting.where})
 
 
 def _set_entry(block: dict[str, Any], path: str, value: Any) -> None:
@@ -155,7 +157,7 @@ def _imply(draft: Draft) -> None:
     """Replace each true switch by the keys it stands for, unless they are set."""
     for switch in [key for key in draft.settings if key in IMPLIED]:
         setting = draft.settings.pop(switch)
-        if setting.value not in (True, False, None):
+        if not (setting.value is None or isinstance(setting.value, bool)):
             draft.problems.append(Problem(f"{switch} = {show(setting.value)}", "it must be true or false.",
                                           f"Write {switch}: true or {switch}: false", setting.where))  # fmt: skip
         elif setting.value is True:

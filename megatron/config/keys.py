@@ -64,7 +64,8 @@ def near_names(key: str, names: list[str] | None = None) -> str:
     """Return a sentence with the names that a misspelt key may mean; "" where none is near."""
     if names is None and key in RENAMED:
         return f"The key is {RENAMED[key]}."
-    near = get_close_matches(key, names if names is not None else [*fields(), *ALIASES, *IMPLIED, PLANNING], n=3)
+    known = names if names is not None else [*fields(), *ALIASES, *IMPLIED, PLANNING]
+    near = get_close_matches(key, known, n=2, cutoff=0.85) or get_close_matches(key, known, n=3)
     return f"Did you mean {' or '.join(near)}?" if near else ""
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-OWN_KEYS = frozenset({"neox_compat", "resume", "run_name", "runs_dir", "wsd_decay_fraction", "wsd_decay_shape"})
+OWN_KEYS = frozenset(
+    {"data_index_dir", "neox_compat", "resume", "run_name", "runs_dir", "wsd_decay_fraction", "wsd_decay_shape"}
+)
 """Keys of the schema that GPT-NeoX does not have; every other key is one of its names."""
 
 ALIASES: dict[str, str] = {
@@ -94,7 +96,6 @@ IGNORED: dict[str, str] = {
     "rotary_save_freqs_buffer": "rotary frequencies are computed from rotary_emb_base; checkpoints never hold them",
     "onnx_safe": "gelu is the erf form unless bias_gelu_fusion asks for the tanh form",
     "lazy_mpu_init": "process groups are always made at the start",
-    "use_shared_fs": "every process computes the data index itself; there is no cache file to share",
     "fp32_allreduce": "gradients are always reduced in fp32 (communication_data_type)",
     "steps_per_print": "log_interval says how often a line is printed",
     "override_lr_scheduler": "the learning rate is a function of the step and of this config, never of a checkpoint",
@@ -218,6 +219,11 @@ REFUSED: dict[str, Refusal] = {
         "Write the schedule of the checkpoint's config.yml into this config.",
     ),
     "wandb_init_all_ranks": Refusal(False, "rank 0 alone logs; its numbers are over all ranks."),
+    "use_shared_fs": Refusal(
+        True,
+        "rank 0 writes the indices of large data sets, and all ranks read them.",
+        "Set data_index_dir to a folder that all machines share.",
+    ),
     "log_dir": Refusal(
         None, "output goes to stdout and stderr.", "Use the shell: ./deepy.py train.py ... 2>&1 | tee run.log"
     ),

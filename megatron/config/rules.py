@@ -215,6 +215,13 @@ def zero_and_pipeline(d: Draft) -> Iterator[Problem]:
         yield d.problem("zero_optimization.stage", stage, why, fix)
 
 
+def gradients_stay_readable(d: Draft) -> Iterator[Problem]:
+    """Checkpoints read each rank's masters from DeepSpeed, so it must hand over the right ones."""
+    if d.zero_optimization.get("round_robin_gradients"):
+        why = "DeepSpeed 0.19.8 hands over wrong masters under it, and checkpoints would hold them."
+        yield d.problem("zero_optimization.round_robin_gradients", True, why, "Remove the entry.")
+
+
 def engine_decides_alone(d: Draft) -> Iterator[Problem]:
     """deepspeed_extra_args holds only what no other key decides."""
     for name, value in (d.deepspeed_extra_args or {}).items():
@@ -250,7 +257,8 @@ RULES: tuple[Rule, ...] = (
     heads_divide_hidden, kv_heads_divide_heads, heads_divide_over_processes, rotary_is_even, positions_cover_sequence,
     one_mlp_width, attention_pattern_fits, tied_norm_needs_parallel_residual, fused_gelu_needs_gelu, split_is_possible,
     one_source_of_data, lists_match, one_length_of_training, learning_rate_is_a_range,
-    optimizer_takes_params, zero_and_pipeline, engine_decides_alone, saving_needs_a_time, steps_are_not_negative,
+    optimizer_takes_params, zero_and_pipeline, gradients_stay_readable, engine_decides_alone, saving_needs_a_time,
+    steps_are_not_negative,
 )  # fmt: skip
 
 

@@ -30,6 +30,14 @@ REFUSED_VALUES: dict[tuple[str, str], str] = {
     ("norm", "te_layernorm"): f"{_TE_NORM} norm: layernorm, which computes the same function.",
     ("norm", "te_rmsnorm"): f"{_TE_NORM} norm: rmsnorm, which computes the same function.",
     ("data_impl", "cached"): "GPT-NeoX cannot train on it either; make mmap files with tools/preprocess_data.py.",
+    **{
+        (
+            "type",
+            name,
+        ): "its compressed sums differ from the exact ones, and keep a state that checkpoints cannot hold. "
+        "Write optimizer.type: adam"
+        for name in ("onebitadam", "zerooneadam", "onebitlamb")
+    },
     ("text_gen_type", "precompute"): "reference log-probabilities (DPO, KTO) are not built in this version.",
 }
 

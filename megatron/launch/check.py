@@ -177,7 +177,8 @@ def vocabulary_size(config: Config) -> tuple[int, bool]:
     kind, file = config.tokenizer.tokenizer_type, config.tokenizer.vocab_file
     if kind == "HFTokenizer" and file and Path(file).is_file() and Path(file).stat().st_size < _LARGEST_TOKENIZER:
         return _count_tokens(json.loads(Path(file).read_text(encoding="utf-8"))), True
-    return _KNOWN_VOCABULARIES.get(kind, _USUAL_VOCABULARY), kind in _KNOWN_VOCABULARIES
+    is_known = kind in _KNOWN_VOCABULARIES and (file is not None or kind != "GPT2BPETokenizer")
+    return _KNOWN_VOCABULARIES.get(kind, _USUAL_VOCABULARY), is_known
 
 
 def _count_tokens(tokenizer: dict[str, Any]) -> int:

@@ -1,0 +1,178 @@
+"""Rules across keys: the message of each, and that a good config breaks none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megatron.config import rules
+from megatron.config.resolve import resolve, resolve_settings
+from megatron.config.yaml_reader import Setting
+from tests.config.small import SMALL, problems
+
+CASES: list[tuple[dict[str, Any], str]] = [
+    (
+        {"num_attention_heads": 5},
+        "num_attention_heads = 5: hidden_size = 48 cannot be divided among it (48 % 5 = 3). Set "
+        "num_attention_heads to 2, 3, 4 or 6.",
+    ),
+    (
+        {"num_kv_heads": 3},
+        "num_kv_heads = 3: num_attention_heads = 4 is not a multiple of it. Set num_kv_heads to 1, 2 or",
+    ),
+    (
+        {"num_attention_heads": 12, "model_parallel_size": 8, "world": 8},
+        "num_attention_heads = 12: it cannot be split over model_parallel_size = 8 (12 % 8 = 4). Set "
+        "model_parallel_size to 1, 2, 3, 4, 6 or 12.",
+    ),
+    (
+        {"num_kv_heads": 2, "model_parallel_size": 4, "world": 4},
+        "num_kv_heads = 2: it cannot be split over model_parallel_size = 4 (2 % 4 = 2). Set "
+        "model_parallel_size to 1 or 2.",
+    ),
+    (
+        {"pos_emb": "rotary", "rotary_pct": 0.25},
+        "rotary_pct = 0.25: int(0.25 x 12 features per head) = 3 features cannot be rotated in pairs. Set "
+        "rotary_pct to",
+    ),
+    (
+        {"seq_length": 32},
+        "max_position_embeddings = 16: it is less than seq_length = 32. Set max_position_embeddings to 32 or more.",
+    ),
+    (
+        {"intermediate_size": 96, "expansion_factor": 2},
+        "intermediate_size = 96: expansion_factor = 2 sets the MLP's width as well. Keep one of the two.",
+    ),
+    ({"attention_config": ["global"]}, "it names 1 layers, and num_layers is 4."),
+    ({"attention_config": [[["global", "mamba"], "all"]]}, "mamba is not built in this version"),
+    ({"attention_config": [[["global"] * 3, "all"]]}, "its 3 names do not divide num_layers = 4."),
+    ({"attention_config": [[["global"], -1]]}, '-1 is neither a positive number of repeats nor "all".'),
+    ({"gpt_j_tied": True}, "gpt_j_tied = true: it has no meaning without gpt_j_residual."),
+    ({"bias_gelu_fusion": True, "activation": "relu"}, "it is the tanh form of gelu, and activation is relu."),
+    ({"split": "90,a"}, 'split = "90,a": it is not a list of numbers divided by comma or slash.'),
+    ({"split": "1,2,3,4"}, "it has 4 shares (training, validation, test)."),
+    ({"split": "-1,2"}, "a share cannot be negative."),
+    ({"split": "0,0,0"}, 'all shares are 0. Write three shares such as split: "969, 30, 1"'),
+    ({"split": ""}, "it has 0 shares"),
+    ({"data_path": "a", "train_data_paths": ["b"]}, 'data_path = "a": train_data_paths names data too.'),
+    ({"valid_data_paths": ["b"]}, "train_data_paths is not set. Add train_data_paths: [prefix]"),
+    ({"data_path": "a,b"}, 'data_path = "a,b": it is one prefix, not a list. Write train_data_paths: [a, b]'),
+    (
+        {"train_data_paths": ["a", "b"], "train_data_weights": [1.0]},
+        "train_data_weights = [1.0]: it has 1 entries, and train_data_paths has 2. Give one entry for each data set.",
+    ),
+    ({"train_label_data_paths": ["a"]}, "it has 1 entries, and train_data_paths has 0."),
+    ({"train_data_paths": ["a"], "train_data_weights": [-1.0]}, "it holds a weight that is not a positive number."),
+    (
+        {"train_data_paths": ["a"], "train_data_weights": [1.0], "weight_by_num_documents": True},
+        "weight_by_num_documents derives the weights from document counts. Keep one of the two.",
+    ),
+    ({"train_iters": 5, "train_epochs": 1}, "train_epochs = 1: train_iters = 5 says how long training runs too."),
+    (
+        {"train_epochs": 1, "train_data_paths": ["a", "b"], "train_data_weights": [0.3, 0.7]},
+        "train_epochs = 1: it counts passes over every training data set, but they have different weights.",
+    ),
+    (
+        {"min_lr": 0.01},
+        "min_lr = 0.01: it is more than the peak, optimizer.params.lr = 0.001. Set min_lr to 0.001 or less (a tenth, "
+        "0.0001, is usual).",
+    ),
+    ({"lr_decay_iters": 5, "lr_decay_fraction": 0.5}, "lr_decay_iters = 5 sets the horizon as well."),
+    ({"lr_decay_style": "wsd", "warmup": 0.5, "wsd_decay_fraction": 0.6}, "there is no room for both"),
+    (
+        {"optimizer": {"type": "lion", "params": {"lr": 1, "eps": 1e-8}}},
+        "optimizer.params.eps = 1e-08: optimizer lion does not take it. Remove it; lion takes lr or betas.",
+    ),
+    (
+        {"optimizer": {"type": "adam", "params": {"lr": 1, "betas": [0.9, 1]}}},
+        "each must be at least 0 and less than 1.",
+    ),
+    (
+        {"zero_optimization": {"stage": 3}, "pipe_parallel_size": 2, "world": 2},
+        "zero_optimization.stage = 3: gradients and parameters cannot be sharded over a pipeline "
+        "(pipe_parallel_size = 2).",
+    ),
+    ({"zero_optimization": {"stage": 1, "round_robin_gradients": True}}, "DeepSpeed 0.19.8 hands over wrong masters"),
+    ({"deepspeed_extra_args": {"gradient_clipping": 2}}, "Write gradient_clipping outside deepspeed_extra_args."),
+    ({"deepspeed_extra_args": {"amp": {"enabled": True}}}, "deepspeed_extra_args.amp = "),
+    ({"save": "x"}, 'save = "x": nothing says when to save. Add checkpoint_factor: 1000'),
+    ({"checkpoint_factor": 1, "checkpoint_scale": "log"}, "so it must be more than 1. Set checkpoint_factor: 2"),
+    ({"checkpoint_factor": 1.5}, "it is a number of steps, so it must be whole. Set checkpoint_factor: 2"),
+    ({"extra_save_iters": [0, -1]}, "a step is 0 or more. Remove the negative ones."),
+]
+
+
+@pytest.mark.parametrize(("keys", "said"), CASES, ids=[str(case[0])[:40] for case in CASES])
+def test_what_cannot_stand(keys: dict[str, Any], said: str) -> None:
+    message = problems(**keys)
+    assert said in message
+    assert len(message.splitlines()) == 1
+
+
+def test_every_rule_is_tested_by_a_case() -> None:
+    """Without any one rule, some case would pass unnoticed."""
+    from megatron.config.draft import Draft, UnavailableError
+
+    found = set()
+    original = rules.RULES
+
+    def noted(rule: Any) -> Any:
+        def wrapper(draft: Draft) -> Any:
+            try:
+                result = list(rule(draft))
+            except UnavailableError:
+                result = []
+            if result:
+                found.add(rule.__name__)
+            return iter(result)
+
+        return wrapper
+
+    try:
+        rules.RULES = tuple(noted(rule) for rule in original)
+        for keys, _ in CASES:
+            problems(**dict(keys))
+    finally:
+        rules.RULES = original
+    assert found == {rule.__name__ for rule in original}
+
+
+def test_settings_without_effect_are_said() -> None:
+    settings = {key: Setting(value) for key, value in SMALL.items()}
+    settings["rotary_pct"] = Setting(0.5, "a.yml:7")
+    notices = resolve_settings(settings).notices
+    assert notices == ("a.yml:7: rotary_pct has no effect without pos_emb: rotary.",)
+
+
+def test_ignored_keys_are_said_with_their_reason() -> None:
+    settings = {key: Setting(value) for key, value in SMALL.items()}
+    settings["steps_per_print"] = Setting(10, "a.yml:3")
+    notices = resolve_settings(settings).notices
+    assert notices == ("a.yml:3: steps_per_print is ignored: log_interval says how often a line is printed.",)
+
+
+@pytest.mark.parametrize(
+    ("keys", "key"),
+    [
+        ({"model_parallel_size": 2}, "model_parallel_size = 2"),
+        ({"pipe_parallel_size": 2}, "pipe_parallel_size = 2"),
+        ({"sequence_parallel": True}, "sequence_parallel = true"),
+    ],
+)
+def test_what_can_be_planned_but_not_run(keys: dict[str, Any], key: str) -> None:
+    found = rules.runnable(resolve({**SMALL, **keys}, world_size=2))
+    assert len(found) == 1
+    assert str(found[0]).startswith(f"{key}: tensor, sequence and pipeline parallelism are not built in this version.")
+
+
+def test_one_stage_and_every_zero_stage_run() -> None:
+    for stage in range(4):
+        assert not rules.runnable(resolve({**SMALL, "pipe_parallel_size": 1, "zero_optimization": {"stage": stage}}))
+
+
+def test_what_training_needs() -> None:
+    found = [problem.what for problem in rules.trainable(resolve(SMALL))]
+    assert found == ["train_iters", "data_path", "vocab_file", "merge_file"]
+    complete = {"train_iters": 1, "data_path": "x", "tokenizer_type": "CharLevelTokenizer"}
+    assert rules.trainable(resolve({**SMALL, **complete})) == []
