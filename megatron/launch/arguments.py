@@ -50,7 +50,8 @@ class _Parser(argparse.ArgumentParser):
     """Raises ConfigError instead of leaving the program."""
 
     def error(self, message: str) -> None:  # type: ignore[override]
-        raise ConfigError(Problem("command line", f"{message}.", f"{self.format_usage().strip()}"))
+        fix = "Any key can be set with --set key=value; ./deepy.py --help shows the flags."
+        raise ConfigError(Problem("command line", f"{message}.", fix))
 
 
 def build_parser(program: str = "./deepy.py train.py") -> argparse.ArgumentParser:
@@ -88,6 +89,6 @@ def parse_arguments(argv: list[str], program: str = "train.py") -> Arguments:
     overrides += [f"{key}={json.dumps(values[key])}" for _, key, _ in _KEY_FLAGS if values[key] is not None]
     if not values["config_files"]:
         raise ConfigError(
-            Problem("no config file", "is named on the command line.", f"Write: {program} configs/quickstart.yml")
+            Problem(program, "needs at least one config file.", f"Write: {program} configs/quickstart.yml")
         )
     return Arguments(values["config_files"], values["config_dir"], overrides, values["check"], values["show"])

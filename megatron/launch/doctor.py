@@ -193,7 +193,7 @@ def compilers() -> Iterator[Finding]:
     yield Finding("nvcc", f"{match[1]}" if match else "none (not needed: nothing is compiled at installation)")
     gcc = _output("gcc", "-dumpfullversion").strip()
     yield Finding("gcc", gcc or "none (needed by torch.compile and Triton only)")
-    yield Finding("glibc", ".".join(platform.libc_ver()) or "unknown")
+    yield Finding("C library", " ".join(platform.libc_ver()) or "unknown")
 
 
 def _output(*command: str) -> str:

@@ -22,6 +22,7 @@ from megatron.config.schema.config import Config
 from megatron.config.transport import unpack
 from megatron.launch.arguments import parse_arguments
 from megatron.launch.failure import from_exception
+from megatron.launch.lean import defer_compiler
 from megatron.launch.place import Place, find_place
 from megatron.launch.prelude import PAYLOAD_FLAG
 from megatron.launch.read_config import read_settings, resolve_for
@@ -41,6 +42,7 @@ def run_worker(work: Work, argv: list[str], alone: bool = False) -> int:
     """
     gc.enable()
     gc.freeze()
+    defer_compiler()
     place, worker = Place(), None
     try:
         place = find_place(os.environ)
@@ -75,6 +77,8 @@ def _fail(error: Exception, place: Place, worker: Worker | None) -> int:
         time.sleep(2)
     if report(failure, board, watch):
         print(f"\n{failure}", file=sys.stderr, flush=True)
+        if watch is not None:
+            watch.release()
     elif board is None:
         last = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
         print(f"rank {place.rank} on host {place.host} failed as well: {last}", file=sys.stderr, flush=True)

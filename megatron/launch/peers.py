@@ -7,6 +7,7 @@ so nobody waits minutes for a collective that cannot finish.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -25,7 +26,7 @@ from megatron.launch.failure import Failure
 from megatron.launch.place import Place
 
 CHECK_IN_SECONDS = 120.0
-_FAILURE, _COUNT = "deepy/failure", "deepy/failures"
+_FAILURE, _COUNT, _SHOWN = "deepy/failure", "deepy/failures", "deepy/shown"
 logger = logs.get_logger(__name__)
 
 
@@ -118,20 +119,34 @@ class PeerWatch:
         self._thread.join(timeout=5)
 
     def announce(self, failure: Failure) -> bool:
-        """Tell the others; return whether this rank is the first to fail, and so the one whose report is shown."""
+        """Tell the others; return whether this rank is the first to fail, and so the one whose report is shown.
+
+        The others say that they leave, but stay until `release`: a launcher that sees one rank end kills the rest, and
+        would cut the report off.
+        """
         self._stopped.set()
         if failure.is_echo:
             time.sleep(2 * self.interval)  # the rank that caused it may be on its way to the store
         try:
-            first = self._store.add(_COUNT, 1) == 1
-            if first:
-                self._store.set(_FAILURE, failure.to_json())
-                time.sleep(
-                    2 * self.interval
-                )  # the others leave, and rank 0 keeps the store open until they have seen it
+            if self._store.add(_COUNT, 1) > 1:
+                self._wait_until_shown()
+                return False
+            self._store.set(_FAILURE, failure.to_json())
+            time.sleep(1.5 * self.interval)
         except (RuntimeError, dist.DistError):
             return not failure.is_echo
-        return first
+        return True
+
+    def release(self) -> None:
+        """Let the others end: the report of this rank is shown."""
+        with contextlib.suppress(RuntimeError, dist.DistError):
+            self._store.set(_SHOWN, "1")
+            time.sleep(0.5 * self.interval)  # rank 0 keeps the store open until they have seen it
+
+    def _wait_until_shown(self) -> None:
+        deadline = time.monotonic() + 10 * self.interval
+        while time.monotonic() < deadline and not self._store.check([_SHOWN]):
+            time.sleep(0.1 * self.interval)
 
     def _look(self) -> None:
         while not self._stopped.wait(self.interval):
@@ -139,9 +154,16 @@ class PeerWatch:
                 if not self._store.check([_FAILURE]):
                     continue
                 failure = Failure.from_json(self._store.get(_FAILURE).decode())
-                reason = f"because rank {failure.rank} on host {failure.host} failed"
             except (RuntimeError, dist.DistError):
-                reason = "because the process that holds the run together (rank 0 or its launcher) is gone"
-            if not self._stopped.is_set():
-                print(f"rank {self.place.rank} on host {self.place.host} ends {reason}.", file=sys.stderr, flush=True)
+                self._say("the process that holds the run together (rank 0 or its launcher) is gone")
                 os._exit(1)
+            if not self._stopped.is_set():
+                self._say(f"rank {failure.rank} on host {failure.host} failed")
+                with contextlib.suppress(RuntimeError, dist.DistError):
+                    self._wait_until_shown()
+                os._exit(1)
+
+    def _say(self, reason: str) -> None:
+        if not self._stopped.is_set():
+            line = f"rank {self.place.rank} on host {self.place.host} ends because {reason}."
+            print(line, file=sys.stderr, flush=True)

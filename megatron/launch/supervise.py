@@ -98,15 +98,17 @@ def run_ranks(
             pid = os.fork()
             if pid == 0:
                 signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
+                signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
                 os.environ.update({**environment, VARIABLE: str(board.folder)})
                 _become_rank(body, local_rank, board, launcher)
             ranks.alive[pid] = local_rank
         asked = _watch(ranks, patience or Patience())
+        steps = [step for rank in range(len(environments)) if (step := board.step(rank)) is not None]
     finally:
         ranks.send(signal.SIGKILL)
         signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
         board.remove()
-    return _conclude(ranks.failures, asked)
+    return _conclude(ranks.failures, asked, max(steps, default=None))
 
 
 def _watch(ranks: _Ranks, patience: Patience) -> int | None:
@@ -135,14 +137,18 @@ def _watch(ranks: _Ranks, patience: Patience) -> int | None:
     return asked
 
 
-def _conclude(failures: list[Failure], asked: int | None) -> int:
-    """Print the first cause, once, and return the exit code."""
+def _conclude(failures: list[Failure], asked: int | None, step: int | None) -> int:
+    """Print the first cause or who stopped the run, once, and return the exit code."""
     sys.stdout.flush()
     if failures:
         cause = first_cause(failures)
         print(f"\n{cause}", file=sys.stderr, flush=True)
         return cause.exit_code or 1
-    return 128 + asked if asked is not None else 0
+    if asked is None:
+        return 0
+    at = "before the first step" if step is None else f"in step {step}"
+    print(f"\nstopped by {signal.Signals(asked).name} {at}.", file=sys.stderr, flush=True)
+    return 128 + asked
 
 
 def _become_rank(body: Callable[[int], int], local_rank: int, board: Board, launcher: int) -> NoReturn:
