@@ -46,15 +46,20 @@ _NO_PROGRESS = {"iteration": 0, "consumed_samples": 0, "consumed_tokens": 0, "sk
 
 
 def export_hf(
-    checkpoint: Path | str, out: Path | str, iteration: int | None = None, precision: str | None = None
+    checkpoint: Path | str,
+    out: Path | str,
+    iteration: int | None = None,
+    precision: str | None = None,
+    overwrite: bool = False,
 ) -> list[Agreement]:
     """Write a checkpoint as a Hugging Face folder, load it with transformers, and compare the logits.
 
     checkpoint: the save folder of a run, or one `global_step<N>`. out: a folder that does not exist yet.
     precision: "fp32", "fp16" or "bf16" of the written weights, from the fp32 masters where there are any; None keeps
         the stored one.
-    Returns the agreement in fp32 and in the written precision, as in the card. Raises ExportError, and leaves nothing
-    at `out`, where Hugging Face has no counterpart or the logits differ beyond the tolerance.
+    overwrite: replace an earlier export at `out`, once the new one is proved.
+    Returns the agreement in fp32 and in the written precision, as in the card. Raises ExportError, and leaves `out` as
+    it was, where Hugging Face has no counterpart or the logits differ beyond the tolerance.
     """
     reader = CheckpointReader(find_checkpoint(checkpoint, iteration))
     config = stored_config(reader)
@@ -64,7 +69,7 @@ def export_hf(
     tokenizer = _tokenizer_of(reader)
     rows = reader.shapes[WORD_EMBEDDINGS][0]
     logger.info("exporting %s as %s in %s", reader.folder, family.architecture, precision)
-    with new_folder(Path(out)) as folder:
+    with new_folder(Path(out), overwrite) as folder:
         weights = _to_hf(family.rules(config.model), read, _DTYPES[precision])
         size = write_weights(folder, weights)
         logger.info("wrote %.1f MB of weights", size / 1e6)

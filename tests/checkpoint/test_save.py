@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from megatron.checkpoint.load import CheckpointReader, find_checkpoint
 from megatron.checkpoint.save import save_checkpoint
+from megatron.config.load import load_config
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.sharding import ShardSpec, StatePiece
 from tests.checkpoint.states import all_dtypes, make_state, same_bits, scattered, shares, small_config, whole
@@ -89,6 +90,12 @@ def test_the_manifest_says_what_the_run_was(tmp_path):
     assert (folder / "tokenizer" / "tokenizer.json").read_text() == "{}"
     assert yaml.safe_load((folder / "config.yml").read_text())["num_layers"] == 2
     assert (tmp_path / "run" / "latest").read_text() == "global_step5"
+
+
+def test_config_yml_is_the_config_again(tmp_path):
+    config = small_config(norm="rmsnorm", keep_last_n_checkpoints=3, gradient_accumulation_steps=4)
+    folder = save_checkpoint(tmp_path, 5, whole(make_state()), {}, config, {}, MESH)
+    assert load_config([folder / "config.yml"]) == config
 
 
 def test_no_save_optim_leaves_only_weights(tmp_path):

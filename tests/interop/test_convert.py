@@ -208,6 +208,23 @@ def test_an_output_that_exists_is_not_touched(tmp_path):
     assert [path.name for path in (tmp_path / "hf").iterdir()] == ["mine.txt"]
 
 
+def test_overwrite_replaces_a_model_and_nothing_else(tmp_path, monkeypatch):
+    save_model(tmp_path / "run")
+    export_hf(tmp_path / "run", tmp_path / "hf")
+    (tmp_path / "hf" / "old.txt").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(Same, "to_hf", lambda _, tensors: [tensor * 1.01 for tensor in tensors])
+        with pytest.raises(ExportError, match="same logits"):
+            export_hf(tmp_path / "run", tmp_path / "hf", overwrite=True)
+    assert (tmp_path / "hf" / "old.txt").exists(), "a failed export leaves the earlier one"
+    export_hf(tmp_path / "run", tmp_path / "hf", overwrite=True)
+    assert not (tmp_path / "hf" / "old.txt").exists()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.txt").touch()
+    with pytest.raises(ExportError, match="already exists"):
+        export_hf(tmp_path / "run", tmp_path / "other", overwrite=True)
+
+
 def test_folders_without_safetensors(tmp_path):
     gpt_neox().save_pretrained(tmp_path / "hf")
     (tmp_path / "hf" / "model.safetensors").rename(tmp_path / "hf" / "pytorch_model.bin")

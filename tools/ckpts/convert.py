@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         if options.command == "export":
-            export_hf(options.checkpoint, options.out, options.iteration, options.precision)
+            export_hf(options.checkpoint, options.out, options.iteration, options.precision, options.overwrite)
             _say_export(options.out)
         else:
             import_hf(options.model, options.out)
@@ -48,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=("fp32", "fp16", "bf16"),
         help="of the written weights, from the fp32 masters where there are any; default: as they were trained",
     )
+    export.add_argument("--overwrite", action="store_true", help="replace an earlier export once the new is proved")
     back = commands.add_parser("import", help="Hugging Face folder -> checkpoint of step 0, compared")
     back.add_argument("model", help="a folder with config.json and model.safetensors (gpt_neox, llama or gpt2)")
     back.add_argument("out", help="the new checkpoint folder; it appears only if the logits agree")
