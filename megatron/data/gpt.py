@@ -53,8 +53,8 @@ class Pieces:
     def copy(self, source: IndexedDataset, target: NDArray[np.int64]) -> None:
         """Copy the pieces of `source` to their places in the flat `target`."""
         begins = source.pointers[self.documents] // source.dtype.itemsize + self.offsets
-        total = int(self.lengths.sum())
-        if total >= MEAN_PIECE_TO_SLICE * self.lengths.size:
+        source.will_need(begins.tolist(), self.lengths.tolist())
+        if int(self.lengths.sum()) >= MEAN_PIECE_TO_SLICE * self.lengths.size:
             tokens = source.tokens
             for begin, length, place in zip(begins.tolist(), self.lengths.tolist(), self.places.tolist(), strict=True):
                 target[place : place + length] = tokens[begin : begin + length]
@@ -84,6 +84,9 @@ class GptDataset:
         self.seq_length = seq_length
         self.vocab_size = vocab_size
         self.neox_compat = neox_compat
+        for source in (documents.text, documents.labels):
+            if source is not None:
+                source.expect_random_reads()
 
     def __len__(self) -> int:
         return len(self.index)

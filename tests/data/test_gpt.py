@@ -1,5 +1,6 @@
 """Reading samples against joining documents one token at a time."""
 
+import mmap
 from pathlib import Path
 
 import numpy as np
@@ -90,3 +91,22 @@ def test_documents_without_a_target(tmp_path: Path, chunk: int, monkeypatch: pyt
         labels = [documents.labels[number][:read] for number in range(1, 13)]
         expected = [bool((document != -100).any()) for document in labels]
         assert documents.has_target(read).tolist() == expected
+
+
+def test_advice_covers_the_pieces_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every range is told to the kernel before it is read, from the page it begins in to its last byte."""
+    text = documents_of(write_documents(tmp_path / "text", [5000, 1, 9000])).text
+    told: list[tuple[object, ...]] = []
+    monkeypatch.setattr(type(text), "_advise", lambda self, *advice: told.append(advice))
+    text.expect_random_reads()
+    text.will_need([0, 5001], [5000, 7])
+    page = mmap.PAGESIZE
+    assert told == [("MADV_RANDOM", [(0, 28002)]), ("MADV_WILLNEED", [(0, 10000), (10002 // page * page, 10016)])]
+
+
+def test_advice_is_taken_by_the_system(tmp_path: Path) -> None:
+    text = documents_of(write_documents(tmp_path / "text", [5000, 1, 9000])).text
+    text.expect_random_reads()
+    text.will_need([0, 14000], [5000, 1])
+    write_documents(tmp_path / "empty", [])
+    documents_of(str(tmp_path / "empty")).text.expect_random_reads()

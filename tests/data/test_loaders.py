@@ -215,3 +215,13 @@ def test_loader_of_a_config_masks_after_documents(dataset: GptDataset) -> None:
         assert torch.equal(batch.loss_mask == 0, batch.tokens == 3)
     with pytest.raises(ConfigError, match="eod_mask_loss = true: the tokenizer has no end-of-document token"):
         build_loader(config, dataset)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs a CUDA device")
+def test_batches_are_page_locked_where_there_is_a_gpu(dataset: GptDataset) -> None:
+    with build_loader(config_of(data_path="unused", num_workers=2), dataset) as loader:
+        batch = next(loader)[0]
+    assert batch.tokens.is_pinned()
+    assert batch.loss_mask.is_pinned()
+    assert torch.equal(batch.to("cuda").tokens.cpu(), batch.tokens)
