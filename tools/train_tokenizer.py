@@ -9,6 +9,7 @@ unchanged, unless --nfkc or --prefix-space is given, which GPT-NeoX's trainer al
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import time
@@ -99,7 +100,8 @@ def save(tokenizer: tokenizers.Tokenizer, path: Path) -> None:
         temporary.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise TokenizerError(
             Problem(str(path), f"could not be written: {error.strerror}.", "Choose another --output.")
         ) from error

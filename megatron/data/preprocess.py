@@ -33,7 +33,7 @@ from megatron.data.reading import BadLine, read_documents, sample_texts
 from megatron.data.sidecar import Sidecar, sidecar_path, write_sidecar
 from megatron.tokenizer.fast import DocumentEncoder, choose_encoder
 
-CHUNK_BYTES = 8 << 20
+LEAST_CHUNK_BYTES, CHUNK_BYTES = 1 << 18, 8 << 20
 EARLY_LINES = 100
 """After this many lines, a corpus that is mostly bad is given up at once: the key or the format is wrong."""
 
@@ -140,7 +140,7 @@ def preprocess(job: Job, progress: Progress, report: Callable[[str], None]) -> d
 def _encode_all(job: Job) -> Iterator[Encoded]:
     """The encoded chunks in the order of the input, from `job.workers` processes; one worker needs no process."""
     share = sum(source.size for source in job.files) // (4 * job.workers)
-    work = chunks(job.files, max(1 << 18, min(CHUNK_BYTES, share)))
+    work = chunks(job.files, max(LEAST_CHUNK_BYTES, min(CHUNK_BYTES, share)))
     if job.workers == 1:
         yield from (encode_chunk(job, chunk) for chunk in work)
         return

@@ -11,12 +11,11 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import tokenizers
-from numpy.typing import NDArray
 
 from megatron.tokenizer.base import FastBackend
 from megatron.tokenizer.files import hash_of, tokenizer_error
+from megatron.tokenizer.framed import Framed, Normalised, unicode_form
 from megatron.tokenizer.special import KNOWN_ENDS, KNOWN_PADS, first_id, require_end
 
 DECIDES_IDS = ("normalizer", "pre_tokenizer", "model", "post_processor", "added_tokens")
@@ -84,12 +83,25 @@ class BackendTokenizer:
         return hash_of(*(description.get(part) for part in DECIDES_IDS))
 
     def fast_backend(self) -> FastBackend:
-        """The same tokenizer in gigatoken, with the ids that the post-processor puts around a document."""
+        """The same tokenizer in gigatoken, between its own normaliser and the ids of its post-processor."""
         import gigatoken
 
+        description: dict[str, Any] = json.loads(self.backend.to_str())
+        form = unicode_form(description.get("normalizer"))
+        if form is not None:
+            description["normalizer"] = None
+        fast: FastBackend = gigatoken.Tokenizer.from_json(json.dumps(description))._backend
+        if form is not None:
+            special = [token["content"] for token in description.get("added_tokens", [])]
+            normalise = self.backend.normalizer.normalize_str
+            fast = Normalised(fast, form, normalise, special, self._bare)
         prefix, suffix = self._frame()
-        fast: FastBackend = gigatoken.Tokenizer.from_json(self.backend.to_str())._backend
         return Framed(fast, prefix, suffix) if prefix or suffix else fast
+
+    def _bare(self, text: str) -> list[int]:
+        """The ids of `text` without what the post-processor puts around them."""
+        ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
+        return ids
 
     def _frame(self) -> tuple[list[int], list[int]]:
         """The ids that the post-processor adds before and after every document."""
@@ -99,20 +111,6 @@ class BackendTokenizer:
             if full[start : start + len(bare)] == bare:
                 return full[:start], full[start + len(bare) :]
         raise ValueError("the post-processor changes the ids of the text itself")
-
-
-class Framed:
-    """A fast backend whose documents are wrapped in constant ids."""
-
-    def __init__(self, inner: FastBackend, prefix: list[int], suffix: list[int]) -> None:
-        self.inner = inner
-        self.vocab_size = inner.vocab_size
-        self.prefix = np.array(prefix, np.uint32)
-        self.suffix = np.array(suffix, np.uint32)
-
-    def encode(self, text: str) -> NDArray[Any]:
-        """Prefix, the ids of the text, suffix."""
-        return np.concatenate([self.prefix, self.inner.encode(text), self.suffix])
 
 
 def not_unicode(text: str) -> Exception:

@@ -256,6 +256,12 @@ def test_a_full_disk_is_an_error_with_a_fix(tmp_path: Path, monkeypatch: pytest.
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"file/x.bin: could not be written: (Not a directory|File exists)"):
+        IndexedWriter(tmp_path / "file" / "x", np.uint16)
+
+
 @pytest.mark.parametrize("token", [65536, -1])
 def test_a_token_that_does_not_fit_is_refused(tmp_path: Path, token: int) -> None:
     with (

@@ -1,21 +1,12 @@
-"""Small tokenizers of every kind, trained here once; nothing is downloaded."""
+"""The small tokenizer files, made once for all tests of this folder."""
 
 from __future__ import annotations
 
-import json
-from base64 import b64encode
 from pathlib import Path
 
 import pytest
-import sentencepiece
-import tokenizers
 
-from megatron.tokenizer.train import train_byte_level_bpe
-
-SPECIAL = ("<|endoftext|>", "<|padding|>")
-TEXTS = [path.read_text(encoding="utf-8") for path in sorted(Path(tokenizers.__file__).parent.rglob("*.py"))][:6]
-TEXTS += [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))]
-TEXTS += ["Fürchte dich nicht, Straße — naïve café. 日本語 текст 😀 <|endoftext|>\n"] * 3
+from tests.tokenizer import small
 
 
 @pytest.fixture(scope="session")
@@ -25,41 +16,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def bpe_file(folder: Path) -> Path:
-    path = folder / "tokenizer.json"
-    train_byte_level_bpe(TEXTS, 900).save(str(path))
-    return path
+    return small.write_bpe(folder)
 
 
 @pytest.fixture(scope="session")
 def gpt2_files(folder: Path, bpe_file: Path) -> tuple[Path, Path]:
-    """vocab.json and merges.txt in GPT-2's form: bytes first, `<|endoftext|>` last."""
-    model = json.loads(bpe_file.read_text(encoding="utf-8"))["model"]
-    pieces = [piece for piece in sorted(model["vocab"], key=model["vocab"].get) if piece not in SPECIAL]
-    vocab = {piece: index for index, piece in enumerate([*pieces, "<|endoftext|>"])}
-    merges = "".join(f"{left} {right}\n" for left, right in model["merges"])
-    place = folder / "gpt2"
-    place.mkdir(exist_ok=True)
-    (place / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
-    (place / "merges.txt").write_text(f"#version: 0.2\n{merges}", encoding="utf-8")
-    return place / "vocab.json", place / "merges.txt"
+    return small.write_gpt2(folder / "gpt2", bpe_file)
 
 
 @pytest.fixture(scope="session")
 def spm_file(folder: Path) -> Path:
-    text = folder / "text.txt"
-    text.write_text("\n".join(TEXTS), encoding="utf-8")
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(text), model_prefix=str(folder / "spm"), vocab_size=600, model_type="bpe", byte_fallback=True,
-        minloglevel=2, num_threads=1,
-    )  # fmt: skip
-    return folder / "spm.model"
+    return small.write_sentencepiece(folder)
 
 
 @pytest.fixture(scope="session")
 def rank_file(folder: Path) -> Path:
-    """A tiktoken file of ranks: the bytes, then a few merges of them."""
-    pieces = [bytes([value]) for value in range(256)]
-    pieces += [b"th", b"he", b"the", b" t", b" the", b"in", b"12", b"123", b"  ", b"    ", b"\n\n", "é".encode()]
-    path = folder / "cl100k_base.tiktoken"
-    path.write_bytes(b"".join(b64encode(piece) + b" %d\n" % rank for rank, piece in enumerate(pieces)))
-    return path
+    return small.write_ranks(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from tokenizers import normalizers
 
 from megatron.tokenizer.build import load_tokenizer
 from megatron.tokenizer.char_level import CharLevelTokenizer
@@ -85,17 +87,33 @@ def test_ids_sizes_and_ends(fast: bool) -> None:
     assert (tokens.size, sizes.size) == (0, 0)
 
 
-@pytest.mark.parametrize(("nfkc", "prefix_space"), [(False, False), (True, False), (False, True), (True, True)])
-def test_gigatoken_equals_tokenizers_for_any_text(tmp_path: Path, nfkc: bool, prefix_space: bool) -> None:
-    path = tmp_path / "tokenizer.json"
+NORMALIZERS = {"none": None, "NFC": normalizers.NFC(), "NFKC": normalizers.Sequence([normalizers.NFKC()])}
+
+
+@pytest.fixture(params=[(name, space) for name in NORMALIZERS for space in (False, True)], ids=str)
+def encoder(request: pytest.FixtureRequest, tmp_path: Path) -> DocumentEncoder:
+    name, prefix_space = request.param
     texts = [Path(__file__).read_text(encoding="utf-8"), "naïve café — Straße ﬁ ½ 日本語 😀"] * 2
-    train_byte_level_bpe(texts, 500, nfkc=nfkc, prefix_space=prefix_space).save(str(path))
-    tokenizer = load_tokenizer("HFTokenizer", str(path))
-    encoder = choose_encoder(tokenizer, texts)
-    if encoder.fast is None:
-        assert "gigatoken" in encoder.reason
-        return
+    backend = train_byte_level_bpe(texts, 500, prefix_space=prefix_space)
+    if NORMALIZERS[name] is not None:
+        backend.normalizer = NORMALIZERS[name]
+    backend.save(str(tmp_path / "tokenizer.json"))
+    return choose_encoder(load_tokenizer("HFTokenizer", str(tmp_path / "tokenizer.json")), texts)
+
+
+def test_gigatoken_equals_tokenizers_for_any_text(encoder: DocumentEncoder) -> None:
+    assert encoder.fast is not None, encoder.reason
     check_any_text(encoder)
+
+
+def test_gigatoken_equals_tokenizers_for_every_combining_mark(encoder: DocumentEncoder) -> None:
+    assert encoder.fast is not None
+    letters = [chr(code) for code in range(0x300, 0x20000) if not 0xD800 <= code < 0xE000]
+    marks = [c for c in letters if unicodedata.combining(c) or unicodedata.decomposition(c) or not c.isprintable()]
+    texts = [f"a{c}b{c}\u0301 {c}1{c}\u0323." for c in marks[::7]] + [f"<|endoftext|>{c}" for c in "\u0338\u0301a"]
+    texts.append("\uff1c|endoftext|\uff1e <|endoftext|\uff1e")
+    for text, ids in zip(texts, encoder.tokenizer.encode_batch(texts), strict=True):
+        assert encoder.fast.encode(text).tolist() == ids, ascii(text)
 
 
 def check_any_text(encoder: DocumentEncoder) -> None:
