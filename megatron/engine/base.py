@@ -78,6 +78,10 @@ class Engine(Protocol):
         """
         ...
 
+    def check_masters(self) -> None:
+        """Raise EngineError unless all weights are their fp32 masters rounded, alike on all data-parallel ranks."""
+        ...
+
     def read_back(self) -> dict[str, Any]:
         """Return what the live engine says it does, under the names of the keys that asked for it."""
         ...

@@ -1,4 +1,6 @@
-"""Config, mesh, model and objective -> an Engine: the single call of deepspeed.initialize.
+"""Config, mesh, model and objective -> an Engine: our own for ZeRO stage 0, DeepSpeed for stages 1 to 3.
+
+Here is the single call of deepspeed.initialize.
 
 What DeepSpeed is told is `config.deepspeed_json`, every key of it explicit; what it then does is read back and
 compared before anything is trained.
@@ -6,15 +8,18 @@ compared before anything is trained.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import deepspeed
 from torch import nn
+from torch.optim import Optimizer
 
 from megatron.config.deepspeed_json import deepspeed_config
 from megatron.config.schema.config import Config
 from megatron.engine import verify
 from megatron.engine.base import Engine, Objective
+from megatron.engine.local import LocalEngine
 from megatron.engine.plain import DeepSpeedEngine
 from megatron.engine.setup import prepare
 from megatron.errors import ConfigError, EngineError, Problem
@@ -38,9 +43,8 @@ def build_engine(config: Config, mesh: Mesh, model: nn.Module, objective: Object
     prepare(mesh)
     optimizer = build_optimizer(config, model.named_parameters(), _DEEPSPEED_OPTIMIZERS)
     sizes = [sum(parameter.numel() for parameter in group["params"]) for group in optimizer.param_groups]
-    wanted = verify.expected(config, mesh, verify.group_facts(optimizer.param_groups, sizes))
-    live, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config))
-    engine = DeepSpeedEngine(config, mesh, live, objective)
+    wanted = verify.expected(config, mesh, _stage(config), verify.group_facts(optimizer.param_groups, sizes))
+    engine = _ENGINES[_stage(config) > 0](config, mesh, model, optimizer, objective)
     found = engine.read_back()
     verify.compare(wanted, found)
     logger.info(
@@ -49,6 +53,21 @@ def build_engine(config: Config, mesh: Mesh, model: nn.Module, objective: Object
     )
     engine.check_masters()
     return engine
+
+
+def _deepspeed(config: Config, mesh: Mesh, model: nn.Module, optimizer: Optimizer, objective: Objective) -> Engine:
+    live, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config))
+    return DeepSpeedEngine(config, mesh, live, objective)
+
+
+_ENGINES: dict[bool, Callable[[Config, Mesh, nn.Module, Optimizer, Objective], Engine]] = {
+    False: LocalEngine,  # stage 0
+    True: _deepspeed,
+}
+
+
+def _stage(config: Config) -> int:
+    return int(config.parallel.zero_optimization.get("stage", 0))
 
 
 def _cpu_adam(groups: list[dict[str, Any]], **params: Any) -> Any:
@@ -88,11 +107,19 @@ def _require_optimizer(config: Config) -> None:
                 fix='Set it to "cpu" or "none".',
             )
         )
-    if not optimizer_kind(config, _DEEPSPEED_OPTIMIZERS).elementwise:
+    if offload == "cpu" and not _stage(config):
+        raise ConfigError(
+            Problem(
+                what='zero_optimization.offload_optimizer.device = "cpu"',
+                why="stage 0 keeps the optimizer on the GPU.",
+                fix="Set zero_optimization.stage to 1, 2 or 3.",
+            )
+        )
+    if _stage(config) and not optimizer_kind(config, _DEEPSPEED_OPTIMIZERS).elementwise:
         raise ConfigError(
             Problem(
                 what=f'optimizer.type = "{name}"',
                 why="it needs whole tensors, and ZeRO gives it flat slices of them.",
-                fix='Choose "adam", "lion", "madgrad_wd" or "sgd".',
+                fix="Set zero_optimization.stage to 0.",
             )
         )

@@ -6,6 +6,7 @@ Every module of this package that needs DeepSpeed imports this one first.
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 
 import deepspeed
@@ -47,6 +48,7 @@ def prepare(mesh: Mesh) -> None:
     if not dist.is_initialized():
         backend = "gloo" if mesh.device.type == "cpu" else "nccl"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed refuses to start without it
     _require_device(mesh)
 
 

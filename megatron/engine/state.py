@@ -1,8 +1,8 @@
-"""The engine's state as StatePieces, and back: what a checkpoint holds, whatever the ZeRO stage.
+"""The engine's state as StatePieces, and back: what a checkpoint holds, whatever the engine or ZeRO stage.
 
 Kinds: "weight" in the model's dtype; "master" where the model is not fp32; each entry of the optimizer's state
-under its own name ("exp_avg", "exp_avg_sq", "step" ...), scalars as tensors of shape () that belong to whoever owns the
-parameter's first element; and ("loss_scaler", "loss_scaler") for fp16.
+under its own name ("exp_avg", "exp_avg_sq", "step" ...). Entries that are not elementwise, such as step counts, belong
+to whoever owns the parameter's first element. ("loss_scaler", "loss_scaler") holds the loss scale of fp16.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron.engine.base import ReadTensor
-from megatron.engine.fragments import Fragment, flat_groups, is_elementwise, state_of
+from megatron.engine.fragments import Fragment, Holdings, is_elementwise
 from megatron.errors import CheckpointError, Problem
 from megatron.optim.build import initial_state
 from megatron.parallel.mesh import Mesh
@@ -24,56 +25,51 @@ SCALER = "loss_scaler"
 _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-def make_states(optimizer: Any, afresh: bool = False) -> None:
-    """Give every flat buffer the state of step 0 where it has none yet; `afresh` replaces what it has."""
-    inner = optimizer.optimizer
-    for flat, group in flat_groups(optimizer):
-        if afresh or not inner.state.get(flat):
-            inner.state[flat] = initial_state(inner, flat.detach(), group)
+def make_states(holdings: Holdings, afresh: bool = False) -> None:
+    """Give every buffer the optimizer state of step 0 where it has none yet; `afresh` replaces what it has."""
+    for buffer, group in holdings.buffers:
+        if afresh or not holdings.optimizer.state.get(buffer):
+            holdings.optimizer.state[buffer] = initial_state(holdings.optimizer, buffer.detach(), group)
 
 
-def pieces(optimizer: Any, owned: Sequence[Fragment], mesh: Mesh) -> Iterator[StatePiece]:
+def pieces(holdings: Holdings, mesh: Mesh) -> Iterator[StatePiece]:
     """Yield the pieces that this rank owns; `data` are views of the live tensors."""
-    for fragment in owned:
+    for fragment in holdings.owned:
         yield _piece(fragment, "weight", fragment.weight, mesh)
         if fragment.weight.dtype != torch.float32:
             yield _piece(fragment, "master", fragment.master, mesh)
-        for kind, value in state_of(optimizer, fragment.flat).items():
-            if is_elementwise(value, fragment.flat):
-                yield _piece(fragment, kind, value.narrow(0, fragment.offset, fragment.numel), mesh)
+        for kind, value in holdings.state(fragment.buffer).items():
+            if is_elementwise(value, fragment.buffer):
+                yield _piece(fragment, kind, fragment.part(value), mesh)
             elif fragment.start == 0 and mesh.tp.rank == 0:
-                scalar = torch.as_tensor(value).detach().reshape(1)
-                yield StatePiece(name=fragment.name, kind=kind, shape=(), start=0, data=scalar)
-    scaler = _dynamic_scaler(optimizer)
-    if scaler is not None and mesh.world.rank == 0:
-        values = torch.tensor([float(getattr(scaler, field)) for field in _SCALER_FIELDS], dtype=torch.float64)
-        yield StatePiece(name=SCALER, kind=SCALER, shape=(len(_SCALER_FIELDS),), start=0, data=values)
+                data = torch.as_tensor(value).detach()
+                yield StatePiece(fragment.name, kind, shape=tuple(data.shape), start=0, data=data.reshape(-1))
+    if holdings.scaler is not None and mesh.world.rank == 0:
+        values = torch.tensor([float(getattr(holdings.scaler, field)) for field in _SCALER_FIELDS], dtype=torch.float64)
+        yield StatePiece(SCALER, SCALER, shape=(len(_SCALER_FIELDS),), start=0, data=values)
 
 
 @torch.no_grad()
-def fill(
-    optimizer: Any, owned: Sequence[Fragment], mesh: Mesh, read: ReadTensor, with_optimizer: bool
-) -> list[Problem]:
+def fill(holdings: Holdings, mesh: Mesh, read: ReadTensor, with_optimizer: bool) -> list[Problem]:
     """Fill this rank's masters, and its optimizer state where `with_optimizer`; weights are not touched yet.
 
     Returns what is missing or of another shape, so that all ranks can agree before they go on.
     """
     problems: list[Problem] = []
-    for fragment in owned:
+    for fragment in holdings.held:
         kinds = ("master", "weight") if with_optimizer else ("weight",)
         _copy(fragment.master, fragment, kinds, mesh, read, problems)
-    make_states(optimizer, afresh=True)
+    make_states(holdings, afresh=True)
     if not with_optimizer:
         return problems
-    for fragment in owned:
-        state = state_of(optimizer, fragment.flat)
+    for fragment in holdings.held:
+        state = holdings.state(fragment.buffer)
         for kind, value in state.items():
-            if is_elementwise(value, fragment.flat):
-                target = value.narrow(0, fragment.offset, fragment.numel)
-                _copy(target, fragment, (kind,), mesh, read, problems)
+            if is_elementwise(value, fragment.buffer):
+                _copy(fragment.part(value), fragment, (kind,), mesh, read, problems)
             else:
-                state[kind] = _scalar(value, fragment.name, kind, read, problems)
-    _fill_scaler(optimizer, read)
+                state[kind] = _other(value, fragment.name, kind, read, problems)
+    _fill_scaler(holdings.scaler, read)
     return problems
 
 
@@ -102,26 +98,23 @@ def _copy(
     if spec.dim is not None:
         expected[spec.dim] *= mesh.tp.size
     if list(full.shape) != expected:
-        problems.append(
-            Problem(
-                what=f"{fragment.name} ({kinds[-1]}) has shape {list(full.shape)} in the checkpoint",
-                why=f"this model's is {expected}.",
-                fix="Load it with the configuration that is saved beside the checkpoint.",
-            )
-        )
+        problems.append(_misshapen(fragment.name, kinds[-1], list(full.shape), expected))
         return
     target.copy_(fragment.select(split(full, spec, mesh.tp.size, mesh.tp.rank)))
 
 
-def _scalar(value: Any, name: str, kind: str, read: ReadTensor, problems: list[Problem]) -> Any:
-    """Return the checkpoint's scalar in the form that the optimizer keeps `value` in."""
+def _other(value: Any, name: str, kind: str, read: ReadTensor, problems: list[Problem]) -> Any:
+    """Return the checkpoint's entry (a step count, an accumulator) in the form that the optimizer keeps `value` in."""
     saved = read(name, kind)
     if saved is None:
         problems.append(_missing(name, kind))
         return value
-    if isinstance(value, Tensor):
-        return saved.reshape(value.shape).to(dtype=value.dtype, device=value.device, copy=True)
-    return type(value)(saved.item())
+    if not isinstance(value, Tensor):
+        return type(value)(saved.item())
+    if saved.numel() != value.numel():
+        problems.append(_misshapen(name, kind, list(saved.shape), list(value.shape)))
+        return value
+    return saved.reshape(value.shape).to(dtype=value.dtype, device=value.device, copy=True)
 
 
 def _missing(name: str, kind: str) -> Problem:
@@ -134,14 +127,16 @@ def _missing(name: str, kind: str) -> Problem:
     )
 
 
-def _dynamic_scaler(optimizer: Any) -> Any | None:
-    scaler = getattr(optimizer, "loss_scaler", None)
-    return scaler if getattr(scaler, "dynamic", False) else None
+def _misshapen(name: str, kind: str, found: list[int], expected: list[int]) -> Problem:
+    return Problem(
+        what=f"{name} ({kind}) has shape {found} in the checkpoint",
+        why=f"this model's is {expected}.",
+        fix="Load it with the configuration that is saved beside the checkpoint.",
+    )
 
 
-def _fill_scaler(optimizer: Any, read: ReadTensor) -> None:
+def _fill_scaler(scaler: Any | None, read: ReadTensor) -> None:
     """Restore the dynamic loss scale; a checkpoint of another precision has none, and ours then starts afresh."""
-    scaler = _dynamic_scaler(optimizer)
     values = None if scaler is None else read(SCALER, SCALER)
     if values is None:
         return
@@ -149,11 +144,16 @@ def _fill_scaler(optimizer: Any, read: ReadTensor) -> None:
         setattr(scaler, field, value if field == "cur_scale" else int(value))
 
 
-def summarise(problems: Sequence[Problem], ranks_with_problems: int) -> CheckpointError:
-    """Return one error for what the ranks found: at most 20 of the problems, and the number of the rest."""
+def agree(problems: Sequence[Problem], mesh: Mesh) -> None:
+    """Raise CheckpointError on every rank where any rank could not load; all ranks must call it."""
+    failed = torch.tensor(float(bool(problems)), device=mesh.device)
+    if mesh.world.group is not None:
+        dist.all_reduce(failed, group=mesh.world.group)
+    if not failed.item():
+        return
     shown = list(problems[:20])
     if len(problems) > len(shown):
         shown.append(Problem(f"{len(problems) - len(shown)} more tensors", "as above.", ""))
     if not shown:
-        shown = [Problem(f"{ranks_with_problems} other ranks could not load", "see their messages.", "")]
-    return CheckpointError(*shown)
+        shown = [Problem(f"{int(failed)} other ranks could not load", "their messages say why.", "")]
+    raise CheckpointError(*shown)

@@ -11,32 +11,32 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor, nn
 
 from megatron.config.schema.config import Config
-from megatron.engine.fragments import Fragment, flat_groups
+from megatron.engine.fragments import Fragment, Holdings
 from megatron.errors import EngineError, Problem
 from megatron.logs import get_logger
 from megatron.parallel.mesh import Mesh
 
 logger = get_logger(__name__)
 
-_DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _GROUP_KEYS = ("lr", "weight_decay", "betas", "eps", "momentum", "beta", "nesterov")
 
 Facts = dict[str, Any]
 
 
-def expected(config: Config, mesh: Mesh, groups: Sequence[dict[str, Any]]) -> Facts:
+def expected(config: Config, mesh: Mesh, stage: int, groups: Sequence[dict[str, Any]]) -> Facts:
     """Return what the config asks of the engine.
 
+    stage: the ZeRO stage that serves the config's.
     groups: the parameter groups that `build_optimizer` made, taken before DeepSpeed flattened them.
     """
     precision = config.numerics.precision
     types = config.deepspeed.data_types or {}
     return {
-        "zero_optimization.stage": max(1, int(config.parallel.zero_optimization.get("stage", 0))),
+        "zero_optimization.stage": stage,
         "gradient_clipping": float(config.optimizer.gradient_clipping),
         "train_batch_size": config.batch.train_batch_size,
         "train_micro_batch_size_per_gpu": config.batch.train_micro_batch_size_per_gpu,
@@ -58,24 +58,13 @@ def group_facts(groups: Sequence[dict[str, Any]], num_parameters: Sequence[int])
     ]
 
 
-def read_back(live: Any, owned: Sequence[Fragment], mesh: Mesh) -> Facts:
-    """Return what the live DeepSpeed engine does, read from the objects that do it; every rank must call it."""
-    optimizer = live.optimizer
-    bf16_optimizer = isinstance(optimizer, BF16_Optimizer)
-    accumulation = optimizer.grad_acc_dtype if bf16_optimizer else optimizer.gradient_accumulation_dtype
-    communication = live.communication_data_type if bf16_optimizer else optimizer.communication_data_type
+def common_facts(holdings: Holdings, module: nn.Module, mesh: Mesh) -> Facts:
+    """Return what holds of any live engine, read from its tensors and its optimizer; every rank must call it."""
+    groups = holdings.optimizer.param_groups
     return {
-        "zero_optimization.stage": int(live.zero_optimization_stage()),
-        "gradient_clipping": float(optimizer.clip_grad),
-        "train_batch_size": live.train_batch_size(),
-        "train_micro_batch_size_per_gpu": live.train_micro_batch_size_per_gpu(),
-        "gradient_accumulation_steps": live.gradient_accumulation_steps(),
-        "data parallel size": dist.get_world_size(live.seq_data_parallel_group),
-        "precision of the parameters": _dtypes(live.module.parameters()),
-        "precision of the masters": _dtypes(flat for flat, _ in flat_groups(optimizer)),
-        "precision of accumulation": _DTYPES[accumulation],
-        "precision of communication": _DTYPES[communication],
-        "optimizer groups": group_facts(optimizer.optimizer.param_groups, _elements(optimizer, owned, mesh)),
+        "precision of the parameters": _dtypes(module.parameters()),
+        "precision of the masters": _dtypes(buffer for buffer, _ in holdings.buffers),
+        "optimizer groups": group_facts(groups, _elements(holdings, mesh)),
     }
 
 
@@ -135,20 +124,21 @@ def _checksum(tensor: Tensor) -> Tensor:
 
 
 def _dtypes(tensors: Any) -> str:
-    return " and ".join(sorted({_DTYPES.get(tensor.dtype, str(tensor.dtype)) for tensor in tensors}))
+    return " and ".join(sorted({DTYPES.get(tensor.dtype, str(tensor.dtype)) for tensor in tensors}))
 
 
-def _elements(optimizer: Any, owned: Sequence[Fragment], mesh: Mesh) -> list[int]:
+def _elements(holdings: Holdings, mesh: Mesh) -> list[int]:
     """Return the elements that each parameter group trains, summed over the data-parallel ranks."""
-    groups = [group for _, group in flat_groups(optimizer)]
-    flats = [flat for flat, _ in flat_groups(optimizer)]
-    index = {id(flat): number for number, flat in enumerate(flats)}
-    wanted = optimizer.optimizer.param_groups
-    counts = torch.zeros(len(wanted), dtype=torch.int64, device=mesh.device)
-    for fragment in owned:
-        group = groups[index[id(fragment.flat)]]
-        counts[next(number for number, other in enumerate(wanted) if other is group)] += fragment.numel
+    groups = holdings.optimizer.param_groups
+    group_of = {id(buffer): _index(groups, group) for buffer, group in holdings.buffers}
+    counts = torch.zeros(len(groups), dtype=torch.int64, device=mesh.device)
+    for fragment in holdings.owned:
+        counts[group_of[id(fragment.buffer)]] += fragment.numel
     if mesh.dp.group is not None:
         dist.all_reduce(counts, group=mesh.dp.group)
     numbers: list[int] = counts.tolist()
     return numbers
+
+
+def _index(groups: Sequence[dict[str, Any]], group: dict[str, Any]) -> int:
+    return next(number for number, other in enumerate(groups) if other is group)

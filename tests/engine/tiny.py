@@ -16,6 +16,7 @@ from megatron.config.resolve import resolve
 from megatron.config.schema.config import Config
 from megatron.data.batch import Batch
 from megatron.engine.build import build_engine
+from megatron.engine.local import LocalEngine
 from megatron.optim.schedules import learning_rate
 from megatron.parallel.mesh import Mesh
 
@@ -94,15 +95,26 @@ def train(engine: Any, config: Config, first: int, last: int) -> list[Any]:
 
 def capture_gradients(engine: Any) -> list[dict[str, Tensor]]:
     """Record the full reduced gradient of every parameter just before each optimizer step, unclipped."""
-    live, record = engine._live, []
+    record: list[dict[str, Tensor]] = []
+    if isinstance(engine, LocalEngine):
+        reduced = engine._reduced
+
+        def recording_reduced() -> list[Tensor]:
+            gradients = reduced()
+            record.append({name: master.grad.clone() for name, master in engine._masters.items()})
+            return gradients
+
+        engine._reduced = recording_reduced
+        return record
+    live = engine._live
     step = live.step
 
-    def recording() -> None:
+    def recording_step() -> None:
         if live.is_gradient_accumulation_boundary():
             record.append({n: safe_get_full_grad(p).float().clone() for n, p in live.module.named_parameters()})
         step()
 
-    live.step = recording
+    live.step = recording_step
     return record
 
 

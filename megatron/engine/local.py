@@ -1,0 +1,241 @@
+"""An engine of our own for ZeRO stage 0: every rank holds the whole model, and a step waits for the device once.
+
+It is plain data parallelism in fp32: gradients are summed over micro-batches and ranks in one flat fp32 buffer,
+masters are fp32, and every rank applies the same update. In fp32 on one rank there is no buffer, since autograd's
+own gradients are that sum. It hands the optimizer whole tensors, so optimizers that need rows and columns run here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from megatron.config.schema.config import Config
+from megatron.engine import state, verify
+from megatron.engine.base import Objective, ReadTensor
+from megatron.engine.fragments import Fragment, Holdings
+from megatron.engine.loss_scale import LossScale
+from megatron.engine.step import StepEngine, Update
+from megatron.parallel.mesh import Mesh
+from megatron.parallel.sharding import StatePiece
+
+_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class LocalEngine(StepEngine):
+    """The Engine of ZeRO stage 0; `engine.build.build_engine` makes it.
+
+    optimizer: over the model's parameters; it is given the fp32 masters instead.
+    """
+
+    def __init__(
+        self, config: Config, mesh: Mesh, model: nn.Module, optimizer: Optimizer, objective: Objective
+    ) -> None:
+        super().__init__(config, mesh, objective)
+        self._model = _cast(model, _TYPES[config.numerics.precision], mesh)
+        self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._masters = {name: _master(p) for name, p in self._trained.items()}
+        self._optimizer = optimizer
+        self._give_masters()
+        self._gradients = None if self._is_direct() else GradientBuffer(self._trained, self._masters, mesh)
+        self._scaler = LossScale(config.deepspeed.fp16 or {}) if config.numerics.precision == "fp16" else None
+        self._clip = float(config.optimizer.gradient_clipping)
+        state.make_states(self._holdings())
+
+    @property
+    def model(self) -> nn.Module:
+        """The model."""
+        return self._model
+
+    def state_pieces(self) -> Iterator[StatePiece]:
+        """Yield this rank's share of the state, as views of the live tensors; save or copy them before a step."""
+        return state.pieces(self._holdings(), self._mesh)
+
+    def load_state(self, read: ReadTensor, with_optimizer: bool) -> None:
+        """Fill masters and optimizer state, then the weights from the masters; see `Engine.load_state`."""
+        problems = state.fill(self._holdings(), self._mesh, read, with_optimizer)
+        state.agree(problems, self._mesh)
+        self._publish()
+        self.check_masters()
+
+    def check_masters(self) -> None:
+        """Raise EngineError unless the weights are the rounded masters, on all ranks alike."""
+        verify.check_masters(self._holdings().held, self._model, self._mesh, is_sharded=False)
+
+    def read_back(self) -> dict[str, Any]:
+        """Return what the live engine does, under the names of the keys that asked for it; all ranks must call it."""
+        size, dp = self._config.batch.train_micro_batch_size_per_gpu, self._mesh.dp.size
+        sums = "fp32" if self._gradients is None else verify.DTYPES[self._gradients.flat.dtype]
+        return {
+            "zero_optimization.stage": 0,
+            "gradient_clipping": self._clip,
+            "train_batch_size": size * self._num_micro_batches * dp,
+            "train_micro_batch_size_per_gpu": size,
+            "gradient_accumulation_steps": self._num_micro_batches,
+            "data parallel size": dp,
+            "precision of accumulation": sums,
+            "precision of communication": sums,
+            **verify.common_facts(self._holdings(), self._model, self._mesh),
+        }
+
+    def _is_direct(self) -> bool:
+        """Return whether autograd's own gradients are the step's sum: in fp32 on one rank."""
+        return self._config.numerics.precision == "fp32" and self._mesh.dp.size == 1
+
+    def _give_masters(self) -> None:
+        masters = {id(self._trained[name]): master for name, master in self._masters.items()}
+        for group in self._optimizer.param_groups:
+            group["params"] = [masters[id(parameter)] for parameter in group["params"]]
+
+    def _callable(self, training: bool) -> Callable[..., Tensor]:
+        return self._model.train(training)
+
+    def _start(self, rate: float) -> float:
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        if self._gradients is None:
+            self._optimizer.zero_grad(set_to_none=True)
+        else:
+            self._gradients.start()
+        return self._scaler.cur_scale if self._scaler else 1.0
+
+    def _backward(self, loss_sum: Tensor, num_tokens: Tensor) -> None:
+        scale = (self._scaler.cur_scale if self._scaler else 1.0) / num_tokens
+        (loss_sum * scale.to(loss_sum.dtype)).backward()
+
+    @torch.no_grad()
+    def _update(self) -> Update:
+        gradients = self._reduced()
+        scale = self._scaler.cur_scale if self._scaler else 1.0
+        norm = float(torch.nn.utils.get_total_norm(gradients)) / scale
+        overflow = norm != norm or norm == float("inf")
+        if self._scaler:
+            self._scaler.update(overflow)
+        if overflow:
+            return Update(float("inf"), skipped=True)
+        shrink = max(1.0, (norm + 1e-6) / self._clip) if self._clip > 0 else 1.0
+        if shrink * scale != 1.0:
+            torch._foreach_mul_(gradients, 1.0 / (shrink * scale))
+        self._optimizer.step()
+        self._publish()
+        return Update(norm, skipped=False)
+
+    def _reduced(self) -> list[Tensor]:
+        """Return the gradient of the whole step, summed over the ranks, as few fp32 tensors."""
+        if self._gradients is not None:
+            return [self._gradients.reduce()]
+        return [master.grad for master in self._masters.values() if master.grad is not None]
+
+    def _publish(self) -> None:
+        """Round the masters into the weights; in fp32 they are the same tensors."""
+        pairs = [(p.data, self._masters[name]) for name, p in self._trained.items() if p is not self._masters[name]]
+        if pairs:
+            weights, masters = zip(*pairs, strict=True)
+            torch._foreach_copy_(list(weights), [master.detach() for master in masters])
+
+    def _holdings(self) -> Holdings:
+        groups = [(buffer, group) for group in self._optimizer.param_groups for buffer in group["params"]]
+        held = [_fragment(name, p, self._masters[name], 0, p.numel()) for name, p in self._trained.items()]
+        owned = [_share(whole, self._mesh.dp.rank, self._mesh.dp.size) for whole in held]
+        return Holdings(
+            optimizer=self._optimizer,
+            buffers=groups,
+            held=held,
+            owned=[fragment for fragment in owned if fragment.numel],
+            scaler=self._scaler if self._scaler and self._scaler.dynamic else None,
+        )
+
+
+class GradientBuffer:
+    """The gradient of one step in one flat fp32 buffer, summed over micro-batches as the backward pass makes it.
+
+    Each parameter's gradient is added and freed as soon as it is complete. The masters' `.grad` are views.
+    """
+
+    def __init__(self, trained: dict[str, nn.Parameter], masters: dict[str, Tensor], mesh: Mesh) -> None:
+        self._mesh = mesh
+        self.flat = torch.zeros(sum(p.numel() for p in trained.values()), dtype=torch.float32, device=mesh.device)
+        self._views: list[Tensor] = []
+        self._written: list[bool] = []
+        offset = 0
+        for index, (name, parameter) in enumerate(trained.items()):
+            view = self.flat.narrow(0, offset, parameter.numel()).view(parameter.shape)
+            offset += parameter.numel()
+            self._views.append(view)
+            self._written.append(False)
+            if masters[name] is not parameter:
+                masters[name].grad = view
+            parameter.register_post_accumulate_grad_hook(self._hook(index))
+        self._direct = [
+            (p, view) for p, view in zip(trained.values(), self._views, strict=True) if p.dtype == view.dtype
+        ]
+
+    def start(self) -> None:
+        """Forget the last step's gradient."""
+        self._written = [False] * len(self._written)
+        for parameter, _ in self._direct:
+            parameter.grad = None
+
+    def reduce(self) -> Tensor:
+        """Return the flat gradient, summed over the data-parallel ranks."""
+        for view, written in zip(self._views, self._written, strict=True):
+            if not written:
+                view.zero_()
+        if self._mesh.dp.size > 1:
+            dist.all_reduce(self.flat, group=self._mesh.dp.group)
+        for parameter, view in self._direct:
+            parameter.grad = view
+        return self.flat
+
+    def _hook(self, index: int) -> Callable[[Tensor], None]:
+        def add(parameter: Tensor) -> None:
+            if parameter.grad is None:
+                return
+            if self._written[index]:
+                self._views[index].add_(parameter.grad)
+            else:
+                self._views[index].copy_(parameter.grad)
+                self._written[index] = True
+            parameter.grad = None
+
+        return add
+
+
+def _cast(model: nn.Module, dtype: torch.dtype, mesh: Mesh) -> nn.Module:
+    """Move the model to the device, cast its parameters (buffers keep their dtype), and take rank 0's weights."""
+    model.to(mesh.device)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype).contiguous()
+        if mesh.dp.size > 1:
+            dist.broadcast(parameter.data, group=mesh.dp.group, group_src=0)
+    return model
+
+
+def _master(parameter: nn.Parameter) -> Tensor:
+    if parameter.dtype == torch.float32:
+        return parameter
+    return parameter.detach().float().requires_grad_()
+
+
+def _fragment(name: str, parameter: nn.Parameter, master: Tensor, start: int, numel: int) -> Fragment:
+    return Fragment(
+        name=name,
+        parameter=parameter,
+        shape=tuple(parameter.shape),
+        start=start,
+        numel=numel,
+        weight=parameter.data.view(-1).narrow(0, start, numel),
+        buffer=master,
+        offset=start,
+    )
+
+
+def _share(whole: Fragment, rank: int, size: int) -> Fragment:
+    """Return the part of a parameter that this of `size` ranks saves."""
+    start, stop = whole.numel * rank // size, whole.numel * (rank + 1) // size
+    return _fragment(whole.name, whole.parameter, whole.buffer, start, stop - start)

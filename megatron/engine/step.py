@@ -1,0 +1,142 @@
+"""One optimizer step as every engine does it; how gradients are kept and applied is left to the engine.
+
+The loss and the gradient of a step are divided by the number of trained tokens of the whole step, which is
+counted over all micro-batches and data-parallel ranks before the first forward pass. So neither depends on how the
+batch is split, ragged loss masks included:
+
+    loss = sum of token losses / T,   T = trained tokens of all ranks and micro-batches
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron.config.schema.config import Config
+from megatron.data.batch import Batch
+from megatron.engine.base import Objective, StepResult
+from megatron.errors import EngineError, Problem
+from megatron.optim.schedules import learning_rate
+from megatron.parallel.mesh import Mesh
+from megatron.parallel.rng import RngStreams
+
+
+@dataclass(frozen=True)
+class Update:
+    """What applying the gradient found: its global norm before clipping (inf where skipped), and whether it was."""
+
+    grad_norm: float
+    skipped: bool
+
+
+class StepEngine(ABC):
+    """The part of an engine that does not depend on how parameters are kept."""
+
+    def __init__(self, config: Config, mesh: Mesh, objective: Objective) -> None:
+        self._config = config
+        self._mesh = mesh
+        self._objective = objective
+        self._rng = RngStreams(config.numerics.seed, mesh)
+        self._num_micro_batches = config.batch.gradient_accumulation_steps
+        self._train_iters = config.training.train_iters or 0
+
+    @abstractmethod
+    def _callable(self, training: bool) -> Callable[..., Tensor]:
+        """Return the model to call, set to training or evaluation."""
+
+    @abstractmethod
+    def _start(self, rate: float) -> float:
+        """Prepare a step with this learning rate, and return the loss scale."""
+
+    @abstractmethod
+    def _backward(self, loss_sum: Tensor, num_tokens: Tensor) -> None:
+        """Add the gradient of loss_sum / num_tokens (of this micro-batch and the whole step) to the step's."""
+
+    @abstractmethod
+    def _update(self) -> Update:
+        """Sum the gradient over the ranks, clip it and apply it."""
+
+    def train_step(self, batches: Sequence[Batch], iteration: int) -> StepResult:
+        """Do one optimizer step; see `Engine.train_step`.
+
+        Raises EngineError for a wrong number of micro-batches, and where fp16 has no smaller loss scale left.
+        """
+        self._require_accumulation(batches)
+        rate = learning_rate(self._config.optimizer, self._train_iters, iteration)
+        loss_scale = self._start(rate)
+        num_tokens = self._count(batches)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self._mesh.device)
+        model = self._callable(training=True)
+        for micro_batch, batch in enumerate(batches):
+            self._rng.start_micro_batch(iteration, micro_batch)
+            micro_sum, _ = self._objective(model, batch.to(self._mesh.device))
+            self._backward(micro_sum, num_tokens.clamp(min=1))
+            loss_sum += micro_sum.detach()
+        # Read before the update is queued, so that the device works on it while the host goes on.
+        total, count = torch.stack((self._sum(loss_sum), num_tokens)).tolist()
+        update = self._update()
+        return StepResult(
+            loss=total / max(1, count),
+            num_tokens=int(count),
+            learning_rate=rate,
+            grad_norm=update.grad_norm,
+            clipped_grad_norm=clipped(update.grad_norm, self._config.optimizer.gradient_clipping),
+            loss_scale=loss_scale,
+            skipped=update.skipped,
+        )
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[Batch]) -> tuple[float, int]:
+        """Return the summed loss and the trained tokens of all ranks; see `Engine.evaluate`."""
+        totals = torch.zeros(2, dtype=torch.float64, device=self._mesh.device)
+        model = self._callable(training=False)
+        for batch in batches:
+            local = batch.to(self._mesh.device)
+            loss_sum, _ = self._objective(model, local)
+            totals[0] += loss_sum
+            totals[1] += local.loss_mask.sum()
+        self._callable(training=True)
+        self._sum(totals)
+        return float(totals[0]), int(totals[1])
+
+    def _require_accumulation(self, batches: Sequence[Batch]) -> None:
+        if len(batches) != self._num_micro_batches:
+            raise EngineError(
+                Problem(
+                    what=f"{len(batches)} micro-batches",
+                    why=f"a step takes gradient_accumulation_steps = {self._num_micro_batches}.",
+                    fix="Give train_step exactly that many.",
+                )
+            )
+
+    def _count(self, batches: Sequence[Batch]) -> Tensor:
+        """Return T, the trained tokens of the step over all data-parallel ranks, without waiting for the device."""
+        counts = [batch.loss_mask.sum(dtype=torch.float64) for batch in batches]
+        return self._sum(torch.stack(counts).sum().to(self._mesh.device))
+
+    def _sum(self, value: Tensor) -> Tensor:
+        """Sum `value` in place over the data-parallel ranks."""
+        if self._mesh.dp.size > 1:
+            dist.all_reduce(value, group=self._mesh.dp.group)
+        return value
+
+
+def clipped(norm: float, limit: float) -> float:
+    """Return what clipping leaves of a gradient of this norm: it is divided by max(1, (norm + 1e-6) / limit)."""
+    return norm / max(1.0, (norm + 1e-6) / limit) if limit > 0 else norm
+
+
+def diverged() -> EngineError:
+    """Return the error of an fp16 run whose loss scale cannot become smaller."""
+    return EngineError(
+        Problem(
+            what="fp16 loss scale",
+            why="the gradient overflows even at fp16.min_loss_scale: the run has diverged.",
+            fix="Load an earlier checkpoint with a smaller learning rate, or use precision: bf16.",
+        )
+    )

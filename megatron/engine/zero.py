@@ -1,0 +1,107 @@
+"""DeepSpeed's ZeRO optimizers, stages 1 to 3 and BF16_Optimizer, read as Holdings.
+
+The one place that knows the names of their inner buffers (DeepSpeed 0.19).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from torch import Tensor, nn
+
+from megatron.engine.fragments import Fragment, Holdings
+
+
+def holdings(optimizer: Any, module: nn.Module) -> Holdings:
+    """Return what this rank holds, which under ZeRO is what it owns."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    is_stage3 = isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3)
+    fragments = list(_stage3(optimizer, names) if is_stage3 else _stage1_or_2(optimizer, names))
+    scaler = getattr(optimizer, "loss_scaler", None)
+    return Holdings(
+        optimizer=optimizer.optimizer,
+        buffers=_buffers(optimizer),
+        held=fragments,
+        owned=fragments,
+        scaler=scaler if getattr(scaler, "dynamic", False) else None,
+    )
+
+
+@torch.no_grad()
+def publish_masters(optimizer: Any) -> None:
+    """Round the fp32 masters into the model's weights, on every rank; all ranks must call it."""
+    if not isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        optimizer.update_lp_params()
+        return
+    for index in range(len(optimizer.fp16_groups)):
+        optimizer._reassign_or_swap_out_partitioned_parameters(index)
+    if optimizer.persistent_parameters:
+        optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+
+
+def accumulation_dtype(optimizer: Any) -> torch.dtype:
+    """Return what gradients are summed in over micro-batches."""
+    is_bf16 = isinstance(optimizer, BF16_Optimizer)
+    dtype: torch.dtype = optimizer.grad_acc_dtype if is_bf16 else optimizer.gradient_accumulation_dtype
+    return dtype
+
+
+def communication_dtype(live: Any) -> torch.dtype:
+    """Return what gradients are summed in over ranks."""
+    is_bf16 = isinstance(live.optimizer, BF16_Optimizer)  # the DeepSpeed engine reduces for it
+    dtype: torch.dtype = (live if is_bf16 else live.optimizer).communication_data_type
+    return dtype
+
+
+def _buffers(optimizer: Any) -> list[tuple[Tensor, dict[str, Any]]]:
+    inner = optimizer.optimizer
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        return [
+            (buffer, inner.param_groups[optimizer.sub_group_to_group_id[index]])
+            for index, buffer in enumerate(optimizer.fp32_partitioned_groups_flat)
+        ]
+    return [(group["params"][0], group) for group in inner.param_groups]
+
+
+def _stage1_or_2(optimizer: Any, names: dict[int, str]) -> Iterator[Fragment]:
+    groups = optimizer.bf16_groups if isinstance(optimizer, BF16_Optimizer) else optimizer.bit16_groups
+    for parameters, (buffer, _) in zip(groups, _buffers(optimizer), strict=True):
+        for parameter in parameters:
+            mapping = parameter._hp_mapping
+            if mapping is None:  # all of it belongs to other ranks
+                continue
+            where, place = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
+            yield Fragment(
+                name=names[id(parameter)],
+                parameter=parameter,
+                shape=tuple(parameter.shape),
+                start=where.start,
+                numel=where.numel,
+                weight=parameter.data.view(-1).narrow(0, where.start, where.numel),
+                buffer=buffer,
+                offset=place.start,
+            )
+
+
+def _stage3(optimizer: Any, names: dict[int, str]) -> Iterator[Fragment]:
+    for parameters, (buffer, _) in zip(optimizer.fp16_groups, _buffers(optimizer), strict=True):
+        for parameter in parameters:
+            _, offset, share = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            start = optimizer._get_param_partition_rank(parameter) * share
+            numel = min(share, parameter.ds_numel - start)  # the last shares are padded
+            if numel <= 0:
+                continue
+            yield Fragment(
+                name=names[id(parameter)],
+                parameter=parameter,
+                shape=tuple(parameter.ds_shape),
+                start=start,
+                numel=numel,
+                weight=parameter.ds_tensor.data.view(-1).narrow(0, 0, numel),
+                buffer=buffer,
+                offset=offset,
+            )
