@@ -42,7 +42,7 @@ SEED = 1234
 MICRO_BATCH = 8
 AIMS = {"index_speedup": 3.0, "blend_speedup": 5.0, "cold_read_speedup": 1.0}
 """Least factors over the plain loops. The shuffles, which must be GPT-NeoX's, take most of the index's time. Reading
-what is cached already has no aim: both sides pay the same page faults, and ours the advice that speeds up cold reads."""
+what is cached already has no aim: both sides pay the same page faults, and ours the advice that cold reads need."""
 
 Results = dict[str, float]
 

@@ -1,6 +1,7 @@
 """Every token batch that GPT-NeoX yielded, bit for bit, and its own index arrays."""
 
 import json
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -190,20 +191,13 @@ def test_training_packed_to_overflow_is_the_same_without_the_leak(golden: Path) 
 @pytest.mark.parametrize("run", ["pythia_dp1", "pythia_eodmask", "pythia_dp2"])
 def test_first_batches_of_recorded_training_runs(golden: Path, run: str) -> None:
     record = json.loads((golden / "train" / f"{run}.json").read_text())
-    keys = (
-        "seq_length",
-        "split",
-        "seed",
-        "train_micro_batch_size_per_gpu",
-        "train_iters",
-        "eval_interval",
-        "eval_iters",
-    )
-    settings = {key: record["config"][key] for key in keys} | {"max_position_embeddings": 64, "num_workers": 2}
+    keys = {"seq_length", "split", "seed", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"}
+    keys |= {"train_iters", "eval_interval", "eval_iters"}
+    settings = {key: record["config"][key] for key in keys} | {"max_position_embeddings": 64}
     settings |= {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 1}
     prefix = golden / "train" / "data" / "small_text_document"
     config = resolve({**settings, "data_path": str(prefix)}, world_size=record["world"])
     dataset = build_datasets(config).train
     with build_loader(config, dataset, dp_rank=record["rank"], dp_size=record["world"]) as loader:
-        for expected, step in zip(record["first_tokens"], loader, strict=False):
-            assert step[0].tokens.tolist() == expected
+        delivered = [batch.tokens.tolist() for step in islice(loader, 4) for batch in step]
+    assert delivered[: len(record["first_tokens"])] == record["first_tokens"]
