@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from pydantic import ValidationError
 
 from megatron import logs
 from megatron.checkpoint.load import CheckpointReader
+from megatron.config.resolve import resolve
 from megatron.config.schema.config import Config
-from megatron.errors import CheckpointError, Problem
+from megatron.errors import CheckpointError, ConfigError, Problem
 
 logger = logs.get_logger(__name__)
 
@@ -28,15 +30,19 @@ _NUMERICS = ("bias_gelu_fusion", "mup_rp_embedding_mult")  # the numeric choices
 def stored_config(reader: CheckpointReader) -> Config:
     """Return the config that the checkpoint was trained with.
 
-    Raises CheckpointError where this version does not know one of its keys.
+    A checkpoint of an earlier version goes the way of a YAML file: keys that have been renamed or dropped since are
+    understood or ignored as they are there. Raises CheckpointError where this version cannot express one of its keys.
     """
+    sections = dict(reader.manifest.config)
     try:
-        return Config.model_validate(dict(reader.manifest.config))
-    except ValidationError as error:
-        details = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        why = f"It was written by a version with other keys ({details})."
-        fix = "Use the version that wrote it."
-        raise CheckpointError(Problem("the stored config", why, fix, str(reader.folder))) from error
+        return Config.model_validate(sections)
+    except ValidationError:
+        flat = {key: value for section in sections.values() for key, value in section.items() if value is not None}
+    try:
+        return resolve(flat)
+    except ConfigError as error:
+        problems = (replace(problem, where=str(reader.folder / "config.yml")) for problem in error.problems)
+        raise CheckpointError(*problems) from error
 
 
 def require_same_model(reader: CheckpointReader, config: Config) -> None:

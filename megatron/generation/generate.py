@@ -5,6 +5,7 @@ samples = generate(model, tokenizer, ["def main():"], DecodingSettings(maximum_t
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -85,34 +86,40 @@ def generate(
 
 
 def _prepare(prompts: Iterable[str], tokenizer: Tokenizer, settings: DecodingSettings) -> list[_Prompt]:
-    """Return the prompts as ids that leave room for the new tokens; long ones lose their beginning."""
-    limit = settings.model.seq_length
-    room = min(settings.maximum_tokens, limit - 1)
+    """Return the prompts as ids that leave room for new tokens; long ones lose their beginning."""
+    limit, wanted = settings.model.seq_length, settings.maximum_tokens
+    longest = max(limit - wanted, limit // 2, 1)  # half of the context is the prompt's, whatever maximum_tokens says
     seen: dict[str, int] = {}
     prepared = []
     for index, text in enumerate(prompts):
         ids = tokenizer.encode(text) or [tokenizer.eod]
         messages = []
-        if room < settings.maximum_tokens:
-            messages.append(f"maximum_tokens = {settings.maximum_tokens} is cut to {room}: seq_length is {limit}")
-        if len(ids) > limit - room:
-            messages.append(
-                f"the first {len(ids) - (limit - room)} of the prompt's {len(ids)} tokens were left out: {room} new "
-                f"tokens must fit into seq_length = {limit}"
-            )
-            ids = ids[-(limit - room) :]
-        for message in messages:
+        if len(ids) > longest:
+            messages.append(f"the first {len(ids) - longest} of the prompt's {len(ids)} tokens were left out")
+            ids = ids[-longest:]
+        room = min(wanted, limit - len(ids))
+        if room < wanted:
+            messages.append(f"at most {room} of maximum_tokens = {wanted} follow")
+        message = f"{', and '.join(messages)}: seq_length is {limit}" if messages else None
+        if message:
             logger.warning("prompt %d: %s", index, message)
         number = seen[text] = seen.get(text, -1) + 1
-        prepared.append(_Prompt(index, text, f"{number}/{text}", ids, room, "; ".join(messages) or None))
+        prepared.append(_Prompt(index, text, f"{number}/{text}", ids, room, message))
     return prepared
 
 
 def _groups(prompts: Sequence[_Prompt], size: int) -> Iterator[list[_Prompt]]:
-    """Yield groups of at most `size` prompts of similar lengths, so that little padding is computed."""
-    ordered = sorted(prompts, key=lambda prompt: len(prompt.ids))
-    for start in range(0, len(ordered), size):
-        yield ordered[start : start + size]
+    """Yield groups of at most `size` prompts with equal room and similar lengths, to pad little."""
+    ordered = sorted(prompts, key=lambda prompt: (prompt.room, len(prompt.ids)))
+    for _, alike in itertools.groupby(ordered, key=lambda prompt: prompt.room):
+        yield from _batched(alike, size)
+
+
+def _batched(items: Iterable[_Prompt], size: int) -> Iterator[list[_Prompt]]:
+    """Yield lists of `size` items, the last one shorter."""
+    iterator = iter(items)
+    while group := list(itertools.islice(iterator, size)):
+        yield group
 
 
 @torch.no_grad()  # not inference mode: tables that the model keeps must serve training too

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 
@@ -179,6 +180,25 @@ def test_shapes_and_tokenizer(root):
 
 def test_the_stored_config_is_the_config(root):
     assert stored_config(CheckpointReader(find_checkpoint(root))) == small_config()
+
+
+def with_config_key(root, section, key, value):
+    """Return a reader whose manifest was written by a version that had one more key."""
+    reader = CheckpointReader(find_checkpoint(root))
+    sections = {name: dict(keys) for name, keys in reader.manifest.config.items()}
+    sections[section][key] = value
+    reader.manifest = dataclasses.replace(reader.manifest, config=sections)
+    return reader
+
+
+def test_a_config_of_an_earlier_version_is_read_like_a_yaml_file(root):
+    reader = with_config_key(root, "numerics", "fp32_allreduce", False)  # a key that configs may hold and nothing reads
+    assert stored_config(reader) == small_config()
+
+
+def test_a_stored_key_that_is_not_known_any_more_is_named(root):
+    with pytest.raises(CheckpointError, match=r"global_step8/config\.yml: a_key_of_the_future"):
+        stored_config(with_config_key(root, "model", "a_key_of_the_future", 3))
 
 
 def test_dtype_is_known_without_reading(root):

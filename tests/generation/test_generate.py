@@ -125,21 +125,28 @@ def test_padding_rows_of_the_vocabulary_are_never_sampled():
         assert max(sample.tokens) < 300
 
 
-def test_long_prompts_lose_their_beginning_and_say_so():
-    config = make_config()
+def lengths(prompts, **changes):
+    config = make_config(pos_emb="learned")
     model, tokenizer = make_model(config), build_tokenizer(config.tokenizer)
-    text = "".join(chr(97 + number % 26) for number in range(100))
-    sample, same = generate(model, tokenizer, [text, text[-38:]], DecodingSettings(config.model, maximum_tokens=10))
+    return generate(model, tokenizer, prompts, DecodingSettings(config.model, **changes))
+
+
+ALPHABET = "".join(chr(97 + number % 26) for number in range(100))
+
+
+def test_long_prompts_lose_their_beginning_and_say_so():
+    sample, same = lengths([ALPHABET, ALPHABET[-38:]], maximum_tokens=10)
     assert sample.tokens == same.tokens
     assert same.message is None
-    assert sample.message == (
-        "the first 62 of the prompt's 100 tokens were left out: 10 new tokens must fit into seq_length = 48"
+    assert sample.message == "the first 62 of the prompt's 100 tokens were left out: seq_length is 48"
+
+
+def test_half_of_the_context_is_the_prompts():
+    short, long = lengths(["abc", ALPHABET], maximum_tokens=500)
+    assert len(short.tokens) <= 45
+    assert short.message == "at most 45 of maximum_tokens = 500 follow: seq_length is 48"
+    assert len(long.tokens) <= 24
+    assert long.message == (
+        "the first 76 of the prompt's 100 tokens were left out, and at most 24 of maximum_tokens = 500 follow: "
+        "seq_length is 48"
     )
-
-
-def test_more_tokens_than_the_context_holds_are_cut():
-    config = make_config()
-    model, tokenizer = make_model(config), build_tokenizer(config.tokenizer)
-    (sample,) = generate(model, tokenizer, ["a"], DecodingSettings(config.model, maximum_tokens=500))
-    assert len(sample.tokens) <= 47
-    assert sample.message == "maximum_tokens = 500 is cut to 47: seq_length is 48"
