@@ -70,7 +70,13 @@ class GenerationConfig(Section):
     text_gen_type: Literal["unconditional", "input-file", "interactive"] | None = setting(
         None, "Where prompts come from. Unset: input-file if sample_input_file is set, else unconditional."
     )
-    temperature: float = setting(0.0, "Logits are divided by this; 0 takes the likeliest token.", unit="ratio", ge=0)
+    temperature: float = setting(
+        0.0,
+        "Logits are divided by this; 0 leaves them as they are, and with top_k and top_p also 0 takes the likeliest "
+        "token.",
+        unit="ratio",
+        ge=0,
+    )
     top_k: int = setting(0, "Sample among the k likeliest tokens; 0: among all.", unit="tokens", ge=0)
     top_p: float = setting(
         0.0,
