@@ -95,6 +95,8 @@ IGNORED: dict[str, str] = {
     "use_cpu_initialization": "weights are always drawn in full and then cut, so they never depend on the layout",
     "rotary_save_freqs_buffer": "rotary frequencies are computed from rotary_emb_base; checkpoints never hold them",
     "onnx_safe": "gelu is the erf form unless bias_gelu_fusion asks for the tanh form",
+    "attention_softmax_in_fp32": "the softmax of attention is always computed in fp32",
+    "distributed_backend": "processes talk through nccl on GPUs and through gloo on CPUs",
     "lazy_mpu_init": "process groups are always made at the start",
     "fp32_allreduce": "gradients are always reduced in fp32 (communication_data_type)",
     "steps_per_print": "log_interval says how often a line is printed",

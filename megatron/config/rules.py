@@ -16,7 +16,7 @@ from megatron.config.attention import expand_attention
 from megatron.config.blocks import OPTIMIZERS
 from megatron.config.draft import Draft
 from megatron.config.schema.config import Config
-from megatron.errors import Problem
+from megatron.errors import ConfigError, Problem
 
 TRIANGLE = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 Rule = Callable[[Draft], Iterator[Problem]]
@@ -310,6 +310,13 @@ def runnable(config: Config) -> list[Problem]:
         for key, (value, wanted, plain) in asked.items()
         if wanted
     ]
+
+
+def require_ready(config: Config) -> None:
+    """Raise ConfigError, before anything is built, where the config cannot be trained here."""
+    missing = [*runnable(config), *trainable(config)]
+    if missing:
+        raise ConfigError(*missing)
 
 
 def trainable(config: Config) -> list[Problem]:

@@ -20,6 +20,7 @@ from collections.abc import Callable
 
 from megatron.config.schema.config import Config
 from megatron.config.transport import unpack
+from megatron.launch import check
 from megatron.launch.arguments import parse_arguments
 from megatron.launch.failure import from_exception
 from megatron.launch.lean import defer_compiler
@@ -27,10 +28,11 @@ from megatron.launch.place import Place, find_place
 from megatron.launch.prelude import PAYLOAD_FLAG
 from megatron.launch.read_config import read_settings, resolve_for
 from megatron.launch.worker import Worker, find_board, report, single_worker, start_worker
-from megatron.logs import current_step
+from megatron.logs import current_step, get_logger
 from megatron.parallel.mesh import Mesh
 
 Work = Callable[[Config, Mesh], object]
+logger = get_logger(__name__)
 
 
 def run_worker(work: Work, argv: list[str], alone: bool = False) -> int:
@@ -52,6 +54,8 @@ def run_worker(work: Work, argv: list[str], alone: bool = False) -> int:
         place = place.listening_at(config.launcher.master_addr, config.launcher.master_port)
         board = find_board(os.environ)
         worker = single_worker(place, board) if alone else start_worker(config, place, board)
+        if not alone:
+            logger.info(f"{check.report(config)}\n")
         work(config, worker.mesh)
         worker.finish()
     except KeyboardInterrupt:

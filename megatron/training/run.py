@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from megatron.config.rules import require_ready
 from megatron.config.schema.config import Config
 from megatron.data.build import DataSets, build_datasets
 from megatron.data.gpt import SampleReader
@@ -37,6 +38,7 @@ def train(config: Config, mesh: Mesh) -> Progress:
 
     Raises DeepyError for what the user can mend: data, tokenizer, checkpoint, combinations of settings.
     """
+    require_ready(config)
     tokenizer = build_tokenizer(config.tokenizer)
     data = _open_data(config, mesh, tokenizer)
     config = _with_length(config, data.train_iters)

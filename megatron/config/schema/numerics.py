@@ -43,7 +43,6 @@ class NumericsConfig(Section):
     apply_query_key_layer_scaling: bool = setting(
         False, "Compute attention scores divided by the layer's number, and undo it inside an fp32 softmax."
     )
-    attention_softmax_in_fp32: bool = setting(False, "Compute the attention softmax in fp32.")
     bias_gelu_fusion: bool = setting(
         False, "Use the tanh approximation of GELU, as the fused bias and GELU of GPT-NeoX does."
     )

@@ -23,9 +23,6 @@ class ParallelConfig(Section):
         "DeepSpeed's ZeRO block. stage: 0 or 1 shards optimizer states, 2 gradients too, 3 parameters too; stage 0 is "
         "served by stage 1, whose arithmetic is the same.",
     )
-    distributed_backend: str | None = setting(
-        None, "torch.distributed backend. Unset: nccl where there are GPUs, gloo on CPU."
-    )
 
 
 class BatchConfig(Section):
