@@ -19,6 +19,11 @@ from pathlib import Path
 MANIFEST = "manifest.json"
 LATEST = "latest"
 WRITING, REPLACED, DELETED = ".writing_", ".replaced_", ".deleted_"
+_NEOX = (
+    "This looks like a checkpoint of GPT-NeoX or DeepSpeed, whose pickled .pt files are not opened here. Convert it "
+    "with GPT-NeoX's tools/ckpts/convert_neox_to_hf.py, then import the result: "
+    "python tools/ckpts/convert.py import <converted> <new folder>"
+)
 _STEP = re.compile(r"global_step(\d+)")
 
 
@@ -93,9 +98,9 @@ def foreign_kind(folder: Path) -> str | None:
             f"python tools/ckpts/convert.py import {folder} <new folder>"
         )
     if any(re.fullmatch(r"(layer_\d+-model|mp_rank)_\d+.*_model_states\.pt", name) for name in names):
-        return "This looks like a checkpoint of GPT-NeoX or DeepSpeed (pickled .pt files), which is not read directly."
+        return _NEOX
     for name in sorted(names):
         inner = folder / name
         if _STEP.fullmatch(name) and inner.is_dir() and any(inner.glob("*_model_states.pt")):
-            return f"{name} looks like a checkpoint of GPT-NeoX or DeepSpeed (.pt files), which is not read directly."
+            return f"Within it, {name}: {_NEOX}"
     return None

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from megatron.config.schema.config import Config
-from megatron.errors import ExportError
+from megatron.errors import ExportError, Problem
 from megatron.interop.families import gpt2, gpt_neox, llama
 from megatron.interop.family import Family, cannot_import
 
 FAMILIES = {family.model_type: family for family in (gpt_neox.FAMILY, llama.FAMILY, gpt2.FAMILY)}
+
+
+def export_obstacles(config: Config) -> list[Problem]:
+    """Return what keeps a model of this config from being exported, in the nearest architecture; [] where nothing does.
+
+    It needs no weights, so that a run can say it before it trains.
+    """
+    return min((family.obstacles(config) for family in FAMILIES.values()), key=len)
 
 
 def family_to_export(config: Config) -> Family:
@@ -15,11 +23,10 @@ def family_to_export(config: Config) -> Family:
 
     Raises ExportError with the obstacles of the nearest one where none does.
     """
-    obstacles = {name: family.obstacles(config) for name, family in FAMILIES.items()}
-    nearest = min(obstacles, key=lambda name: len(obstacles[name]))
-    if obstacles[nearest]:
-        raise ExportError(*obstacles[nearest])
-    return FAMILIES[nearest]
+    obstacles = export_obstacles(config)
+    if obstacles:
+        raise ExportError(*obstacles)
+    return next(family for family in FAMILIES.values() if not family.obstacles(config))
 
 
 def family_to_import(model_type: object) -> Family:
