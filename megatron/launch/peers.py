@@ -30,6 +30,28 @@ _FAILURE, _COUNT, _SHOWN = "deepy/failure", "deepy/failures", "deepy/shown"
 logger = logs.get_logger(__name__)
 
 
+def open_store(place: Place, seconds: float = CHECK_IN_SECONDS) -> dist.Store:
+    """Return the store of the run, which rank 0 (or torchrun) holds; the environment says where, as `place` does.
+
+    Raises LaunchError where it cannot be reached, or opened, within `seconds`."""
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
+    except (RuntimeError, dist.DistError) as error:
+        where = f"{place.master_addr}:{place.master_port}"
+        raise LaunchError(
+            Problem(
+                f"rank {place.rank} on {place.host}",
+                f"found no rank 0 at MASTER_ADDR:MASTER_PORT = {where} within {seconds:.0f} s ({_first_line(error)}).",
+                "Look whether rank 0 has failed, whether that address is right, and whether its port is open and free.",
+            )
+        ) from error
+    return store
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
 def check_in(store: dist.Store, place: Place, config: Config, device: str, seconds: float = CHECK_IN_SECONDS) -> None:
     """Meet all ranks before anything is built; rank 0 prints who they are.
 
@@ -44,6 +66,7 @@ def check_in(store: dist.Store, place: Place, config: Config, device: str, secon
     }
     store.set(f"deepy/card/{place.rank}", json.dumps(card))
     cards = _collect(store, place.world_size, time.monotonic() + seconds, seconds)
+    _let_all_read(store, place)
     for what in ("torch", "config"):
         _require_equal(what, [card[what] for card in cards], [card["host"] for card in cards])
     hosts = sorted({card["host"] for card in cards})
@@ -68,6 +91,14 @@ def _collect(store: dist.Store, world_size: int, deadline: float, seconds: float
             )
         time.sleep(0.0 if len(present) == world_size else 0.02)
     return [json.loads(store.get(key)) for key in keys]
+
+
+def _let_all_read(store: dist.Store, place: Place) -> None:
+    """Keep rank 0, which holds the store, until the others have read the cards, so that all see the same problem."""
+    read, deadline = store.add("deepy/read", 1), time.monotonic() + 10
+    while place.rank == 0 and read < place.world_size and time.monotonic() < deadline:
+        time.sleep(0.01)
+        read = store.add("deepy/read", 0)
 
 
 def _require_equal(what: str, values: list[str], hosts: list[str]) -> None:

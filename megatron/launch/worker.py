@@ -17,7 +17,7 @@ from megatron.config.schema.config import Config
 from megatron.launch.board import VARIABLE, Board
 from megatron.launch.devices import usable_cores
 from megatron.launch.failure import Failure
-from megatron.launch.peers import PeerWatch, check_in
+from megatron.launch.peers import PeerWatch, check_in, open_store
 from megatron.launch.place import Place
 from megatron.parallel.mesh import Mesh
 
@@ -112,13 +112,14 @@ def _connect(config: Config, place: Place, device: torch.device, supervised: boo
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         logger.info(f"1 process on {place.host}: {name}")
         return None
-    store, rank, world_size = next(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
+    store = open_store(place)
     check_in(store, place, config, name)
+    store.set_timeout(COLLECTIVE_TIMEOUT)
     dist.init_process_group(
         backend,
         store=dist.PrefixStore("default", store),
-        rank=rank,
-        world_size=world_size,
+        rank=place.rank,
+        world_size=place.world_size,
         timeout=COLLECTIVE_TIMEOUT,
         device_id=device if device.type == "cuda" else None,
     )

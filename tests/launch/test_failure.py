@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import pytest
+
+from megatron.errors import ConfigError, LaunchError, Problem
+from megatron.launch.failure import Failure, explain_signal, first_cause, from_exception, from_exit
+
+
+def failure(**changes: object) -> Failure:
+    values = {"rank": 1, "world_size": 2, "host": "n1", "step": 5, "exit_code": 1, "text": "text", **changes}
+    return Failure(**values)  # type: ignore[arg-type]
+
+
+def test_json_round_trip() -> None:
+    original = failure(is_echo=True, when=1.5, step=None)
+    assert Failure.from_json(original.to_json()) == original
+
+
+def test_words_for_a_bug() -> None:
+    assert str(failure()) == (
+        "text\n\nrank 1 of 2 on host n1 failed at step 5, exit code 1. The other ranks were stopped."
+    )
+    alone = str(failure(rank=0, world_size=1, step=None))
+    assert alone == "text\n\nrank 0 on host n1 failed before its first step, exit code 1."
+
+
+def test_a_mistake_stands_by_itself() -> None:
+    error = ConfigError(Problem("x = 1", "is bad.", "Write 2.", "a.yml:3"))
+    found = from_exception(error, 1, 2, "n1", 5)
+    assert str(found) == "a.yml:3: x = 1: is bad. Write 2."
+    assert found.exit_code == 2
+    assert from_exception(LaunchError(Problem("a", "b", "c")), 0, 1, "n1", None).exit_code == 1
+
+
+def test_the_traceback_names_the_place_and_the_notes() -> None:
+    try:
+        raise ValueError("bad loss")
+    except ValueError as error:
+        error.add_note("micro-batch 3")
+        found = from_exception(error, 0, 1, "n1", 5)
+    assert "test_failure.py" in found.text
+    assert found.text.endswith("ValueError: bad loss\nmicro-batch 3\n")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4242",
+        "NCCL error: remote process exited or there was a network error",
+        "Timed out waiting 1800000ms for recv operation to complete",
+        "failed to recv, got 0 bytes",
+    ],
+)
+def test_the_end_of_a_peer_is_an_echo(text: str) -> None:
+    assert from_exception(RuntimeError(text), 0, 2, "n1", 5).is_echo
+
+
+def test_first_cause() -> None:
+    echo, early, late = failure(is_echo=True, when=1.0), failure(when=2.0), failure(when=3.0)
+    assert first_cause([late, echo, early]) is early
+    assert first_cause([echo]) is echo
+
+
+def test_signals_have_reasons() -> None:
+    assert "It had used up to 3.0 GiB of this machine's" in explain_signal(9, 3 * 2**30)
+    assert explain_signal(64, 0).startswith("The process was ended by SIGRTMAX (-64)")
+    assert from_exit(-9, 0, 0, 1, "n1", None).exit_code == 137
+    assert from_exit(3, 0, 0, 1, "n1", None).exit_code == 3
