@@ -14,9 +14,6 @@ from torch import Tensor, nn
 from megatron.data.batch import Batch
 from megatron.parallel.sharding import StatePiece
 
-Objective = Callable[[Callable[..., Tensor], Batch], tuple[Tensor, Tensor]]
-"""(model, batch) -> (sum of the losses of this micro-batch, an fp32 scalar with gradient; its trained tokens)."""
-
 ReadTensor = Callable[[str, str], Tensor | None]
 """(canonical name, kind) -> the full tensor on CPU, or None where the checkpoint has none."""
 

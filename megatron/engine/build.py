@@ -18,12 +18,13 @@ from torch.optim import Optimizer
 from megatron.config.deepspeed_json import deepspeed_config
 from megatron.config.schema.config import Config
 from megatron.engine import verify
-from megatron.engine.base import Engine, Objective
+from megatron.engine.base import Engine
 from megatron.engine.local import LocalEngine
 from megatron.engine.plain import DeepSpeedEngine
 from megatron.engine.setup import prepare
 from megatron.errors import ConfigError, EngineError, Problem
 from megatron.logs import get_logger
+from megatron.objectives.build import Objective
 from megatron.optim.build import OptimizerKind, build_optimizer, optimizer_kind, optimizer_name
 from megatron.parallel.mesh import Mesh
 

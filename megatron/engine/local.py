@@ -17,10 +17,11 @@ from torch.optim import Optimizer
 
 from megatron.config.schema.config import Config
 from megatron.engine import state, verify
-from megatron.engine.base import Objective, ReadTensor
+from megatron.engine.base import ReadTensor
 from megatron.engine.fragments import Fragment, Holdings
 from megatron.engine.loss_scale import LossScale
 from megatron.engine.step import StepEngine, Update
+from megatron.objectives.build import Objective
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.sharding import StatePiece
 

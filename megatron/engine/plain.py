@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from megatron.config.schema.config import Config
 from megatron.engine import state, verify, zero
-from megatron.engine.base import Objective, ReadTensor
+from megatron.engine.base import ReadTensor
 from megatron.engine.fragments import Holdings
 from megatron.engine.step import StepEngine, Update, diverged
+from megatron.objectives.build import Objective
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.sharding import StatePiece
 

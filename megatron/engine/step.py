@@ -19,8 +19,9 @@ from torch import Tensor
 
 from megatron.config.schema.config import Config
 from megatron.data.batch import Batch
-from megatron.engine.base import Objective, StepResult
+from megatron.engine.base import StepResult
 from megatron.errors import EngineError, Problem
+from megatron.objectives.build import Objective
 from megatron.optim.schedules import learning_rate
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.rng import RngStreams

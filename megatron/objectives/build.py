@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron.data.batch import Batch
 from megatron.objectives.language import language_loss
 
-Objective = Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]
-"""objective(model, batch) -> (sum of the losses fp32, number of trained tokens fp32)."""
+Objective = Callable[[Callable[..., Tensor], Batch], tuple[Tensor, Tensor]]
+"""objective(model, batch) -> (sum of the losses of the micro-batch, an fp32 scalar with gradient; its trained tokens)."""
 
 _OBJECTIVES: dict[str, Objective] = {"normal": language_loss}
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from collections.abc import Callable
+
+from torch import Tensor
 
 from megatron.data.batch import Batch
 
 
-def language_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+def language_loss(model: Callable[..., Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
     """Return (sum of the losses of the trained tokens in nats, fp32 scalar; number of trained tokens, fp32 scalar).
 
     Both are sums, so that the caller can normalise by the trained tokens of a whole step, over all micro-batches and
