@@ -71,7 +71,7 @@ def near_names(key: str, names: list[str] | None = None) -> str:
 
 def is_secret(key: str) -> bool:
     """Return whether a key's name says that its value must never be written anywhere."""
-    return key.lower().replace("-", "_").endswith(_SECRET_ENDINGS)
+    return str(key).lower().replace("-", "_").endswith(_SECRET_ENDINGS)
 
 
 def default(key: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 from difflib import get_close_matches
 from typing import Any, Literal, Union, get_args, get_origin
@@ -178,7 +179,7 @@ def _type_fix(path: str, kind: str, value: Any) -> str:
         return f"Write it without quotes: {path}: {value}"
     if isinstance(value, bool) and kind in ("int_type", "float_type"):
         return f"Write a number: {path}: {int(value)}"
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
         if kind == "int_type":
             return f"Write {path}: {round(value)}"
         if kind == "bool_type":

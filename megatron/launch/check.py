@@ -77,8 +77,15 @@ def differences(config: Config) -> list[tuple[str, str]]:
     derived_keys = {*rules.TRIANGLE, "world_size"}
     flat = config.flat()
     return [
-        (key, show(flat[key])) for key in keys.fields() if key not in derived_keys and flat[key] != keys.default(key)
+        (key, show(_plain(flat[key])))
+        for key in keys.fields()
+        if key not in derived_keys and flat[key] != keys.default(key)
     ]
+
+
+def _plain(value: Any) -> Any:
+    """Return a whole float as the integer that a person would write."""
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 1e15 else value
 
 
 def derived(config: Config) -> list[tuple[str, str]]:

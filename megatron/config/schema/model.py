@@ -18,11 +18,11 @@ GATED_ACTIVATIONS = ("geglu", "reglu", "swiglu", "bilinear", "glu")
 class ModelConfig(Section):
     """Everything that decides which parameters exist, and the formula of the forward pass."""
 
-    num_layers: int = setting(..., "Number of decoder blocks.", unit="layers", ge=1)
+    num_layers: int = setting(..., "Number of decoder blocks.", unit="layers", ge=1, le=100_000)
     hidden_size: int = setting(
-        ..., "Width of the residual stream; a multiple of num_attention_heads.", unit="features", ge=1
+        ..., "Width of the residual stream; a multiple of num_attention_heads.", unit="features", ge=1, le=2**20
     )
-    num_attention_heads: int = setting(..., "Query heads of each attention layer.", unit="heads", ge=1)
+    num_attention_heads: int = setting(..., "Query heads of each attention layer.", unit="heads", ge=1, le=2**20)
     num_kv_heads: int | None = setting(
         None,
         "Key and value heads (grouped-query attention); must divide num_attention_heads. Unset: one per query head.",
