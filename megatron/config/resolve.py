@@ -102,9 +102,9 @@ def _check_blocks(draft: Draft) -> None:
             draft.values[key] = block.given()
     zero = draft.values.get("zero_optimization", {})
     if isinstance(zero, dict):
-        if zero.pop("cpu_offload", False):
-            zero.setdefault("offload_optimizer", {"device": "cpu"})
-        draft.values["zero_optimization"] = {"stage": 0, **zero}
+        offload = {"offload_optimizer": {"device": "cpu"}} if zero.get("cpu_offload") else {}
+        kept = {key: value for key, value in zero.items() if key != "cpu_offload"}
+        draft.values["zero_optimization"] = {"stage": 0, **offload, **kept}
     _complete_optimizer(draft)
 
 
