@@ -35,7 +35,7 @@ class BackendTokenizer:
         self.name = name
         self.source = source
         self.backend = backend
-        self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        self.vocab_size = number_of_ids(backend)
         backend.no_truncation()
         backend.no_padding()
         find = backend.token_to_id
@@ -111,6 +111,15 @@ class BackendTokenizer:
             if full[start : start + len(bare)] == bare:
                 return full[:start], full[start + len(bare) :]
         raise ValueError("the post-processor changes the ids of the text itself")
+
+
+def number_of_ids(backend: tokenizers.Tokenizer) -> int:
+    """The number of entries, as GPT-NeoX counts; one more than the largest id where some ids are left out."""
+    entries: int = backend.get_vocab_size(with_added_tokens=True)
+    added = max(backend.get_added_tokens_decoder(), default=-1) + 1
+    if added <= entries and (entries == 0 or backend.id_to_token(entries - 1) is not None):
+        return entries
+    return max(backend.get_vocab(with_added_tokens=True).values()) + 1
 
 
 def not_unicode(text: str) -> Exception:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron.tokenizer.base import Accelerated, FastBackend, Tokenizer
+from megatron.tokenizer.bounded import Bounded
 
 AWKWARD_TEXTS = (
     "",
@@ -73,7 +74,7 @@ def choose_encoder(tokenizer: Tokenizer, sample: Sequence[str]) -> DocumentEncod
     if not isinstance(tokenizer, Accelerated):
         return DocumentEncoder(tokenizer, None, f"Encoding with {tokenizer.name}, which has no faster implementation.")
     try:
-        fast = tokenizer.fast_backend()
+        fast = Bounded(tokenizer.fast_backend)
     except Exception as error:  # whatever the library raises means the same here
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return DocumentEncoder(tokenizer, None, f"Encoding with {tokenizer.name}: gigatoken cannot load it ({reason}).")

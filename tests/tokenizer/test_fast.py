@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tokenizers import normalizers
 
+from megatron.tokenizer.base import Accelerated, FastBackend
+from megatron.tokenizer.bounded import Bounded, process_memory
 from megatron.tokenizer.build import load_tokenizer
 from megatron.tokenizer.char_level import CharLevelTokenizer
 from megatron.tokenizer.fast import DocumentEncoder, choose_encoder
@@ -114,6 +116,42 @@ def test_gigatoken_equals_tokenizers_for_every_combining_mark(encoder: DocumentE
     texts.append("\uff1c|endoftext|\uff1e <|endoftext|\uff1e")
     for text, ids in zip(texts, encoder.tokenizer.encode_batch(texts), strict=True):
         assert encoder.fast.encode(text).tolist() == ids, ascii(text)
+
+
+def test_the_memory_of_words_is_given_back(bpe_file: Path) -> None:
+    """gigatoken remembers every word; new ones for ever must not fill the memory."""
+    tokenizer = load_tokenizer("HFTokenizer", str(bpe_file))
+    assert isinstance(tokenizer, Accelerated)
+    bounded = Bounded(tokenizer.fast_backend, limit=20 << 20, check=1 << 20)
+    growth = [growth_over_new_words(backend) for backend in (bounded, tokenizer.fast_backend())]
+    assert growth[0] < 0.6 * growth[1]
+    assert bounded.encode("some words").tolist() == tokenizer.encode("some words")
+    assert bounded.vocab_size == tokenizer.vocab_size
+
+
+def growth_over_new_words(backend: FastBackend) -> int:
+    """By how many bytes the process grows at most while `backend` encodes 20 MB of words that occur once."""
+    letters = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz", np.uint8)
+    draw = np.random.default_rng(0)
+    before = process_memory()
+    assert before is not None
+    largest = before
+    for _ in range(20):
+        words = letters[draw.integers(0, 26, (100_000, 10))]
+        words[:, 0] = 32
+        backend.encode(words.tobytes().decode())
+        largest = max(largest, process_memory() or 0)
+    return largest - before
+
+
+def test_without_the_systems_help_the_text_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron.tokenizer.bounded.process_memory", lambda: None)
+    monkeypatch.setattr("megatron.tokenizer.bounded.TEXT_LIMIT", 100)
+    loads = []
+    bounded = Bounded(lambda: (loads.append(1), CharLevelTokenizer().fast_backend())[1], check=10)
+    for _ in range(40):
+        assert bounded.encode("seven..").tolist() == list(b"seven..")
+    assert len(loads) == 3
 
 
 def check_any_text(encoder: DocumentEncoder) -> None:

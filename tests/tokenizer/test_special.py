@@ -67,6 +67,15 @@ def test_ids_that_the_file_adds_are_kept_and_fast(tmp_path: Path) -> None:
         assert encoder.fast.encode(text).tolist() == tokenizer.encode(text)
 
 
+def test_ids_that_are_left_out_count(tmp_path: Path) -> None:
+    path = trained(tmp_path / "tokenizer.json", ["<|endoftext|>"])
+    content = json.loads(path.read_text())
+    content["added_tokens"].append({**content["added_tokens"][0], "id": 500, "content": "<|far|>"})
+    path.write_text(json.dumps(content))
+    tokenizer = load_tokenizer("HFTokenizer", str(path))
+    assert tokenizer.encode("<|far|>")[-1] < tokenizer.vocab_size
+
+
 def test_truncation_and_padding_of_the_file_are_off(tmp_path: Path) -> None:
     path = trained(tmp_path / "tokenizer.json", ["<|endoftext|>"])
     backend = tokenizers.Tokenizer.from_file(str(path))
