@@ -2,10 +2,12 @@
 
     logits = x W^T;   loss = logsumexp(logits) - logits[label];   d loss / d logits = softmax(logits) - onehot(label)
 
-The tokens are taken in chunks: the logits of a chunk are computed in the input's dtype, turned into fp32 losses and, in
-the same memory, into their gradient. `linear_cross_entropy_sum` finishes the gradients of x and W during the forward
-pass, because the loss of a language model is one weighted sum; it costs no recomputation. `linear_cross_entropy`
-returns each token's loss, whose gradient is not known in advance, and computes the logits again in the backward pass.
+The tokens are taken in chunks: the logits of a chunk, in the input's dtype, become fp32 losses and, in the same
+memory, their own gradient. `linear_cross_entropy_sum` finishes the gradients of x and W in the forward pass, because
+the loss of a language model is one weighted sum; it costs no recomputation. `linear_cross_entropy` returns each
+token's loss, whose gradient is not known in advance, and computes the logits again in the backward pass.
+
+A token's weight scales its row of x, never its row of logits, which is a hundred times longer.
 """
 
 from __future__ import annotations
@@ -16,57 +18,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_BYTES = 64 * 2**20
-"""Size of the fp32 logits of one chunk; larger chunks were not faster on 2 CPU cores (benchmarks/train.py)."""
+CHUNK_BYTES = 104 * 2**20
+"""Bytes of a chunk's logits: with fewer, the fp32 gradient of W is read and written too often."""
 
-FP16_GRADIENT_SCALE = 1024.0
-"""softmax(logits) of a large vocabulary is below the least normal fp16 number, so fp16 gradients are kept scaled."""
+BLOCK_BYTES = 6 * 2**20
+"""Bytes of fp32 logits that are turned into gradients at once on a CPU, so that they stay in its cache."""
+
+FP16_SCALE = 1024.0
+"""A softmax over a large vocabulary is below the least normal fp16 number, so fp16 gradients are kept times this."""
 
 
 def linear_cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor) -> Tensor:
-    """Return sum(loss * loss_mask) over all tokens, an fp32 scalar.
+    """Return sum(loss * loss_mask) over all tokens, an fp32 scalar in nats.
 
-    hidden [..., h], weight [v, h], labels [...] int64 in [0, v), loss_mask [...] fp32.
+    hidden [..., h], weight [v, h], labels [...] int64 in [0, v), loss_mask [...].
     """
-    hidden, labels, loss_mask = hidden.flatten(0, -2), labels.flatten(), loss_mask.flatten().float()
-    result: Tensor = _WeightedSum.apply(hidden, weight, labels, loss_mask, torch.is_grad_enabled())
+    result: Tensor = _WeightedSum.apply(
+        hidden.flatten(0, -2), weight, labels.flatten(), loss_mask.flatten().float(), torch.is_grad_enabled()
+    )
     return result
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Return each token's loss [...] fp32; hidden [..., h], weight [v, h], labels [...] int64 in [0, v)."""
+    """Return each token's loss [...] fp32 in nats; hidden [..., h], weight [v, h], labels [...] int64 in [0, v)."""
     losses: Tensor = _PerToken.apply(hidden.flatten(0, -2), weight, labels.flatten())
     return losses.view(labels.shape)
 
 
 def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """The formula, with all logits in fp32."""
+    """The formula of `linear_cross_entropy`, with all logits in fp32."""
     logits = F.linear(hidden, weight).float()
     return torch.logsumexp(logits, dim=-1) - logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-
-
-def _chunk_tokens(weight: Tensor) -> int:
-    """Return how many tokens' fp32 logits fit a chunk."""
-    return max(1, CHUNK_BYTES // (4 * weight.shape[0]))
-
-
-def _chunk_losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the fp32 logits [c, v] of a chunk, their logsumexp [c] and the losses [c]."""
-    logits = F.linear(hidden, weight).float()
-    normaliser = torch.logsumexp(logits, dim=-1)
-    return logits, normaliser, normaliser - logits.gather(1, labels.unsqueeze(1)).squeeze(1)
-
-
-def _logits_gradient(logits: Tensor, normaliser: Tensor, labels: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Overwrite fp32 logits [c, v] with factor * (softmax - onehot) and return it as `dtype`; factor [c]."""
-    gradient = logits.sub_(normaliser.unsqueeze(1)).exp_()
-    gradient.mul_(factor.unsqueeze(1))
-    gradient.scatter_add_(1, labels.unsqueeze(1), -factor.unsqueeze(1))
-    return gradient.to(dtype)
-
-
-def _gradient_scale(dtype: torch.dtype) -> float:
-    return FP16_GRADIENT_SCALE if dtype == torch.float16 else 1.0
 
 
 class _WeightedSum(torch.autograd.Function):
@@ -76,72 +58,108 @@ class _WeightedSum(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor, with_gradient: bool
     ) -> Tensor:
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        scale = _gradient_scale(hidden.dtype)
-        need_hidden, need_weight = (needed and with_gradient for needed in ctx.needs_input_grad[:2])
-        hidden_gradient = torch.empty_like(hidden) if need_hidden else None
-        weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
-        size = _chunk_tokens(weight)
-        for start in range(0, len(hidden), size):
-            rows = slice(start, start + size)
-            logits, normaliser, losses = _chunk_losses(hidden[rows], weight, labels[rows])
-            total += torch.dot(losses, loss_mask[rows])
-            if not need_hidden and not need_weight:
-                continue
-            gradient = _logits_gradient(logits, normaliser, labels[rows], loss_mask[rows] * scale, hidden.dtype)
-            if hidden_gradient is not None:
-                torch.mm(gradient, weight, out=hidden_gradient[rows])
-            if weight_gradient is not None:
-                _accumulate(weight_gradient, gradient, hidden[rows])
-        ctx.hidden_gradient, ctx.weight_gradient = hidden_gradient, weight_gradient
-        ctx.scale, ctx.dtype = scale, weight.dtype
-        return total
+        gradients = _Gradients(hidden, weight) if with_gradient and any(ctx.needs_input_grad[:2]) else None
+        losses = _walk(hidden, weight, labels, loss_mask, gradients)
+        ctx.gradients = gradients
+        return torch.dot(losses, loss_mask)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        factor = upstream[0] / ctx.scale
-        hidden, weight = ctx.hidden_gradient, ctx.weight_gradient
-        ctx.hidden_gradient = ctx.weight_gradient = None
-        if hidden is not None:
-            hidden = (hidden * factor.to(torch.float32)).to(ctx.dtype)
-        if weight is not None:
-            weight = weight.mul_(factor).to(ctx.dtype)
-        return hidden, weight, None, None, None
+        gradients, ctx.gradients = ctx.gradients, None
+        return *gradients.finish(upstream[0]), None, None, None
 
 
 class _PerToken(torch.autograd.Function):
-    """Each token's loss; the backward pass recomputes the logits chunk by chunk."""
+    """Each token's loss; the backward pass computes the logits again."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         ctx.save_for_backward(hidden, weight, labels)
-        size = _chunk_tokens(weight)
-        chunks = zip(hidden.split(size), labels.split(size), strict=True)
-        return torch.cat([_chunk_losses(rows, weight, targets)[2] for rows, targets in chunks])
+        return _walk(hidden, weight, labels, torch.ones_like(labels, dtype=torch.float32), None)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, labels = ctx.saved_tensors
-        scale = _gradient_scale(hidden.dtype)
-        hidden_gradient = torch.empty_like(hidden)
-        weight_gradient = torch.zeros_like(weight, dtype=torch.float32)
-        size = _chunk_tokens(weight)
-        # The factors are brought to at most 1 before the cast to the input's dtype, and given back after it.
-        largest = upstream[0].abs().max().clamp(min=1e-30)
-        factors = upstream[0] / largest * scale
-        for start in range(0, len(hidden), size):
-            rows = slice(start, start + size)
-            logits, normaliser, _ = _chunk_losses(hidden[rows], weight, labels[rows])
-            gradient = _logits_gradient(logits, normaliser, labels[rows], factors[rows], hidden.dtype)
-            torch.mm(gradient, weight, out=hidden_gradient[rows])
-            _accumulate(weight_gradient, gradient, hidden[rows])
-        factor = largest / scale
-        return (hidden_gradient * factor).to(hidden.dtype), weight_gradient.mul_(factor).to(weight.dtype), None
+        largest = upstream[0].abs().max().clamp(min=1e-30)  # so that no factor leaves the range of fp16
+        gradients = _Gradients(hidden, weight)
+        _walk(hidden, weight, labels, upstream[0] / largest, gradients)
+        return *gradients.finish(largest), None
 
 
-def _accumulate(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
-    """Add gradient^T hidden to the fp32 `total` [v, h]; gradient [c, v], hidden [c, h]."""
-    if gradient.dtype == torch.float32:
-        total.addmm_(gradient.t(), hidden)
-    else:
-        total.add_(torch.mm(gradient.t(), hidden))
+class _Gradients:
+    """The gradients of x [t, h] and W [v, h], filled chunk by chunk, times `scale`.
+
+    The gradient of W is summed in fp32 over chunks; a single chunk needs no sum.
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor) -> None:
+        self.scale = FP16_SCALE if hidden.dtype == torch.float16 else 1.0
+        self.hidden = torch.empty_like(hidden)
+        self.weight = torch.empty_like(weight, dtype=torch.float32 if len(hidden) > _chunk(weight) else weight.dtype)
+        self._dtype = weight.dtype
+
+    def add(self, start: int, logits_gradient: Tensor, hidden: Tensor, weight: Tensor, factors: Tensor) -> None:
+        """Take a chunk: gradient of the unweighted losses [c, v], x [c, h] and the weights of its tokens [c] fp32."""
+        rows = self.hidden[start : start + len(hidden)]
+        torch.mm(logits_gradient, weight, out=rows)
+        rows.mul_(factors.unsqueeze(1))
+        weighted = (hidden * factors.unsqueeze(1)).to(hidden.dtype)
+        if self.weight.dtype == weighted.dtype:
+            torch.addmm(self.weight, logits_gradient.t(), weighted, beta=1 if start else 0, out=self.weight)
+            return
+        for block in _blocks(self.weight):
+            part = torch.mm(logits_gradient[:, block].t(), weighted)
+            self.weight[block] = self.weight[block] + part if start else part
+
+    def finish(self, factor: Tensor) -> tuple[Tensor, Tensor]:
+        """Return both gradients times an fp32 scalar, in the parameters' dtype."""
+        factor = factor / self.scale
+        if self.weight.dtype == self._dtype:
+            return self.hidden.mul_(factor), self.weight.mul_(factor)
+        weight = torch.empty_like(self.weight, dtype=self._dtype)
+        for block in _blocks(self.weight):
+            weight[block] = self.weight[block].mul_(factor)
+        return self.hidden.mul_(factor), weight
+
+
+def _walk(hidden: Tensor, weight: Tensor, labels: Tensor, factors: Tensor, gradients: _Gradients | None) -> Tensor:
+    """Return the losses [t] fp32, chunk by chunk; `gradients`, where given, takes each chunk's part."""
+    size = min(len(hidden), _chunk(weight))
+    buffer = torch.empty((size, len(weight)), dtype=hidden.dtype, device=hidden.device)
+    losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+    for start in range(0, len(hidden), size):
+        rows = hidden[start : start + size]
+        logits = torch.mm(rows, weight.t(), out=buffer[: len(rows)])
+        for block in _blocks(logits):
+            targets = labels[start : start + size][block]
+            scale = gradients.scale if gradients else None
+            losses[start : start + size][block] = _losses(logits[block], targets, scale)
+        if gradients is not None:
+            gradients.add(start, logits, rows, weight, factors[start : start + size])
+    return losses
+
+
+def _losses(logits: Tensor, labels: Tensor, scale: float | None) -> Tensor:
+    """Return the losses [r] fp32 of logits [r, v], which are overwritten: given a scale, by their gradients times it."""
+    values = logits.float()
+    index = labels.unsqueeze(1)
+    target = values.gather(1, index)
+    maximum = values.amax(dim=1, keepdim=True)
+    probabilities = torch.softmax(values, dim=1, out=values)
+    # The largest probability is at least 1/v, so its logarithm is exact where the target's own may have underflowed.
+    losses = maximum - probabilities.amax(dim=1, keepdim=True).log() - target
+    if scale is not None:
+        probabilities.scatter_(1, index, torch.expm1(-losses))  # p - 1, without cancellation where p is nearly 1
+        logits.copy_(probabilities if scale == 1.0 else probabilities.mul_(scale))
+    return losses.squeeze(1)
+
+
+def _chunk(weight: Tensor) -> int:
+    """Return how many tokens' logits make a chunk."""
+    return max(1, CHUNK_BYTES // (weight.element_size() * len(weight)))
+
+
+def _blocks(matrix: Tensor) -> list[slice]:
+    """Return slices of the rows, of BLOCK_BYTES of fp32 each on a CPU; elsewhere one slice of all."""
+    size = max(1, BLOCK_BYTES // (4 * matrix.shape[1])) if matrix.device.type == "cpu" else len(matrix)
+    return [slice(start, start + size) for start in range(0, len(matrix), size)]
