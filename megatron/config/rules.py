@@ -253,12 +253,19 @@ def steps_are_not_negative(d: Draft) -> Iterator[Problem]:
         yield d.problem("extra_save_iters", d.extra_save_iters, "a step is 0 or more.", "Remove the negative ones.")
 
 
+def addresses_hold_no_password(d: Draft) -> Iterator[Problem]:
+    """A config is saved with each checkpoint, where anyone may read it."""
+    if d.wandb_host and "@" in d.wandb_host:
+        why = "a user's name and password do not belong into an address, which is saved with the run."
+        yield Problem("wandb_host", why, "Log in once with `wandb login --host <address>`.", d.where("wandb_host"))
+
+
 RULES: tuple[Rule, ...] = (
     heads_divide_hidden, kv_heads_divide_heads, heads_divide_over_processes, rotary_is_even, positions_cover_sequence,
     one_mlp_width, attention_pattern_fits, tied_norm_needs_parallel_residual, fused_gelu_needs_gelu, split_is_possible,
     one_source_of_data, lists_match, one_length_of_training, learning_rate_is_a_range,
     optimizer_takes_params, zero_and_pipeline, gradients_stay_readable, engine_decides_alone, saving_needs_a_time,
-    steps_are_not_negative,
+    steps_are_not_negative, addresses_hold_no_password,
 )  # fmt: skip
 
 

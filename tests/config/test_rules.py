@@ -99,6 +99,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"save": "x"}, 'save = "x": nothing says when to save. Add checkpoint_factor: 1000'),
     ({"checkpoint_factor": 1, "checkpoint_scale": "log"}, "so it must be more than 1. Set checkpoint_factor: 2"),
     ({"checkpoint_factor": 1.5}, "it is a number of steps, so it must be whole. Set checkpoint_factor: 2"),
+    ({"wandb_host": "https://me:pass@host"}, "wandb_host: a user's name and password do not belong into an address"),
     ({"extra_save_iters": [0, -1]}, "a step is 0 or more. Remove the negative ones."),
 ]
 

@@ -6,7 +6,6 @@ import json
 import struct
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -110,14 +109,12 @@ def test_a_blend_has_a_line_for_each_part(tmp_path: Path) -> None:
 
 
 def test_no_torch_is_loaded_and_it_is_quick() -> None:
-    """The aim is 0.7 s for the whole command; the bound here leaves room for a busy machine."""
+    """The aim is 0.7 s of wall time; processor time is what a busy machine does not change."""
     program = (
-        "import sys, megatron.launch.check as c; c.run_check(['125M', 'local_setup'], sys.argv[1]);"
-        "assert not {'torch', 'deepspeed', 'transformers', 'numpy'} & set(sys.modules), 'a heavy import'"
+        "import sys, time, megatron.launch.check as c; c.run_check(['125M', 'local_setup'], sys.argv[1]);"
+        "assert not {'torch', 'deepspeed', 'transformers', 'numpy'} & set(sys.modules), 'a heavy import';"
+        "print(time.process_time(), file=sys.stderr)"
     )
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-c", program, str(CONFIGS)], check=True, cwd=ROOT, capture_output=True)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.7
+    command = [sys.executable, "-c", program, str(CONFIGS)]
+    runs = [subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True) for _ in range(3)]
+    assert min(float(run.stderr) for run in runs) < 0.6
