@@ -31,6 +31,9 @@ from megatron.monitor.sinks import GuardedSink, Sink
 from megatron.monitor.throughput import Speed, StepClock, Work, speed
 from megatron.monitor.timers import Timers
 
+PLOT_SECONDS = 60.0
+"""Plots drawn at checkpoints are at least this far apart: drawing takes about a second."""
+
 logger = logs.get_logger(__name__)
 
 
@@ -84,6 +87,7 @@ class Monitor:
         self._display, self._record, self._clock = display, record, StepClock()
         self._skipped = 0
         self._step_begin: float | None = None
+        self._plotted = time.monotonic()
         if record is not None:
             record.metrics.write("start", start_iteration)
 
@@ -164,11 +168,12 @@ class Monitor:
         logger.info(f"{name} at iteration {iteration}: loss {loss:.4f}, perplexity {perplexity:,.2f}{per_character}")
 
     def log_checkpoint(self, iteration: int, folder: Path) -> None:
-        """Say that a checkpoint was written, and bring the loss plot up to date."""
+        """Record that a checkpoint was written, and bring the loss plot up to date if the last is a minute old."""
         if self._record is None:
             return
         self._record.metrics.write("checkpoint", iteration, folder=str(folder))
-        self.plot()
+        if time.monotonic() - self._plotted > PLOT_SECONDS:
+            self.plot()
 
     def message(self, text: str) -> None:
         """Say something to the person at rank 0's screen."""
@@ -178,6 +183,7 @@ class Monitor:
         """Draw loss.png; return its path, or None where it could not be drawn (said once) or on other ranks."""
         if self._record is None:
             return None
+        self._plotted = time.monotonic()
         image = self._record.folder / "loss.png"
         try:
             plot.plot_loss(self._record.folder / "metrics.jsonl", image, self.title)
@@ -192,7 +198,9 @@ class Monitor:
         self._display.close()
         if self._record is None:
             return
-        self.plot()
+        image = self.plot()
+        if image is not None:
+            logger.info(f"loss plot: {image}")
         for sink in self._record.sinks:
             sink.close()
         self._record.metrics.close()

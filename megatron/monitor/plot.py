@@ -20,6 +20,15 @@ def smooth(values: list[float], weight: float = 0.95) -> list[float]:
     return result
 
 
+MOST_POINTS = 4000
+"""More steps than this are thinned out evenly: a plot has fewer pixels."""
+
+
+def _thin(steps: list[int], values: list[float]) -> tuple[list[int], list[float]]:
+    stride = -(-len(steps) // MOST_POINTS)
+    return (steps[::stride], values[::stride]) if stride > 1 else (steps, values)
+
+
 def plot_loss(metrics: Path, image: Path, title: str) -> None:
     """Draw training and validation loss over the iterations, and the learning rate below them.
 
@@ -36,9 +45,9 @@ def plot_loss(metrics: Path, image: Path, title: str) -> None:
     figure = Figure(figsize=(9, 6), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
-    upper.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=0.8, label="training, each step")
+    upper.plot(*_thin(steps, losses), color="tab:blue", alpha=0.3, linewidth=0.8, label="training, each step")
     weight = max(0.0, min(0.95, 1 - 20 / len(losses)))
-    upper.plot(steps, smooth(losses, weight), color="tab:blue", linewidth=1.6, label="training, smoothed")
+    upper.plot(*_thin(steps, smooth(losses, weight)), color="tab:blue", linewidth=1.6, label="training, smoothed")
     valid_steps, valid_losses = series(records, "validation", "loss")
     if valid_steps:
         upper.plot(valid_steps, valid_losses, "o-", color="tab:orange", markersize=4, label="validation")
@@ -50,7 +59,7 @@ def plot_loss(metrics: Path, image: Path, title: str) -> None:
     upper.legend()
     upper.grid(alpha=0.3)
     rate_steps, rates = series(records, "step", "learning_rate")
-    lower.plot(rate_steps, rates, color="tab:green", linewidth=1.2)
+    lower.plot(*_thin(rate_steps, rates), color="tab:green", linewidth=1.2)
     lower.set_ylabel("learning rate")
     lower.set_xlabel("iteration")
     lower.grid(alpha=0.3)

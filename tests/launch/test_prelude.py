@@ -18,9 +18,9 @@ def run_with_bare_python(folder: Path) -> subprocess.CompletedProcess[str]:
         (folder / name).symlink_to(ROOT / name)
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     # -S leaves out site-packages; the script's own folder, which holds the link, is put on the path by hand.
-    code = f"import sys; sys.path.insert(0, {str(folder)!r}); from megatron.launch.prelude import prepare; prepare(sys.argv[0])"
+    lines = ["import sys", f"sys.path.insert(0, {str(folder)!r})", "from megatron.launch.prelude import prepare"]
     script = folder / "start.py"
-    script.write_text(f"{code}\nprint('started')\n")
+    script.write_text("\n".join([*lines, "prepare(sys.argv[0])", "print('started')"]))
     return subprocess.run(
         [sys.executable, "-S", "-B", str(script)],
         capture_output=True,
