@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron import logs
-from megatron.config.classify import Overrides, apply_overrides
+from megatron.config.classify import Overrides, apply_overrides, classify
 from megatron.config.draft import Draft
 from megatron.config.resolve import Resolution, resolve_settings
 from megatron.config.schema.config import Config
@@ -65,7 +65,9 @@ def launcher_config(settings: Settings) -> LauncherConfig:
     """Return the launcher's section alone, which says how many processes the rest is resolved for.
 
     Raises ConfigError with the problems of that section and of reading the files."""
-    from_files = dict(settings.values)
+    classified = Draft(dict(settings.values))
+    classify(classified)  # deepspeed_slurm and its like stand for keys of this section
+    from_files = classified.settings
     draft = Draft(from_files, problems=list(settings.problems))
     given = {key: from_files[key].value for key in LauncherConfig.model_fields if key in from_files}
     section = validate(draft, LauncherConfig, canonical_fields(LauncherConfig, given))

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from megatron.config.load import launcher_config, read
 from megatron.config.schema.run import LauncherConfig
 from megatron.errors import LaunchError
 from megatron.launch import command
@@ -18,6 +22,9 @@ from megatron.launch.command import (
     unsent_secrets,
 )
 from megatron.launch.hosts import Host
+from tests.end_to_end.tiny import settings
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -153,3 +160,62 @@ def test_no_secret_is_on_the_command_line(hostfile: str, kind: str) -> None:
     assert unsent_secrets(keys, environ) == expected
     if kind == "openmpi":
         assert parsed(words).launcher_args == "-x COMET_API_KEY -x HF_TOKEN -x WANDB_API_KEY"  # type: ignore[attr-defined]
+
+
+def test_neox_switches_choose_the_launcher(hostfile: str) -> None:
+    keys = launcher_config(read([], None, ["deepspeed_slurm=true", f"hostfile={hostfile}"]))
+    assert (keys.launcher, keys.force_multi) == ("slurm", True)
+
+
+# A scheduler's or ssh's place taken by a script that starts everything on this machine.
+SRUN = """#!{python}
+import os, subprocess, sys
+count, export = int(sys.argv[sys.argv.index("-n") + 1]), next(w for w in sys.argv if w.startswith("--export"))
+command = sys.argv[sys.argv.index(export) + 1:]
+place = {{"SLURM_NTASKS": str(count), "SLURM_STEP_ID": "0"}}
+ranks = [subprocess.Popen(command, env={{**os.environ, **place, "SLURM_PROCID": str(r), "SLURM_LOCALID": "0"}})
+         for r in range(count)]
+sys.exit(max(rank.wait() for rank in ranks))
+"""
+PDSH = """#!{python}
+import os, subprocess, sys
+where = sys.argv.index("-w") + 1
+command, bare = " ".join(sys.argv[where + 1:]), {{"PATH": os.environ["PATH"], "HOME": os.environ["HOME"]}}
+nodes = [subprocess.Popen(["sh", "-c", command.replace("%n", str(n))], env=bare) for n in range(2)]
+sys.exit(max(node.wait() for node in nodes))
+"""
+WORKER = """
+import os, sys
+from megatron.launch.prelude import _apply_sent_environment
+from megatron.launch.place import find_place
+from megatron.config.transport import unpack
+_apply_sent_environment(sys.argv)
+place = find_place(os.environ).listening_at(None, 1)
+seed = unpack(sys.argv[sys.argv.index("--deepy-payload") + 1]).numerics.seed
+print("WORKER", place.rank, place.world_size, place.master_addr, place.master_port, os.environ["NCCL_NAME"], seed)
+"""
+
+
+@pytest.mark.parametrize("kind", ["slurm", "pdsh"])
+def test_workers_of_several_hosts_get_their_place_and_the_config(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSpeed's runner is the real one; what it hands the command to is a stand-in on this machine."""
+    import yaml
+
+    programs = {"srun": SRUN, "pdsh": PDSH, "sinfo": "#!/bin/sh\n", "ssh": "#!/bin/sh\necho 127.0.0.9\n"}
+    for name, text in programs.items():
+        (tmp_path / name).write_text(text.format(python=sys.executable))
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "hosts").write_text("n1 slots=1\nn2 slots=1\n")
+    (tmp_path / "worker.py").write_text(WORKER)
+    (tmp_path / "tiny.yml").write_text(yaml.safe_dump(settings(tmp_path, hostfile=str(tmp_path / "hosts"))))
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("NCCL_NAME", "a b;c$d")
+    command = [sys.executable, "deepy.py", str(tmp_path / "worker.py"), str(tmp_path / "tiny.yml")]
+    command += ["--set", f"launcher={kind}", "seed=7", "master_port=1234"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=90, check=False)
+    address = "n1" if kind == "slurm" else "127.0.0.9"
+    lines = sorted(line for line in result.stdout.splitlines() if line.startswith("WORKER"))
+    assert lines == [f"WORKER {rank} 2 {address} 1234 a b;c$d 7" for rank in range(2)], result.stderr
+    assert result.returncode == 0
