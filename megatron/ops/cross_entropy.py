@@ -140,7 +140,8 @@ def _walk(hidden: Tensor, weight: Tensor, labels: Tensor, factors: Tensor, gradi
 
 
 def _losses(logits: Tensor, labels: Tensor, scale: float | None) -> Tensor:
-    """Return the losses [r] fp32 of logits [r, v], which are overwritten: given a scale, by their gradients times it."""
+    """Return the losses [r] fp32 of logits [r, v]. With a scale, the logits become their own gradients times it;
+    without, they are lost."""
     values = logits.float()
     index = labels.unsqueeze(1)
     target = values.gather(1, index)
