@@ -118,7 +118,10 @@ def run(parsed: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(parsed.tokenizer_type, parsed.vocab_file, parsed.merge_file)
     keys = tuple(parsed.jsonl_keys)
     encoder = encoder_for(tokenizer, files, keys)
-    print(f"{encoder.reason}\nVocabulary: {tokenizer.vocab_size:,} entries. Workers: {parsed.workers}.", flush=True)
+    end = f" Documents end with {tokenizer.decode([tokenizer.eod])!r}, id {tokenizer.eod}." if parsed.append_eod else ""
+    print(
+        f"{encoder.reason}\nVocabulary: {tokenizer.vocab_size:,} entries.{end} Workers: {parsed.workers}.", flush=True
+    )
     job = Job(
         files=files,
         prefix=parsed.output_prefix,
@@ -157,6 +160,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DeepyError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped; no file was left behind", file=sys.stderr)
+        return 130
     return 0
 
 

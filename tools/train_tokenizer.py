@@ -90,6 +90,7 @@ def read_texts(files: Sequence[InputFile], keys: Sequence[str], max_bytes: float
     if not num_texts:
         why = f"holds no text{f' ({reason})' if reason else ''}."
         raise input_error(f"--input {files[0].path}", why, f"Check the file and --jsonl-keys {' '.join(keys)}.")
+    bar.message(f"Learning to merge, after {num_texts:,} texts ...")
 
 
 def save(tokenizer: tokenizers.Tokenizer, path: Path) -> None:
@@ -130,7 +131,6 @@ def run(parsed: argparse.Namespace) -> None:
         parsed.min_frequency,
         parsed.nfkc,
         parsed.prefix_space,
-        show_progress=sys.stderr.isatty(),
     )
     save(tokenizer, Path(parsed.output))
     found = describe(tokenizer, sample_texts(files, parsed.jsonl_keys))

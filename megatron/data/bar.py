@@ -8,6 +8,7 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+REFRESH_SECONDS = 0.1
 LINE_SECONDS = 10.0
 """Without a terminal (a log file, a batch job) a line is written this often."""
 
@@ -25,8 +26,13 @@ class Bar:
         self.done = 0
         self.start = self.last_line = time.perf_counter()
         self.note = ""
-        columns = ("{task.description}", BarColumn(), TaskProgressColumn(), "{task.fields[rate]}")
-        self._rich = Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=_console())
+        # Without a thread of its own (auto_refresh): worker processes are forked while the bar is shown.
+        self._rich = Progress(
+            *("{task.description}", BarColumn(), TaskProgressColumn(), "{task.fields[rate]}"),
+            *(TimeRemainingColumn(), TextColumn("{task.fields[note]}")),
+            console=Console(file=sys.stderr),
+            auto_refresh=False,
+        )
         self._task = self._rich.add_task(title, total=total, rate="", note="")
         self._terminal = self._rich.console.is_terminal
         if self._terminal:
@@ -37,7 +43,9 @@ class Bar:
         self.done += amount
         self.note = self.note if note is None else note
         if self._terminal:
-            self._rich.update(self._task, completed=self.done, rate=self._rate(), note=self.note)
+            shown_again = time.perf_counter() - self.last_line >= REFRESH_SECONDS or self.done >= self.total
+            self._rich.update(self._task, completed=self.done, rate=self._rate(), note=self.note, refresh=shown_again)
+            self.last_line = time.perf_counter() if shown_again else self.last_line
         elif time.perf_counter() - self.last_line >= LINE_SECONDS:
             self.last_line = time.perf_counter()
             share = f"{self.done / self.total:.0%}, " if self.total else ""
@@ -63,7 +71,3 @@ class Bar:
     def _left(self) -> str:
         seconds = (time.perf_counter() - self.start) * max(0, self.total - self.done) / max(1, self.done)
         return f"{seconds / 60:.0f} min" if seconds > 120 else f"{seconds:.0f} s"
-
-
-def _console() -> Console:
-    return Console(file=sys.stderr)

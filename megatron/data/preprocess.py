@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,7 @@ def preprocess(job: Job, progress: Progress, report: Callable[[str], None]) -> d
     lines_before: dict[Path, int] = {}
     with ExitStack() as stack:
         writers = {key: stack.enter_context(IndexedWriter(job.output(key), job.dtype)) for key in job.keys}
-        for encoded in _encode_all(job):
+        for encoded in stack.enter_context(closing(_encode_all(job))):
             _report_bad(encoded, lines_before.get(encoded.paths[0], 0), report)
             lines_before[encoded.paths[0]] = lines_before.get(encoded.paths[0], 0) + encoded.num_lines
             for key, (tokens, sizes, num_bytes) in encoded.columns.items():
@@ -137,7 +138,7 @@ def preprocess(job: Job, progress: Progress, report: Callable[[str], None]) -> d
     return counts
 
 
-def _encode_all(job: Job) -> Iterator[Encoded]:
+def _encode_all(job: Job) -> Generator[Encoded, None, None]:
     """The encoded chunks in the order of the input, from `job.workers` processes; one worker needs no process."""
     share = sum(source.size for source in job.files) // (4 * job.workers)
     work = chunks(job.files, max(LEAST_CHUNK_BYTES, min(CHUNK_BYTES, share)))
@@ -146,6 +147,7 @@ def _encode_all(job: Job) -> Iterator[Encoded]:
         return
     # Forked workers inherit the loaded tokenizer; no thread pool of a tokenizer has been started before this point.
     context = multiprocessing.get_context("fork")
+    others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(job.workers, context, _start_worker, (job,))
     try:
         yield from _in_order(pool, work, 2 * job.workers + 1)
@@ -155,6 +157,10 @@ def _encode_all(job: Job) -> Iterator[Encoded]:
             "was killed, most likely because memory ran out.",
             "Use fewer --workers. No file was left behind.",
         ) from error
+    except BaseException:  # what is left to do is of no use to anyone
+        for process in set(multiprocessing.active_children()) - others:
+            process.terminate()
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -175,6 +181,7 @@ _job_of_this_worker: list[Job] = []
 
 
 def _start_worker(job: Job) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops them
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
     _job_of_this_worker[:] = [job]
 

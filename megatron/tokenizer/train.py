@@ -27,12 +27,11 @@ def train_byte_level_bpe(
     min_frequency: int = 2,
     nfkc: bool = False,
     prefix_space: bool = False,
-    show_progress: bool = False,
 ) -> tokenizers.Tokenizer:
     """Return a tokenizer of at most `vocab_size` entries trained on `texts`.
 
     special_tokens: take the first ids, in this order. min_frequency: pairs seen less often are not merged. nfkc:
-    normalise text to NFKC. prefix_space: put a space before every text. show_progress: show the library's own bars.
+    normalise text to NFKC. prefix_space: put a space before every text.
     Raises TokenizerError where vocab_size has no room for the bytes and the special tokens.
     """
     least = NUM_BYTES + len(special_tokens)
@@ -50,7 +49,7 @@ def train_byte_level_bpe(
         min_frequency=min_frequency,
         special_tokens=list(special_tokens),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=show_progress,
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer

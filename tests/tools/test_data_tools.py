@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
@@ -121,6 +123,7 @@ def test_preprocessing_as_a_command(trained: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "Encoding with gigatoken, checked against HFTokenizer on " in done.stdout
+    assert "Vocabulary: 600 entries. Documents end with '<|endoftext|>', id 0. Workers: 2." in done.stdout
     assert "out/c_text_document.bin: 2 documents, " in done.stdout
     assert "Left out: 0 empty documents, 1 bad lines. In the YAML: data_path: out/c_text_document" in done.stdout
     assert "bad line: a.jsonl:2: is not JSON" in done.stderr
@@ -151,6 +154,22 @@ def test_mistakes_in_preprocessing(
     arguments = ["--input", "a.jsonl", "--tokenizer-type", "CharLevelTokenizer", "--output-prefix", "o", *extra]
     assert preprocess_data.main(arguments) == 2
     assert f"error: {message}" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_interruption_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('"text of a document"\n' * 2_000_000)
+    command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "--input", "a.jsonl", "--workers", "2"]
+    command += ["--tokenizer-type", "CharLevelTokenizer", "--output-prefix", "o"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as running:
+        while not any(path.stat().st_size for path in tmp_path.glob("o*")):
+            assert running.poll() is None
+            time.sleep(0.01)
+        running.send_signal(signal.SIGINT)
+        _, errors = running.communicate(timeout=30)
+    assert running.returncode == 130
+    assert errors.endswith("stopped; no file was left behind\n")
+    assert "Traceback" not in errors
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
