@@ -104,14 +104,16 @@ class Bar:
     def __init__(self, total_iterations: int, completed: int) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.table import Column
 
         self._progress = Progress(
             TextColumn("{task.percentage:>3.0f} %"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("{task.description}"),
+            BarColumn(bar_width=None, table_column=Column(min_width=8, ratio=1)),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
             console=Console(stderr=True),
             refresh_per_second=5,
+            expand=True,
         )
         self._task = self._progress.add_task(
             "the first step takes longest", total=total_iterations, completed=completed
@@ -126,12 +128,23 @@ class Bar:
     def show(self, shown: Shown) -> None:
         """Redraw the bar."""
         self._drawn = time.monotonic()
-        text = "  ".join([*shown.numbers(), f"{clock_time(shown.seconds_left)} left"])
+        left = f"{clock_time(shown.seconds_left)} left"
+        room = self._progress.console.width - 20 - 2 * len(str(shown.total_iterations))
+        text = "  ".join([*fit(shown.numbers(), room - len(left)), left])
         self._progress.update(self._task, completed=shown.iteration, description=text)
 
     def close(self) -> None:
         """Leave the last state of the bar on the screen."""
         self._progress.stop()
+
+
+def fit(texts: list[str], width: int) -> list[str]:
+    """Return the texts that fit into `width` columns: on a narrow terminal the norm goes first, then the rate."""
+    for prefix in ("grad norm", "lr", "loss scale", "MFU"):
+        if sum(len(text) + 2 for text in texts) <= width:
+            break
+        texts = [text for text in texts if not text.startswith(prefix)]
+    return texts
 
 
 def clock_time(seconds: float) -> str:

@@ -52,7 +52,11 @@ def plot_loss(metrics: Path, image: Path, title: str) -> None:
     if valid_steps:
         upper.plot(valid_steps, valid_losses, "o-", color="tab:orange", markersize=4, label="validation")
         upper.annotate(
-            f"{valid_losses[-1]:.3f}", (valid_steps[-1], valid_losses[-1]), (4, 6), textcoords="offset points"
+            f"{valid_losses[-1]:.3f}",
+            (valid_steps[-1], valid_losses[-1]),
+            (0, 7),
+            textcoords="offset points",
+            ha="right",
         )
     upper.set_ylabel("loss (nats per token)")
     upper.set_title(title)

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from megatron import logs
-from megatron.monitor.display import Bar, Lines, Shown, build_display, clock_time
+from megatron.monitor.display import Bar, Lines, Shown, build_display, clock_time, fit
 from megatron.monitor.throughput import Speed
 
 
@@ -63,6 +63,13 @@ def test_the_bar_shows_the_same_and_lets_messages_pass(monkeypatch: pytest.Monke
     assert "100/100" in text
     assert "loss 2.5000" in text
     assert "a message" in text
+
+
+def test_a_narrow_terminal_has_the_loss_and_the_speed() -> None:
+    texts = shown().numbers()
+    assert fit(texts, 200) == texts
+    assert fit(texts, 50) == [texts[0], texts[1], texts[3]]
+    assert fit(texts, 30) == [texts[0], texts[3]]
 
 
 def test_no_bar_without_a_terminal() -> None:
