@@ -1,0 +1,203 @@
+"""What the live engine does is compared with the config, and combinations that cannot run are refused."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import deepspeed
+import pytest
+import torch
+
+from megatron.engine import build
+from megatron.errors import ConfigError, EngineError
+from megatron.parallel.mesh import Axis, Mesh
+from tests.ranks import preload, run_ranks
+
+preload()
+from tests.engine import tiny  # noqa: E402
+
+
+@contextmanager
+def replaced(module, name, value):
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
+
+
+SABOTAGE = {
+    # what DeepSpeed is told instead -> what the error must name
+    "clipping": ({"gradient_clipping": 0.0}, "gradient_clipping = 0.3: the live engine has 0.0"),
+    "stage": ({"zero_optimization": {"stage": 2}}, r"zero_optimization.stage = 1: the live engine has 2"),
+    "accumulation": (
+        {"gradient_accumulation_steps": 2, "train_batch_size": 4},
+        "gradient_accumulation_steps = 1: the live engine has 2",
+    ),
+    "sums": (
+        {"data_types": {"grad_accum_dtype": "bf16"}},
+        "precision of accumulation = fp32: the live engine has bf16",
+    ),
+    "traffic": ({"communication_data_type": "bf16"}, "precision of communication = fp32: the live engine has bf16"),
+    "precision": ({"bf16": {"enabled": False}}, "precision of the parameters = bf16: the live engine has fp32"),
+    "batch": (
+        {"train_micro_batch_size_per_gpu": 1, "train_batch_size": 1},
+        "train_micro_batch_size_per_gpu = 2: the live engine has 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SABOTAGE)
+def test_a_setting_that_did_not_arrive_is_fatal(case):
+    changes, message = SABOTAGE[case]
+    told = build.deepspeed_config
+
+    def start() -> None:
+        with replaced(build, "deepspeed_config", lambda config: {**told(config), **changes}):
+            tiny.make_engine(tiny.config(1, stage=1, precision="bf16"))
+
+    with pytest.raises(EngineError, match=message):
+        run_ranks(1, start)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_an_optimizer_with_other_settings_is_fatal(stage):
+    """The decay of one group is changed between the optimizer and the engine."""
+    initialize = deepspeed.initialize
+
+    def spoil(optimizer):
+        optimizer.param_groups[1]["weight_decay"] = 0.1
+        return optimizer
+
+    def start() -> None:
+        def spoiled(**keys):
+            return initialize(**{**keys, "optimizer": spoil(keys["optimizer"])})
+
+        local = build._ENGINES[False]
+        build._ENGINES[False] = lambda config, mesh, model, optimizer, objective: local(
+            config, mesh, model, spoil(optimizer), objective
+        )
+        with replaced(deepspeed, "initialize", spoiled):
+            tiny.make_engine(tiny.config(1, stage=stage))
+
+    with pytest.raises(EngineError, match=r"optimizer groups = .*the live engine has"):
+        run_ranks(1, start)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_masters_that_are_not_the_weights_are_fatal_on_every_rank(stage):
+    def start() -> str:
+        engine = tiny.make_engine(tiny.config(2, stage=stage, precision="bf16"))
+        if engine._mesh.dp.rank == 1:
+            engine._holdings().held[0].master.add_(1.0)
+        with pytest.raises(EngineError) as caught:
+            engine.check_masters()
+        return str(caught.value)
+
+    for message in run_ranks(2, start):
+        assert "1 fragments of weights differ from their fp32 masters" in message
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_weights_that_drift_apart_between_ranks_are_fatal(stage):
+    def start() -> str:
+        engine = tiny.make_engine(tiny.config(2, stage=stage))
+        if engine._mesh.dp.rank == 1:
+            engine.model.up.bias.data.add_(1.0)
+            if stage:  # both the weight and its master, so that only the other rank's copy differs
+                for fragment in engine._holdings().held:
+                    fragment.master.copy_(fragment.weight)
+        with pytest.raises(EngineError) as caught:
+            engine.check_masters()
+        return str(caught.value)
+
+    for message in run_ranks(2, start):
+        assert "1 tensors differ between data parallel ranks" in message
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_clipping_is_real(stage, world_size):
+    """One huge gradient: what the optimizer receives has norm 1, whatever the engine reports."""
+
+    def step() -> tuple:
+        config = tiny.config(world_size, stage=stage, gradient_clipping=1.0)
+        engine = tiny.make_engine(config)
+        objective = engine._objective
+        engine._objective = lambda model, batch: tuple(1e4 * value for value in objective(model, batch))
+        holdings = engine._holdings()
+        squares = []
+
+        def measure(optimizer, args, keys) -> None:
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            squares.extend(gradient.square().sum().item() for gradient in gradients)
+
+        holdings.optimizer.register_step_pre_hook(measure)
+        (result,) = tiny.train(engine, config, 0, 1)
+        share = sum(squares) / (world_size if stage == 0 else 1)  # stage 0 has all of it on every rank
+        return result, share
+
+    ranks = run_ranks(world_size, step)
+    for result, _ in ranks:
+        assert result.grad_norm > 1e3
+        assert result.clipped_grad_norm == pytest.approx(1.0, rel=1e-5)
+    assert sum(share for _, share in ranks) ** 0.5 == pytest.approx(1.0, rel=1e-5)
+
+
+def test_the_wrong_number_of_micro_batches_is_said():
+    def step() -> None:
+        config = tiny.config(1, gradient_accumulation_steps=2)
+        engine = tiny.make_engine(config)
+        engine.train_step(tiny.micro_batches(config, 0, engine._mesh)[:1], 0)
+
+    with pytest.raises(EngineError, match="1 micro-batches: a step takes gradient_accumulation_steps = 2"):
+        run_ranks(1, step)
+
+
+REFUSED = {
+    "cpu_adam": ({"stage": 1, "optimizer": {"type": "cpu_adam", "params": {"lr": 1e-3}}}, "nothing is offloaded there"),
+    "sm3": (
+        {"stage": 1, "optimizer": {"type": "sm3", "params": {"lr": 1e-3}}, "weight_decay": 0.0},
+        r"it needs whole tensors.*Set zero_optimization.stage to 0",
+    ),
+    "nvme": (
+        {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
+        "checkpoints cannot read optimizer state from there",
+    ),
+    "offload": (
+        {"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}},
+        "stage 0 keeps the optimizer on the GPU",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_combinations_that_cannot_run_are_refused(case):
+    keys, message = REFUSED[case]
+    with pytest.raises(ConfigError, match=message):
+        build.build_engine(tiny.config(1, **keys), Mesh.single(), tiny.TinyModel(), tiny.objective)
+
+
+def test_axes_that_this_engine_has_not_are_refused():
+    single = Mesh.single()
+    mesh = Mesh(single.dp, Axis("tp", size=2), single.pp, single.cp, single.world, torch.device("cpu"))
+    with pytest.raises(EngineError, match="model_parallel_size = 2: this engine trains whole models only"):
+        build.build_engine(tiny.config(1), mesh, tiny.TinyModel(), tiny.objective)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_offloaded_masters_train_alike(stage):
+    """torch's own AdamW on the CPU; nothing is compiled."""
+
+    def run(**zero) -> list:
+        config = tiny.config(1, precision="bf16", zero_optimization={"stage": stage, **zero})
+        engine = tiny.make_engine(config)
+        results = tiny.train(engine, config, 0, 3)
+        engine.check_masters()
+        return [(result.loss, result.grad_norm) for result in results]
+
+    (plain,) = run_ranks(1, run)
+    (offloaded,) = run_ranks(1, lambda: run(offload_optimizer={"device": "cpu"}))
+    for ours, theirs in zip(offloaded, plain, strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-3)
