@@ -57,7 +57,7 @@ class ScaleNorm(nn.Module):
 def make_norm(model: ModelConfig, shape: tuple[int, ...]) -> nn.Module:
     """Return the norm that the config asks for, with gains of `shape`.
 
-    layernorm takes its statistics over all dims of `shape`, the others over the last one.
+    layernorm takes its statistics over all dims of `shape`, the others over the last one. Norms do not decay.
     """
     makers: dict[str, Callable[[], nn.Module]] = {
         "layernorm": lambda: LayerNorm(shape, model.layernorm_epsilon, affine=True, bias=model.use_bias_in_norms),
@@ -65,4 +65,7 @@ def make_norm(model: ModelConfig, shape: tuple[int, ...]) -> nn.Module:
         "rmsnorm": lambda: RMSNorm(shape, model.rms_norm_epsilon),
         "scalenorm": lambda: ScaleNorm(model.scalenorm_epsilon),
     }
-    return makers[model.norm]()
+    norm = makers[model.norm]()
+    for parameter in norm.parameters():
+        parameter.no_weight_decay = True  # type: ignore[attr-defined]
+    return norm

@@ -1,8 +1,8 @@
 """Which parameters decay: every tensor with two or more dims, and no others.
 
 GPT-NeoX leaves out the parameters of norm modules and everything named `bias`; embeddings decay. In its
-models those are exactly the tensors with fewer than two dims, so the number of dims decides here and no name is
-read. A tensor that must not decay for another reason carries `no_weight_decay = True`, as Mamba's A_log does.
+models those are the tensors with fewer than two dims, so the number of dims decides here and no name is read. Any
+other tensor that must not decay carries `no_weight_decay = True`: norms over heads, whose gains have two dims.
 """
 
 from __future__ import annotations
