@@ -19,6 +19,7 @@ OPTIMIZERS = {
     "sgd": {"type": "SGD", "params": {"lr": 1e-1, "momentum": 0.9}},
     "lion": {"type": "Lion", "params": {"lr": 1e-3}},
     "madgrad_wd": {"type": "madgrad_wd", "params": {"lr": 1e-3}},
+    "sm3": {"type": "sm3", "params": {"lr": 1e-2, "momentum": 0.9, "beta": 0.9}},
 }
 
 
@@ -32,6 +33,7 @@ def run(world_size: int, stage: int, precision: str, steps: tuple[int, ...], sav
         precision=precision,
         gradient_accumulation_steps=4 // world_size,
         optimizer=OPTIMIZERS[optimizer],
+        weight_decay=0.0 if optimizer == "sm3" else 0.1,
     )
     model = tiny.TinyModel()
     if saved is not None:  # nothing of the new model may survive
@@ -80,7 +82,7 @@ def test_resume_on_the_same_layout_is_bitwise(stage, precision, world_size):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_any_layout_continues_any_other(precision):
-    layouts = [(1, 1), (2, 2), (1, 3), (2, 1), (2, 3)]
+    layouts = [(1, 1), (2, 0), (2, 2), (1, 3), (2, 1), (1, 0), (2, 3)]
     for number, layout in enumerate(layouts):
         through, (_, halfway, _) = run_from_scratch(*layouts[number - 1], precision, (0, 3, 5))
         resumed, (loaded, _) = run_and_merge(*layout, precision, (3, 5), halfway)
@@ -90,8 +92,10 @@ def test_any_layout_continues_any_other(precision):
             assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=2e-6 if precision == "fp32" else 1e-3)
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-@pytest.mark.parametrize("optimizer", ["sgd", "lion", "madgrad_wd"])
+@pytest.mark.parametrize(
+    ("optimizer", "stage"),
+    [*((optimizer, stage) for optimizer in ("sgd", "lion", "madgrad_wd") for stage in (0, 1, 3)), ("sm3", 0)],
+)
 def test_other_optimizers_resume_bitwise(optimizer, stage):
     through, (_, halfway, end) = run_from_scratch(2, stage, "bf16", (0, 2, 4), optimizer)
     resumed, (_, resumed_end) = run_and_merge(2, stage, "bf16", (2, 4), halfway, optimizer)
