@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-LAYER_TYPES = {"global": "global", "flash": "global"}
-"""Names in `attention_config`, and what is built: GPT-NeoX's flash is the same function as its global."""
+LAYER_TYPES = {"global": "global", "flash": "global", "local": "local"}
+"""Names in `attention_config`, and what is built: GPT-NeoX's flash is the same function as its global; a local layer
+sees a sliding window."""
 
 
 def expand_attention(pattern: list[Any] | None, num_layers: int) -> list[str]:

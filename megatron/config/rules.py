@@ -93,12 +93,16 @@ def one_mlp_width(d: Draft) -> Iterator[Problem]:
 
 
 def attention_pattern_fits(d: Draft) -> Iterator[Problem]:
-    """attention_config names each layer once."""
+    """attention_config names each layer once, and local layers have a width."""
     try:
-        expand_attention(d.attention_config, d.num_layers)
+        types = expand_attention(d.attention_config, d.num_layers)
     except ValueError as error:
         fix = 'Write attention_config: [[["global"], "all"]]'
         yield d.problem("attention_config", d.attention_config, f"{error}.", fix)
+        return
+    if "local" in types and d.sliding_window_width is None:
+        why = "local layers see a window of sliding_window_width tokens, which is not set."
+        yield d.problem("attention_config", d.attention_config, why, "Add sliding_window_width: 256, for example.")
 
 
 def tied_norm_needs_parallel_residual(d: Draft) -> Iterator[Problem]:

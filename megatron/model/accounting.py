@@ -93,10 +93,12 @@ def num_parameters(model: ModelConfig, vocab_size: int) -> int:
 
 
 def _mean_keys(model: ModelConfig, causal: bool) -> float:
-    """Return how many keys a query is charged for: s or half of it, less under a sliding window."""
-    sequence = model.seq_length
+    """Return how many keys a query is charged for, over all layers: s or half of it each, less under a window."""
+    types, sequence = layer_types(model), model.seq_length
     window = min(model.sliding_window_width or sequence, sequence)
-    return window - window * window / (2 * sequence) if causal else window
+    windowed = types.count("local") or len(types)  # as in DecoderBlocks.masks
+    widths = [window] * windowed + [sequence] * (len(types) - windowed)
+    return float(sum(width - width * width / (2 * sequence) if causal else width for width in widths))
 
 
 def flops_per_token(model: ModelConfig, vocab_size: int, causal: bool) -> float:
@@ -108,5 +110,5 @@ def flops_per_token(model: ModelConfig, vocab_size: int, causal: bool) -> float:
     are not counted.
     """
     matrices = model.num_layers * _block_matrices(model) + vocab_size * model.hidden_size
-    attention = 2 * model.num_layers * model.hidden_size * _mean_keys(model, causal)
+    attention = 2 * model.hidden_size * _mean_keys(model, causal)
     return 6.0 * (matrices + attention)

@@ -8,7 +8,6 @@ from functools import cached_property
 from torch import nn
 
 from megatron.config.schema.config import Config
-from megatron.errors import ConfigError, Problem
 from megatron.model.accounting import layer_types, mlp_shape
 from megatron.model.attention import SelfAttention
 from megatron.model.block import ParallelBlock, PreNormBlock
@@ -43,11 +42,11 @@ class DecoderBlocks:
 
     @cached_property
     def rotary(self) -> RotaryTables | None:
-        """Tables of the first rotary_pct of each head's features, an even number of them."""
+        """Tables of the first rotary_pct of each head's features, which the config's rules make an even number."""
         model = self.config.model
         if model.pos_emb != "rotary":
             return None
-        return RotaryTables(rotary_dim(self.head_dim, model.rotary_pct), model.rotary_emb_base)
+        return RotaryTables(int(self.head_dim * model.rotary_pct), model.rotary_emb_base)
 
     @cached_property
     def rpe(self) -> RelativePositionBias | None:
@@ -121,22 +120,3 @@ class DecoderBlocks:
             output_init=self.initializer(numerics.output_layer_init_method),
             bias=model.use_bias_in_mlp,
         )
-
-
-def rotary_dim(head_dim: int, fraction: float) -> int:
-    """Return how many leading features of a head are turned: int(head_dim * fraction).
-
-    Raises ConfigError where that is not a positive even number, as features are turned in pairs.
-    """
-    features = int(head_dim * fraction)
-    if features >= 2 and features % 2 == 0:
-        return features
-    even = max(2, features + features % 2)
-    raise ConfigError(
-        Problem(
-            what=f"rotary_pct = {fraction}",
-            why=f"it turns int({head_dim} * {fraction}) = {features} of each head's {head_dim} features, and rotary "
-            "positions turn pairs of features.",
-            fix=f"Write rotary_pct: {even / head_dim:g}, or choose an even hidden_size / num_attention_heads.",
-        )
-    )

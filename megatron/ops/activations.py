@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -62,12 +63,11 @@ def gated(inputs: Tensor, gate: Activation) -> Tensor:
 def make_activation(name: str, tanh_gelu: bool = False) -> Activation:
     """Return the function of an `activation` name; gated ones halve the last dim.
 
-    tanh_gelu: use the tanh form wherever the name means gelu.
+    tanh_gelu: the tanh form for "gelu".
     """
     if name in PLAIN:
         return gelu_tanh if tanh_gelu and name == "gelu" else PLAIN[name]
-    gate = gelu_tanh if tanh_gelu and name == "geglu" else GATES[name]
-    return lambda inputs: gated(inputs, gate)
+    return partial(gated, gate=GATES[name])
 
 
 def reference(name: str, inputs: Tensor, tanh_gelu: bool = False) -> Tensor:

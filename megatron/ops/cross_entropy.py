@@ -124,7 +124,7 @@ class _Gradients:
 
 def _walk(hidden: Tensor, weight: Tensor, labels: Tensor, factors: Tensor, gradients: _Gradients | None) -> Tensor:
     """Return the losses [t] fp32, chunk by chunk; `gradients`, where given, takes each chunk's part."""
-    size = min(len(hidden), _chunk(weight))
+    size = -(-len(hidden) // -(-len(hidden) // _chunk(weight)))  # chunks of equal size
     buffer = torch.empty((size, len(weight)), dtype=hidden.dtype, device=hidden.device)
     losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
     for start in range(0, len(hidden), size):

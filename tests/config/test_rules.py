@@ -46,6 +46,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ),
     ({"attention_config": ["global"]}, "it names 1 layers, and num_layers is 4."),
     ({"attention_config": [[["global", "mamba"], "all"]]}, "mamba is not built in this version"),
+    ({"attention_config": [[["global", "local"], "all"]]}, "sliding_window_width tokens, which is not set"),
     ({"attention_config": [[["global"] * 3, "all"]]}, "its 3 names do not divide num_layers = 4."),
     ({"attention_config": [[["global"], -1]]}, '-1 is neither a positive number of repeats nor "all".'),
     ({"gpt_j_tied": True}, "gpt_j_tied = true: it has no meaning without gpt_j_residual."),

@@ -88,11 +88,12 @@ class ModelConfig(Section):
     attention_config: list[Any] | None = setting(
         None,
         'Attention type of each layer: a list of num_layers names, or [[[names], repeats or "all"], ...]. "global" is '
-        'causal attention and "flash" is another name for it. Unset: global everywhere.',
+        'causal attention and "flash" another name for it; "local" sees sliding_window_width tokens. Unset: global.',
     )
     sliding_window_width: int | None = setting(
         None,
-        "Each token attends to itself and at most this many tokens before it. Unset: to all of them.",
+        "Each token attends to itself and at most this many tokens before it, in the local layers of attention_config, "
+        "or in every layer where none is local. Unset: to all of them.",
         unit="tokens",
         ge=1,
     )
