@@ -1,8 +1,9 @@
 """Config -> the dictionary that deepspeed.initialize gets, with every key written out.
 
 DeepSpeed's own defaults have changed between releases (gradient clipping from off to 1.0), so none is relied
-on. ZeRO stage 0 is handed over as stage 1: its arithmetic is the same, and DeepSpeed's stage 0 is wrong in fp16 and
-bf16 and reports no gradient norm. Gradients are accumulated and reduced in fp32 unless the config says otherwise.
+on. ZeRO stage 0 is served by our own engine: DeepSpeed's is wrong in fp16 and bf16 and reports no gradient norm. Were
+it handed over, it would be as stage 1, whose arithmetic is the same. Gradients are accumulated and reduced in fp32
+unless the config says otherwise.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def build_engine(config: Config, mesh: Mesh, model: nn.Module, objective: Object
     differs from the config.
     """
     _require_layout(mesh)
-    _require_optimizer(config)
+    _require_zero(config)
     prepare(mesh)
     optimizer = build_optimizer(config, model.named_parameters(), _DEEPSPEED_OPTIMIZERS)
     sizes = [sum(parameter.numel() for parameter in group["params"]) for group in optimizer.param_groups]
@@ -87,8 +87,8 @@ def _require_layout(mesh: Mesh) -> None:
             )
 
 
-def _require_optimizer(config: Config) -> None:
-    """Raise ConfigError where the optimizer and the ZeRO block do not fit each other."""
+def _require_zero(config: Config) -> None:
+    """Raise ConfigError for a ZeRO block that cannot run, or that does not fit the optimizer."""
     zero = config.parallel.zero_optimization
     name = optimizer_name(config)
     offload = (zero.get("offload_optimizer") or {}).get("device", "none")
@@ -106,6 +106,14 @@ def _require_optimizer(config: Config) -> None:
                 what='zero_optimization.offload_optimizer.device = "nvme"',
                 why="checkpoints cannot read optimizer state from there.",
                 fix='Set it to "cpu" or "none".',
+            )
+        )
+    if not zero.get("compute_grad_norm", True):
+        raise ConfigError(
+            Problem(
+                what="zero_optimization.compute_grad_norm = false",
+                why="the norm is reported at every step, and tells a gradient that is not finite.",
+                fix="Remove the entry.",
             )
         )
     if offload == "cpu" and not _stage(config):

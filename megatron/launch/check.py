@@ -97,11 +97,10 @@ def _layout(config: Config) -> list[tuple[str, str]]:
     parallel = config.parallel
     tp, pp = parallel.model_parallel_size, max(1, parallel.pipe_parallel_size)
     stage = parallel.zero_optimization["stage"]
-    served = " (served by stage 1)" if stage == 0 else ""
     dp = parallel.world_size // (tp * pp)
     return [
         ("processes", f"{parallel.world_size} = data {dp} x tensor {tp} x pipeline {pp}"),
-        ("ZeRO", f"stage {stage}{served}"),
+        ("ZeRO", f"stage {stage}"),
         (
             "precision",
             f"{config.numerics.precision} (fp32 masters, gradients accumulated and reduced in {_sums(config)})",

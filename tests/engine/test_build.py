@@ -165,6 +165,10 @@ REFUSED = {
         {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
         "checkpoints cannot read optimizer state from there",
     ),
+    "norm": (
+        {"zero_optimization": {"stage": 1, "compute_grad_norm": False}},
+        "the norm is reported at every step",
+    ),
     "offload": (
         {"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}},
         "stage 0 keeps the optimizer on the GPU",
@@ -201,3 +205,35 @@ def test_offloaded_masters_train_alike(stage):
     (offloaded,) = run_ranks(1, lambda: run(offload_optimizer={"device": "cpu"}))
     for ours, theirs in zip(offloaded, plain, strict=True):
         assert ours == pytest.approx(theirs, rel=2e-3)
+
+
+OPTIONS = [
+    {"stage": 1, "parameter_alignment": True},
+    {"stage": 1, "reduce_bucket_size": 500, "allgather_bucket_size": 500},
+    {"stage": 1, "overlap_comm": True},
+    {"stage": 2, "reduce_bucket_size": 500, "contiguous_gradients": False},
+    {"stage": 2, "reduce_scatter": False, "parameter_alignment": True},
+    {"stage": 2, "overlap_comm": True},
+    {"stage": 3, "reduce_bucket_size": 500, "sub_group_size": 900},
+    {"stage": 3, "stage3_param_persistence_threshold": 0, "overlap_comm": True},
+    {"stage": 3, "stage3_param_persistence_threshold": 100_000},
+    {"stage": 3, "zero_hpz_partition_size": 2},
+]
+
+
+@pytest.mark.parametrize("zero", OPTIONS, ids=str)
+def test_options_of_zero_change_no_number_and_no_state(zero):
+    def run() -> tuple:
+        config = tiny.config(2, zero_optimization=zero, gradient_accumulation_steps=2)
+        engine = tiny.make_engine(config)
+        results = tiny.train(engine, config, 0, 3)
+        engine.check_masters()
+        return results, tiny.full_state(engine)
+
+    losses, gradients, weights = tiny.reference(tiny.config(2, gradient_accumulation_steps=2), 3)
+    ranks = run_ranks(2, run)
+    assert [result.loss for result in ranks[0][0]] == pytest.approx(losses, rel=1e-6)
+    assert [result.grad_norm for result in ranks[0][0]] == pytest.approx([norm for norm, _ in gradients], rel=1e-6)
+    state = tiny.merge([pieces for _, pieces in ranks])
+    for name, expected in weights.items():
+        torch.testing.assert_close(state[name, "weight"], expected, rtol=2e-6, atol=2e-6)

@@ -20,8 +20,8 @@ class ParallelConfig(Section):
     world_size: int = setting(1, "Processes of the run, one per GPU; counted by the launcher.", unit="processes", ge=1)
     zero_optimization: dict[str, Any] = setting(
         {"stage": 0},
-        "DeepSpeed's ZeRO block. stage: 0 or 1 shards optimizer states, 2 gradients too, 3 parameters too; stage 0 is "
-        "served by stage 1, whose arithmetic is the same.",
+        "DeepSpeed's ZeRO block. stage: 1 shards optimizer states, 2 gradients too, 3 parameters too; 0 shards "
+        "nothing and is the fastest on one process. The arithmetic is the same.",
     )
 
 
