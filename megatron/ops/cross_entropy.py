@@ -150,7 +150,7 @@ def _losses(logits: Tensor, labels: Tensor, scale: float | None) -> Tensor:
     # The largest probability is at least 1/v, so its logarithm is exact where the target's own may have underflowed.
     losses = maximum - probabilities.amax(dim=1, keepdim=True).log() - target
     if scale is not None:
-        probabilities.scatter_(1, index, torch.expm1(-losses))  # p - 1, without cancellation where p is nearly 1
+        probabilities.scatter_add_(1, index, torch.full_like(target, -1.0))
         logits.copy_(probabilities if scale == 1.0 else probabilities.mul_(scale))
     return losses.squeeze(1)
 

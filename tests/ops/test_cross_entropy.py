@@ -1,0 +1,125 @@
+"""The chunked loss equals the formula on all logits, in value and gradient, whatever the chunk size."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron.ops import cross_entropy
+from megatron.ops.cross_entropy import (
+    linear_cross_entropy,
+    linear_cross_entropy_reference,
+    linear_cross_entropy_sum,
+)
+
+TOKENS, HIDDEN, VOCABULARY = 23, 9, 37
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+@pytest.fixture(params=[7, 12, 1000], ids=lambda tokens: f"chunks of {tokens}")
+def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of so many tokens, handled in blocks of 3 rows."""
+    monkeypatch.setattr(cross_entropy, "_chunk", lambda weight: request.param)
+    monkeypatch.setattr(cross_entropy, "BLOCK_BYTES", 3 * 4 * VOCABULARY)
+
+
+def draw(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, TOKENS, HIDDEN, generator=generator).to(dtype)
+    weight = torch.randn(VOCABULARY, HIDDEN, generator=generator).to(dtype)
+    labels = torch.randint(0, VOCABULARY, (1, TOKENS), generator=generator)
+    weights = torch.rand(1, TOKENS, generator=generator) * (torch.arange(TOKENS) % 3 > 0)
+    return hidden, weight, labels, weights
+
+
+def exact_gradients(hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Return the losses and the gradients of sum(losses * weights) in fp64."""
+    leaves = [tensor.double().requires_grad_() for tensor in (hidden, weight)]
+    losses = torch.nn.functional.cross_entropy(
+        torch.nn.functional.linear(*leaves).flatten(0, 1), labels.flatten(), reduction="none"
+    ).view(labels.shape)
+    (losses * weights).sum().backward()
+    return losses.detach(), [leaf.grad for leaf in leaves]
+
+
+def check_gradients(leaves: list[Tensor], expected: list[Tensor], dtype: torch.dtype) -> None:
+    for leaf, exact in zip(leaves, expected, strict=True):
+        assert leaf.grad.dtype == dtype
+        error = (leaf.grad.double() - exact).norm() / exact.norm()
+        assert error < TOLERANCES[dtype], error
+
+
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weighted_sum(dtype: torch.dtype) -> None:
+    hidden, weight, labels, weights = draw(dtype)
+    losses, gradients = exact_gradients(hidden, weight, labels, weights)
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    total = linear_cross_entropy_sum(*leaves, labels, weights)
+    assert total.dtype == torch.float32
+    torch.testing.assert_close(total.double(), (losses * weights).sum(), rtol=TOLERANCES[dtype], atol=0)
+    (total * 0.25).backward()
+    check_gradients(leaves, [gradient * 0.25 for gradient in gradients], dtype)
+
+
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_losses_of_tokens(dtype: torch.dtype) -> None:
+    hidden, weight, labels, weights = draw(dtype)
+    exact, gradients = exact_gradients(hidden, weight, labels, weights)
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    losses = linear_cross_entropy(*leaves, labels)
+    torch.testing.assert_close(losses, linear_cross_entropy_reference(*leaves, labels), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(losses.double(), exact, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype])
+    (losses * weights).sum().backward()
+    check_gradients(leaves, gradients, dtype)
+
+
+def test_a_target_of_probability_zero_has_a_finite_loss() -> None:
+    hidden, weight = torch.tensor([[[200.0]]]), torch.tensor([[1.0], [-1.0]])
+    assert float(linear_cross_entropy(hidden, weight, torch.tensor([[1]]))) == pytest.approx(400)
+    assert float(linear_cross_entropy(hidden, weight, torch.tensor([[0]]))) == pytest.approx(0)
+
+
+def test_small_fp16_gradients_do_not_vanish() -> None:
+    """Half of a vocabulary of 60000 has probabilities below the least normal fp16 number."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, 2, 4, generator=generator).half().requires_grad_()
+    weight = (0.5 * torch.randn(60000, 4, generator=generator)).half().requires_grad_()
+    labels = torch.tensor([[1, 2]])
+    _, gradients = exact_gradients(hidden.detach(), weight.detach(), labels, torch.ones(1, 2))
+    (4096 * linear_cross_entropy_sum(hidden, weight, labels, torch.ones(1, 2))).backward()
+    error = (weight.grad[3:].double() / 4096 - gradients[1][3:]).norm() / gradients[1][3:].norm()
+    assert error < 1e-2
+
+
+def test_nothing_is_kept_without_gradients() -> None:
+    hidden, weight, labels, weights = draw(torch.float32)
+    weight.requires_grad_()
+    with torch.no_grad():
+        total = linear_cross_entropy_sum(hidden, weight, labels, weights)
+    assert total.grad_fn is None
+    only_weight = linear_cross_entropy_sum(hidden, weight, labels, weights)
+    only_weight.backward()
+    torch.testing.assert_close(only_weight, total)
+
+
+def test_memory_is_bounded_by_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tensor of the forward pass has more elements than a chunk's logits or the weights."""
+    monkeypatch.setattr(cross_entropy, "_chunk", lambda weight: 8)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, Tensor):
+                largest = max(largest, result.numel())
+            return result
+
+    hidden, weight = torch.randn(512, HIDDEN, requires_grad=True), torch.randn(VOCABULARY, HIDDEN, requires_grad=True)
+    with Watch():
+        linear_cross_entropy_sum(hidden, weight, torch.zeros(512, dtype=torch.long), torch.ones(512)).backward()
+    assert largest <= max(hidden.numel(), 8 * VOCABULARY)
