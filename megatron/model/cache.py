@@ -40,6 +40,11 @@ class KVCache:
         self._keys = torch.empty(shape, device=device, dtype=dtype)
         self._values = torch.empty((*shape[:2], value_heads, *shape[3:]), device=device, dtype=dtype)
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all keys and values."""
+        return self._keys.nbytes + self._values.nbytes
+
     def set_padding(self, padding: Tensor) -> None:
         """Declare the number of leading padding columns of each row, [b] int64; call it before the first tokens."""
         assert self.length == 0, "padding is declared before the first tokens"

@@ -57,7 +57,8 @@ class RotaryTables:
         """Return cos and sin, fp32, shaped [s, 1, r/2] or [b, s, 1, r/2] to broadcast over heads."""
         key = (span.start, span.end, device)
         if self._tables is None or key != self._key or span.padding is not self._padding:
-            cos, sin = rotary_tables(span.positions(device), self.dim, self.base)
+            with torch.inference_mode(False):  # tables made while generating must serve training too
+                cos, sin = rotary_tables(span.positions(device), self.dim, self.base)
             self._key, self._tables = key, (cos.unsqueeze(-2), sin.unsqueeze(-2))
             self._padding = span.padding  # the tensor itself: an id alone may be that of a later tensor
         return self._tables
@@ -118,12 +119,15 @@ class AttentionMask:
         """Return the part that depends on the columns only: [q, s] bool, or [n, q, s] with alibi."""
         key = (span.start, span.end, device)
         if self._mask is None or key != self._key:
-            distance = _distance(span, device)
-            seen = distance >= 0
-            if self.window is not None:
-                seen &= distance <= self.window
-            self._key, self._mask = key, seen if self.slopes is None else self._alibi(distance, seen)
+            with torch.inference_mode(False):
+                self._key, self._mask = key, self._computed(_distance(span, device))
         return self._mask
+
+    def _computed(self, distance: Tensor) -> Tensor:
+        seen = distance >= 0
+        if self.window is not None:
+            seen = seen & (distance <= self.window)
+        return seen if self.slopes is None else self._alibi(distance, seen)
 
     def _alibi(self, distance: Tensor, seen: Tensor) -> Tensor:
         assert self.slopes is not None
