@@ -65,7 +65,7 @@ class SelfAttention(nn.Module):
         query, key, value = self._project(hidden, span)
         if cache is not None:
             key, value = cache.update(self.layer, key, value)
-        mask = self.mask(span, segments, self.rpe, hidden.device)
+        mask = self.mask(span, segments, self.rpe, hidden)
         if self.key_scaling != 1.0:
             query = query / self.key_scaling
         scale = self.key_scaling / math.sqrt(self.head_dim)

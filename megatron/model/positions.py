@@ -86,7 +86,7 @@ class AttentionMask:
     """What a layer adds to its scores, or hides of them, beyond plain causality.
 
     window: a token sees itself and the `window` tokens before it; None sees all.
-    alibi_heads: number of heads of this rank's alibi slopes, or None without alibi.
+    slopes: alibi slopes of this rank's heads [n], or None without alibi.
     """
 
     def __init__(self, window: int | None = None, slopes: Tensor | None = None) -> None:
@@ -96,18 +96,20 @@ class AttentionMask:
         self._mask: Tensor | None = None
 
     def __call__(
-        self, span: Span, segments: Tensor | None, bias: RelativePositionBias | None, device: torch.device
+        self, span: Span, segments: Tensor | None, bias: RelativePositionBias | None, hidden: Tensor
     ) -> Tensor | None:
         """Return None where plain causality says all, else bool (True is seen) or a bias, to [b, n, q, s].
 
         segments: [b, s] document numbers; a token sees its own document only.
+        hidden: the layer's input, for its device and dtype.
         """
         windowed = self.window is not None and self.window < span.end - 1
         chunked = span.start > 0 and span.end - span.start > 1
         rowwise = span.padding is not None or segments is not None
         if not (windowed or chunked or rowwise or self.slopes is not None or bias is not None):
             return None
-        mask = self._static(span, device)
+        device = hidden.device
+        mask = self._static(span, device, hidden.dtype)
         if rowwise:
             mask = _restrict(mask, _seen_by_row(span, segments, device))
         if bias is None:
@@ -115,19 +117,19 @@ class AttentionMask:
         table = bias(_distance(span, device))
         return table.masked_fill(~mask, float("-inf"))
 
-    def _static(self, span: Span, device: torch.device) -> Tensor:
-        """Return the part that depends on the columns only: [q, s] bool, or [n, q, s] with alibi."""
-        key = (span.start, span.end, device)
+    def _static(self, span: Span, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Return the part that depends on the columns only: [q, s] bool, or [n, q, s] of `dtype` with alibi."""
+        key = (span.start, span.end, device, dtype)
         if self._mask is None or key != self._key:
             with torch.inference_mode(False):
-                self._key, self._mask = key, self._computed(_distance(span, device))
+                self._key, self._mask = key, self._computed(_distance(span, device), dtype)
         return self._mask
 
-    def _computed(self, distance: Tensor) -> Tensor:
+    def _computed(self, distance: Tensor, dtype: torch.dtype) -> Tensor:
         seen = distance >= 0
         if self.window is not None:
             seen = seen & (distance <= self.window)
-        return seen if self.slopes is None else self._alibi(distance, seen)
+        return seen if self.slopes is None else self._alibi(distance, seen).to(dtype)
 
     def _alibi(self, distance: Tensor, seen: Tensor) -> Tensor:
         assert self.slopes is not None

@@ -1,4 +1,4 @@
-"""Decoding with a cache equals the full context: the same logits and the same next token, for every kind of position."""
+"""Decoding with a cache equals the full context: the same logits and next token, for every kind of position."""
 
 from __future__ import annotations
 
