@@ -46,17 +46,18 @@ class Arguments:
         return shlex.join(words)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Raises ConfigError instead of leaving the program."""
 
     def error(self, message: str) -> None:  # type: ignore[override]
+        """Raise ConfigError with what argparse says."""
         fix = "Any key can be set with --set key=value; ./deepy.py --help shows the flags."
         raise ConfigError(Problem("command line", f"{message}.", fix))
 
 
 def build_parser(program: str = "./deepy.py train.py") -> argparse.ArgumentParser:
     """Return the parser of everything that follows the script's name."""
-    parser = _Parser(prog=program, allow_abbrev=False, description="Run a script with the merged config files.")
+    parser = Parser(prog=program, allow_abbrev=False, description="Run a script with the merged config files.")
     parser.add_argument("config_files", nargs="*", metavar="config", help="YAML or JSON files; .yml may be left out")
     parser.add_argument("-d", "--conf_dir", dest="config_dir", metavar="DIR", help="folder of the config files")
     parser.add_argument(
@@ -81,14 +82,19 @@ def parse_arguments(argv: list[str], program: str = "train.py") -> Arguments:
             raise ConfigError(Problem(flag, _ABSENT[flag], "Leave the flag out."))
     values = vars(build_parser(program).parse_args(argv))
     overrides = list(values["overrides"])
-    odd = [text for text in overrides if "=" not in text]
-    if odd:
-        raise ConfigError(
-            Problem(f"--set {odd[0]}", "is not key=value.", "Put config files before --set, and write --set key=value.")
-        )
+    require_assignments(overrides)
     overrides += [f"{key}={json.dumps(values[key])}" for _, key, _ in _KEY_FLAGS if values[key] is not None]
     if not values["config_files"]:
         raise ConfigError(
             Problem(program, "needs at least one config file.", f"Write: {program} configs/quickstart.yml")
         )
     return Arguments(values["config_files"], values["config_dir"], overrides, values["check"], values["show"])
+
+
+def require_assignments(overrides: list[str]) -> None:
+    """Raise ConfigError where a text after `--set` is not key=value."""
+    odd = [text for text in overrides if "=" not in text]
+    if odd:
+        raise ConfigError(
+            Problem(f"--set {odd[0]}", "is not key=value.", "Put config files before --set, and write --set key=value.")
+        )

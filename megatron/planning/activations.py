@@ -1,0 +1,121 @@
+"""Bytes of what the forward pass keeps for the backward pass.
+
+They are counted by storage, as autograd holds them in this library: a view keeps all of what it looks into. For T
+tokens, e bytes per element, r rows of linear1, c columns of linear2, a block of a GPT-NeoX model (layernorm, rotary,
+gelu) keeps
+
+    x, n1(x), n2(x)                3 e T h     split over the tensor axis under sequence_parallel only
+    query, key, value as one       e T (n + 2k) d / tp    kept whole by the view of the value
+    rotated query and key          e T (n + k) d / tp
+    context, its logsumexp         e T n d / tp + 4 T n / tp
+    linear1, gelu                  e T (r + c) / tp
+
+Attention is taken to be fused: it keeps no scores. A bias or a window costs its mask, in the form the kernels want.
+"""
+
+from __future__ import annotations
+
+from megatron.config.schema.config import Config
+from megatron.config.schema.model import ModelConfig
+from megatron.model.accounting import layer_types, mlp_shape
+from megatron.planning.layout import WEIGHT_BYTES, Layout
+
+CHUNK_BYTES = 104 * 2**20
+"""megatron.ops.cross_entropy.CHUNK_BYTES, which needs torch to be imported; a test holds the two together."""
+
+
+def tokens(config: Config, layout: Layout) -> int:
+    """Return the tokens of one micro-batch on one GPU."""
+    return layout.micro_batch * config.model.seq_length // layout.cp
+
+
+def block_bytes(config: Config, layout: Layout, layer: int = 0) -> int:
+    """Return what one block keeps of one micro-batch."""
+    model, element, count = config.model, WEIGHT_BYTES[config.numerics.precision], tokens(config, layout)
+    spread = layout.tp if layout.sequence_parallel else 1
+    whole = count * (_norms(model, element) + _dropout(config)) // spread
+    split = count * (_attention(model, element) + _mlp(model, element)) // layout.tp
+    return whole + split + _mask(config, layout, layer)
+
+
+def boundary_bytes(config: Config, layout: Layout) -> int:
+    """Return the bytes of the hidden states [b, s, h] between two blocks: what recomputation keeps of them."""
+    spread = layout.tp if layout.sequence_parallel else 1
+    return tokens(config, layout) * config.model.hidden_size * WEIGHT_BYTES[config.numerics.precision] // spread
+
+
+def loss_bytes(config: Config, layout: Layout, vocab_size: int) -> int:
+    """Return the most that head and loss hold at once.
+
+    The final norm keeps its input; the loss keeps the gradient of the hidden states and of the weight, fp32 where
+    there are several chunks, while one chunk's logits are there in the model's type and in fp32.
+    """
+    element, count = WEIGHT_BYTES[config.numerics.precision], tokens(config, layout)
+    rows, hidden = vocab_size // layout.tp, config.model.hidden_size
+    chunk = max(1, CHUNK_BYTES // (element * rows))
+    logits = min(chunk, count) * rows * (element + 4)
+    weight = rows * hidden * (4 if count > chunk else element)
+    copy = rows * hidden * element if count > chunk and element != 4 else 0  # when the fp32 sum is rounded
+    return 3 * count * hidden * element + weight + max(logits, copy)
+
+
+def working_bytes(config: Config, layout: Layout, largest: int) -> int:
+    """Return what the backward pass of one block needs beside what was kept: gradients of the MLP's activations and of
+    the stream, and the gradient of the largest tensor (`largest` elements) before it is added to the sum."""
+    element, count = WEIGHT_BYTES[config.numerics.precision], tokens(config, layout)
+    rows, columns, _ = mlp_shape(config.model)
+    return element * (count * ((rows + columns) // layout.tp + 2 * config.model.hidden_size) + largest)
+
+
+def _norms(model: ModelConfig, element: int) -> int:
+    """Return bytes per token of the norms' inputs and outputs; a layernorm keeps its input, which two may share."""
+    hidden, parallel = model.hidden_size, model.gpt_j_residual
+    norms = 1 if parallel and model.gpt_j_tied else 2
+    inputs = 1 if parallel else norms
+    outputs = norms * element * hidden
+    if model.norm in ("layernorm", "non_parametric_layernorm"):
+        return outputs + inputs * element * hidden + 8 * norms
+    if model.norm == "scalenorm":  # an fp32 copy of the input; in fp32 the input itself
+        return outputs + (inputs if element == 4 else norms) * 4 * hidden + 12 * norms
+    if element == 4:
+        return outputs + inputs * 4 * hidden + 4 * norms
+    return outputs + norms * (8 * hidden + 4)  # rmsnorm in half precision: the input and the product in fp32
+
+
+def _attention(model: ModelConfig, element: int) -> int:
+    """Return bytes per token of attention, before the tensor axis splits them by heads."""
+    heads = model.num_attention_heads
+    groups, width = model.num_kv_heads or heads, model.hidden_size // heads
+    turned = model.pos_emb == "rotary"
+    projected = heads + 2 * groups
+    if model.use_qk_layernorm:
+        # The norm's inputs, its outputs (turned or not) and a value for each query head.
+        features = (projected if groups == heads else heads) + heads + 3 * heads
+    else:
+        copies = heads + groups if turned else (heads if groups != heads else 0)
+        features = projected + copies
+    return (features + heads) * width * element + 4 * heads
+
+
+def _mlp(model: ModelConfig, element: int) -> int:
+    """Return bytes per token of the MLP, before the tensor axis splits them."""
+    rows, columns, gated = mlp_shape(model)
+    if gated:
+        return element * (rows + columns + (0 if model.activation == "bilinear" else columns))
+    return element * {"relu": columns, "softsign": rows + 2 * columns}.get(model.activation, rows + columns)
+
+
+def _dropout(config: Config) -> int:
+    """Return bytes per token of the two masks of hidden dropout, a byte per element on a GPU."""
+    return 2 * config.model.hidden_size if config.numerics.hidden_dropout else 0
+
+
+def _mask(config: Config, layout: Layout, layer: int) -> int:
+    """Return the bytes of a layer's own mask or bias over all pairs of positions."""
+    model = config.model
+    pairs = (model.seq_length // layout.cp) * model.seq_length * WEIGHT_BYTES[config.numerics.precision]
+    if model.pos_emb in ("alibi", "rpe"):
+        return pairs * model.num_attention_heads // layout.tp
+    types = layer_types(model)
+    window = model.sliding_window_width if "local" not in types or types[layer] == "local" else None
+    return pairs if window is not None and window < model.seq_length - 1 else 0

@@ -1,0 +1,100 @@
+"""How a run is spread over GPUs: the numbers that a plan varies, apart from the model, which it does not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megatron.config.blocks import ZeroOptimization
+from megatron.config.schema.config import Config
+
+_DEFAULTS = ZeroOptimization()
+WEIGHT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the axes, and what changes memory or time without changing the model.
+
+    dp, tp, pp, cp: processes of the data, tensor, pipeline and context axis; their product is the number of GPUs.
+    zero_stage: 0 to 3. micro_batch: sequences computed at once. accumulation: micro-batches of one optimizer step.
+    recompute: consecutive blocks that are recomputed together in the backward pass; 0 keeps all activations.
+    bucket: elements of DeepSpeed's reduce bucket. live: elements of weights that ZeRO 3 may keep gathered.
+    offload: optimizer states (and masters) lie in CPU memory. overlap: gradients are reduced during the backward pass.
+    """
+
+    dp: int = 1
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
+    sequence_parallel: bool = False
+    zero_stage: int = 0
+    micro_batch: int = 1
+    accumulation: int = 1
+    recompute: int = 0
+    bucket: int = _DEFAULTS.reduce_bucket_size
+    live: int = _DEFAULTS.stage3_max_live_parameters
+    offload: bool = False
+    overlap: bool = False
+
+    @classmethod
+    def of(cls, config: Config) -> Layout:
+        """Return the layout that a config asks for."""
+        parallel, zero = config.parallel, ZeroOptimization(**config.parallel.zero_optimization)
+        tp, pp = parallel.model_parallel_size, max(1, parallel.pipe_parallel_size)
+        cp = int(getattr(parallel, "context_parallel_size", 1) or 1)
+        training = config.training
+        return cls(
+            dp=parallel.world_size // (tp * pp * cp),
+            tp=tp,
+            pp=pp,
+            cp=cp,
+            sequence_parallel=parallel.sequence_parallel and tp > 1,
+            zero_stage=max(zero.stage, least_stage(pp)),
+            micro_batch=config.batch.train_micro_batch_size_per_gpu,
+            accumulation=config.batch.gradient_accumulation_steps,
+            recompute=training.checkpoint_num_layers if training.checkpoint_activations else 0,
+            bucket=zero.reduce_bucket_size,
+            live=zero.stage3_max_live_parameters,
+            offload=zero.offload_optimizer is not None and zero.offload_optimizer.device != "none",
+            overlap=zero.overlap_comm,
+        )
+
+    @property
+    def gpus(self) -> int:
+        """Processes of the run."""
+        return self.dp * self.tp * self.pp * self.cp
+
+    @property
+    def batch(self) -> int:
+        """Sequences of one optimizer step over all GPUs."""
+        return self.dp * self.micro_batch * self.accumulation
+
+    def changed(self, **fields: Any) -> Layout:
+        """Return this layout with other values."""
+        return replace(self, **fields)
+
+    def settings(self, before: Layout) -> dict[str, Any]:
+        """Return the YAML keys to write where this layout differs from `before`, with their values."""
+        named = {
+            "model_parallel_size": (self.tp, before.tp),
+            "pipe_parallel_size": (self.pp, before.pp),
+            "context_parallel_size": (self.cp, before.cp),
+            "sequence_parallel": (self.sequence_parallel, before.sequence_parallel),
+            "zero_optimization.stage": (self.zero_stage, before.zero_stage),
+            "train_micro_batch_size_per_gpu": (self.micro_batch, before.micro_batch),
+            "gradient_accumulation_steps": (self.accumulation, before.accumulation),
+            "checkpoint_activations": (self.recompute > 0, before.recompute > 0),
+            "zero_optimization.reduce_bucket_size": (self.bucket, before.bucket),
+            "zero_optimization.offload_optimizer.device": (_device(self), _device(before)),
+        }
+        return {key: new for key, (new, old) in named.items() if new != old}
+
+
+def least_stage(pp: int) -> int:
+    """Return the lowest ZeRO stage that serves `pp` pipeline stages: pipelines run under stage 1 where 0 is asked."""
+    return 1 if pp > 1 else 0
+
+
+def _device(layout: Layout) -> str:
+    return "cpu" if layout.offload else "none"

@@ -1,0 +1,235 @@
+"""Bytes on each GPU, by pipeline stage and term.
+
+The state of P parameters on a GPU (its tensor and pipeline share), with w bytes a weight, m moments of the optimizer
+and D data-parallel GPUs, as the engines of this library hold it:
+
+    stage                      weights   masters   moments    gradients
+    0  (our own engine)        w P       4 P *     4 m P      4 P
+    1                          w P       4 P / D   4 m P / D  4 P
+    2                          w P       4 P / D   4 m P / D  4 P / D
+    3                          w P / D   4 P / D   4 m P / D  4 P / D
+    * none in fp32, where the weights are the masters
+
+Two moments can be the fullest: the backward pass, with activations, and the update, with DeepSpeed's copies of the
+gradients. The total is the larger one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+from megatron.config.schema.config import Config
+from megatron.model.accounting import layer_types
+from megatron.planning.activations import block_bytes, boundary_bytes, loss_bytes, working_bytes
+from megatron.planning.layout import WEIGHT_BYTES, Layout
+from megatron.planning.parameters import Item, items
+from megatron.planning.stages import balanced
+
+GIBIBYTE = 2**30
+RESERVE = 1.5 * GIBIBYTE
+"""CUDA's context, NCCL's channels and what the allocator cannot use: an allowance, to be set by --reserve."""
+
+_BUFFERED_ELEMENTS = 500_000_000
+"""DeepSpeed's engine reduces gradients of at most this many elements at once where ZeRO's buckets do not."""
+
+
+@dataclass(frozen=True)
+class State:
+    """Bytes that stay from step to step, and the gradients."""
+
+    weights: int
+    masters: int
+    moments: int
+    gradients: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.masters + self.moments + self.gradients
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """One GPU of one pipeline stage, in bytes.
+
+    layers: first and last block (from 0), None where the stage has none. num_parameters: on this GPU.
+    activations: what waits for its backward pass, of all micro-batches in flight. loss: of the last stage.
+    working: of the block that is being computed. buffers: of communication. update: what the update needs beside the
+    state, when activations and loss are gone. reserve: allowance for what no tensor shows.
+    """
+
+    stage: int
+    layers: tuple[int, int] | None
+    num_parameters: int
+    state: State
+    activations: int
+    loss: int
+    working: int
+    buffers: int
+    update: int
+    reserve: int
+
+    @property
+    def backward(self) -> int:
+        """Bytes in the backward pass."""
+        return self.state.total + self.activations + self.loss + self.working + self.buffers + self.reserve
+
+    @property
+    def total(self) -> int:
+        """Bytes at the fullest moment."""
+        return max(self.backward, self.state.total + self.update + self.reserve)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The parts of the model on one pipeline stage.
+
+    blocks: numbers of its blocks. num_parameters, largest: elements on one GPU, in all and in the largest tensor.
+    """
+
+    parts: tuple[Item, ...]
+    blocks: range
+    num_parameters: int
+    largest: int
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the loss is computed here."""
+        return any(part.kind == "head" for part in self.parts)
+
+
+def stages(config: Config, vocab_size: int, pp: int, tp: int = 1) -> list[Stage]:
+    """Return what a GPU of each of `pp` pipeline stages holds, balanced by parameters, with `tp` sharing each layer.
+
+    vocab_size: rows of the word embedding, padding included."""
+    parts = items(config.model, vocab_size)
+    bounds = balanced([part.numel() for part in parts], pp)
+    result, block = [], 0
+    for start, stop in pairwise(bounds):
+        count = sum(part.kind == "block" for part in parts[start:stop])
+        held = tuple(parts[start:stop])
+        largest = max(part.largest(tp) for part in held)
+        result.append(Stage(held, range(block, block + count), _num_parameters(held, tp), largest))
+        block += count
+    return result
+
+
+def stage_memory(
+    config: Config, layout: Layout, parts: list[Stage], vocab_size: int, reserve: float = RESERVE
+) -> list[StageMemory]:
+    """Return the bytes of a GPU of each stage; `parts` are those of `stages` for it."""
+    kept = _kept_bytes(config, layout)
+    result = []
+    for index, stage in enumerate(parts):
+        numel = stage.num_parameters
+        block = max((kept[layer] for layer in stage.blocks), default=0)
+        in_flight = min(layout.pp - index, layout.accumulation)
+        result.append(
+            StageMemory(
+                stage=index,
+                layers=(stage.blocks[0], stage.blocks[-1]) if stage.blocks else None,
+                num_parameters=numel,
+                state=state_bytes(config, layout, numel),
+                activations=in_flight * _in_flight(config, layout, stage, kept) + _recomputed(layout, stage, block),
+                loss=loss_bytes(config, layout, vocab_size) if stage.has_head else 0,
+                working=working_bytes(config, layout, stage.largest),
+                buffers=buffer_bytes(config, layout, numel),
+                update=update_bytes(config, layout, numel),
+                reserve=int(reserve),
+            )
+        )
+    return result
+
+
+def state_bytes(config: Config, layout: Layout, numel: int) -> State:
+    """Return the state of `numel` parameters on a GPU; offloaded states count nothing."""
+    weight, shards, stage = WEIGHT_BYTES[config.numerics.precision], layout.dp, layout.zero_stage
+    share = -(-numel // shards)
+    gradient = _gradient_bytes(config) if stage else 4
+    own = numel if stage == 0 else share
+    return State(
+        weights=weight * (share if stage == 3 else numel),
+        masters=0 if layout.offload or (stage == 0 and weight == 4) else 4 * own,
+        moments=0 if layout.offload else round(4 * num_moments(config) * own),
+        gradients=gradient * (share if stage >= 2 else numel),
+    )
+
+
+def num_moments(config: Config) -> float:
+    """Return how many fp32 numbers the optimizer keeps for each parameter."""
+    block = config.optimizer.optimizer
+    momentum = bool(block["params"].get("momentum"))
+    kinds = {"sgd": int(momentum), "lion": 1, "madgrad_wd": 2 + int(momentum), "sm3": int(momentum)}
+    return kinds.get(str(block.get("type", "adam")).lower(), 2)
+
+
+def buffer_bytes(config: Config, layout: Layout, numel: int) -> int:
+    """Return the communication buffers of the backward pass.
+
+    DeepSpeed allocates its reduce bucket whole, in the type of communication, however small the model; stages 2 and
+    3 flatten a copy of it while they reduce. Stage 1 in bf16 has no bucket. ZeRO 3 keeps weights gathered that it
+    will need again soon. Stage 0 reduces its flat gradient in place."""
+    if layout.zero_stage == 0 or (layout.zero_stage == 1 and _is_bf16_optimizer(config)):
+        return 0
+    size = _communication_bytes(config)
+    buffers = 2 if layout.overlap and layout.zero_stage < 3 else 1
+    total = buffers * size * layout.bucket
+    if layout.zero_stage >= 2:
+        total += size * min(layout.bucket, numel)
+    if layout.zero_stage == 3:
+        total += WEIGHT_BYTES[config.numerics.precision] * min(numel, layout.live)
+    return total
+
+
+def update_bytes(config: Config, layout: Layout, numel: int) -> int:
+    """Return what the update needs beside the state: DeepSpeed's flat copies of gradients."""
+    size, share = _communication_bytes(config), -(-numel // layout.dp)
+    if layout.zero_stage == 0:
+        return 0
+    if layout.zero_stage == 1 and _is_bf16_optimizer(config):
+        return size * min(numel, _BUFFERED_ELEMENTS) if layout.dp > 1 else 0
+    if layout.zero_stage == 1:
+        return size * (layout.bucket + min(layout.bucket, numel)) + 4 * share
+    if layout.zero_stage == 2:
+        return 4 * share
+    return size * layout.bucket + 4 * share
+
+
+def _is_bf16_optimizer(config: Config) -> bool:
+    """Return whether DeepSpeed serves stage 1 by its BF16_Optimizer: in bf16 with gradients summed in fp32."""
+    return config.numerics.precision == "bf16" and _gradient_bytes(config) == 4
+
+
+def _gradient_bytes(config: Config) -> int:
+    return WEIGHT_BYTES[(config.deepspeed.data_types or {}).get("grad_accum_dtype", "fp32")]
+
+
+def _communication_bytes(config: Config) -> int:
+    return WEIGHT_BYTES[config.deepspeed.communication_data_type or "fp32"]
+
+
+def _num_parameters(parts: tuple[Item, ...], tp: int) -> int:
+    """Return the elements on one GPU; a tied table that embedding and head share counts once on one stage."""
+    unique = {parameter.name: parameter.numel(tp) for part in parts for parameter in part.parameters}
+    return sum(unique.values())
+
+
+def _kept_bytes(config: Config, layout: Layout) -> dict[int, int]:
+    """Return what each block keeps; blocks of one attention type keep the same."""
+    types = layer_types(config.model)
+    by_type = {kind: block_bytes(config, layout, types.index(kind)) for kind in dict.fromkeys(types)}
+    return {layer: by_type[kind] for layer, kind in enumerate(types)}
+
+
+def _in_flight(config: Config, layout: Layout, stage: Stage, kept: dict[int, int]) -> int:
+    """Return what one micro-batch keeps on a stage until its backward pass."""
+    if not layout.recompute:
+        return sum(kept[layer] for layer in stage.blocks)
+    chunks = -(-len(stage.blocks) // layout.recompute)
+    return chunks * boundary_bytes(config, layout)
+
+
+def _recomputed(layout: Layout, stage: Stage, block: int) -> int:
+    """Return the activations of the blocks that are recomputed together."""
+    return min(layout.recompute, len(stage.blocks)) * block
