@@ -62,6 +62,31 @@ def require_same_model(reader: CheckpointReader, config: Config) -> None:
         raise CheckpointError(*(_other_model(reader, key, *values) for key, values in sorted(refused.items())))
 
 
+_SECTIONS = ("parallel", "batch", "optimizer", "training", "data")
+_OTHER = {"seed", "precision", "hidden_dropout", "attention_dropout"}
+_NO_EFFECT = {"exit_interval", "eval_interval", "eval_iters", "num_workers", "mmap_warmup", "data_index_dir"}
+
+
+def changed_settings(reader: CheckpointReader, config: Config) -> list[str]:
+    """Return "key: then -> now" for the keys outside the model that decide how training goes on."""
+    found = []
+    current = config.model_dump(mode="json")
+    for section in (*_SECTIONS, "numerics"):
+        stored = reader.manifest.config.get(section, {})
+        for key, value in current[section].items():
+            counts = key in _OTHER if section == "numerics" else key not in _NO_EFFECT
+            if counts and key in stored:
+                found.extend(_differences(key, stored[key], value))
+    return found
+
+
+def _differences(key: str, then: Any, now: Any) -> list[str]:
+    """Return "key: then -> now" for each entry that differs, blocks entry by entry."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        return [text for name in {**then, **now} for text in _differences(name, then.get(name), now.get(name))]
+    return [f"{key}: {then} -> {now}"] if then != now else []
+
+
 def _model_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keys that decide the model's parameters and formula, with defaults that depend on others spelt out."""
     model = dict(config.get("model", {}))

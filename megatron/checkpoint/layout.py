@@ -8,6 +8,7 @@
 <save>/.writing_global_step<N>         a save that is under way, or that was cut off
 <save>/.replaced_global_step<N>        the earlier checkpoint of this iteration while its successor takes its place
 <save>/.deleted_global_step<N>         a checkpoint that retention is removing
+<save>/.lock                           held by the run that saves here
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
+LOCK = ".lock"
 WRITING, REPLACED, DELETED = ".writing_", ".replaced_", ".deleted_"
 _NEOX = (
     "This looks like a checkpoint of GPT-NeoX or DeepSpeed, whose pickled .pt files are not opened here. Convert it "

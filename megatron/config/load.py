@@ -36,6 +36,14 @@ class Settings:
     problems: tuple[Problem, ...] = ()
     files: tuple[Path, ...] = ()
 
+    def texts(self) -> dict[str, str]:
+        """Return name -> text of the files, as they were written; the second of one name has its folder before it."""
+        texts: dict[str, str] = {}
+        for file in self.files:
+            name = file.name if file.name not in texts else "_".join(file.absolute().parts[1:])
+            texts[name] = file.read_text(encoding="utf-8")
+        return texts
+
     def resolve(self, world_size: int | None = None, planning: bool = False) -> Resolution:
         """Return the Config and its notices; see `resolve_settings`. Raises ConfigError with all problems."""
         return resolve_settings(self.values, world_size, planning, list(self.problems))

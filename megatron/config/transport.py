@@ -10,16 +10,24 @@ import base64
 import binascii
 import json
 import zlib
+from collections.abc import Mapping
+from typing import Any
 
 from pydantic import ValidationError
 
 from megatron.config.schema.config import Config
 from megatron.errors import ConfigError, Problem
 
+_FILES = "config_files"
 
-def pack(config: Config) -> str:
-    """Return the config as urlsafe base64 of compressed JSON; equal configs give equal words."""
-    text = json.dumps(config.model_dump(), sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+def pack(config: Config, config_files: Mapping[str, str] | None = None) -> str:
+    """Return the config as urlsafe base64 of compressed JSON; equal configs give equal words.
+
+    config_files: name -> text of the files it was read from, which travel along for checkpoints to keep.
+    """
+    body = {**config.model_dump(), **({_FILES: dict(config_files)} if config_files else {})}
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return base64.urlsafe_b64encode(zlib.compress(text.encode(), 9)).decode().rstrip("=")
 
 
@@ -28,8 +36,8 @@ def unpack(word: str) -> Config:
 
     Raises ConfigError for a word that is cut off or of another version."""
     try:
-        data = zlib.decompress(base64.urlsafe_b64decode(word + "=" * (-len(word) % 4)))
-        return Config.model_validate(json.loads(data))
+        body = _body(word)
+        return Config.model_validate({key: value for key, value in body.items() if key != _FILES})
     except (binascii.Error, zlib.error, ValueError, ValidationError) as error:
         raise ConfigError(
             Problem(
@@ -38,3 +46,14 @@ def unpack(word: str) -> Config:
                 "Start the run again with ./deepy.py, and see that all machines have the same version installed.",
             )
         ) from error
+
+
+def unpack_files(word: str) -> dict[str, str]:
+    """Return name -> text of the files that travelled with a word that `unpack` understands."""
+    files: dict[str, str] = _body(word).get(_FILES, {})
+    return files
+
+
+def _body(word: str) -> dict[str, Any]:
+    body: dict[str, Any] = json.loads(zlib.decompress(base64.urlsafe_b64decode(word + "=" * (-len(word) % 4))))
+    return body

@@ -85,8 +85,12 @@ def canonical_fields(model: type[BaseModel], values: dict[str, Any]) -> dict[str
         info = model.model_fields.get(name)
         if info is None:
             result[name] = value
-        elif value is not None or allows_none(info.annotation):
-            result[name] = canonical(name, info.annotation, value)
+            continue
+        if value == "" and allows_none(info.annotation):
+            value = None  # an empty path or name is no path, and no name
+        if value is None and not allows_none(info.annotation):
+            continue
+        result[name] = canonical(name, info.annotation, value)
     return result
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from megatron.config.schema.config import Config
 from megatron.data.blend import BlendedDataset, BlendIndex, blend_index
 from megatron.data.documents import Documents
-from megatron.data.fitness import check_fitness
+from megatron.data.fitness import check_fitness, check_targets
 from megatron.data.gpt import GptDataset, SampleReader
 from megatron.data.index_cache import Arrays, IndexCache
 from megatron.data.members import Member, Summary, find_members, summaries
@@ -35,6 +35,7 @@ class DataSets:
     """What a run reads. valid, test: None where the config has no documents for them, or eval_iters is 0.
 
     train_iters: optimizer steps of the run, from train_iters or train_epochs. summaries: one line per data set.
+    train_order: a hash of all that the order of the training samples depends on; equal means the same order.
     """
 
     train: SampleReader
@@ -42,6 +43,7 @@ class DataSets:
     test: SampleReader | None
     train_iters: int
     summaries: tuple[Summary, ...]
+    train_order: str
 
 
 def build_datasets(
@@ -63,18 +65,23 @@ def build_datasets(
     """
     found = find_members(config)
     readers: dict[str, SampleReader] = {}
+    orders: dict[str, str] = {}
     for part, members in found.items():
         for member in members:
             check_fitness(member.documents.text, vocab_size, tokenizer_fingerprint)
+            if member.documents.labels is not None:
+                check_targets(member.documents.labels)
         cache = IndexCache(_index_folder(config, members[0]), is_builder, barrier)
         datasets = [_dataset(config, member, cache, vocab_size) for member in members]
         readers[part] = datasets[0] if len(datasets) == 1 else _blend(datasets, members, cache)
+        orders[part] = cache.order()
     return DataSets(
         train=readers["train"],
         valid=readers.get("valid"),
         test=readers.get("test"),
         train_iters=_train_iters(config, len(readers["train"])),
         summaries=tuple(summaries(config, found)),
+        train_order=orders["train"],
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from megatron import logs
+from megatron.data.documents import CHUNK_TOKENS
 from megatron.data.gpt import beyond_vocabulary
 from megatron.data.indexed import IndexedDataset
 from megatron.data.sidecar import sidecar_path
@@ -64,6 +65,18 @@ def largest_sampled_token(dataset: IndexedDataset) -> int:
     last = max(0, tokens.size - BLOCK_TOKENS)
     starts = np.unique(np.linspace(0, last, SAMPLED_BLOCKS, dtype=np.int64)).tolist()
     return max(int(tokens[start : start + BLOCK_TOKENS].max()) for start in starts)
+
+
+def check_targets(labels: IndexedDataset) -> None:
+    """Raise DataError where every label is negative, so that there would be nothing to learn. Reads until the first."""
+    tokens = labels.tokens
+    if not any(
+        bool((tokens[begin : begin + CHUNK_TOKENS] >= 0).any()) for begin in range(0, tokens.size, CHUNK_TOKENS)
+    ):
+        why = "every label is negative, which means that no token is trained on."
+        raise DataError(
+            Problem(f"labels {labels.prefix}", why, "Keep the token ids of what is to be learnt as labels.")
+        )
 
 
 def _other_tokenizer(prefix: str, sidecar: dict[str, Any], fingerprint: str) -> DataError:

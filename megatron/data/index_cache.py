@@ -15,7 +15,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +43,13 @@ class IndexCache:
     folder: None keeps every index in memory.
     is_builder: whether this process builds what is missing; one per file system.
     barrier: called by every process once per index that is kept on disk, after the builder is done.
+    asked: the facts of all indices that were asked for, in order.
     """
 
     folder: Path | None = None
     is_builder: bool = True
     barrier: Callable[[], None] = _no_barrier
+    asked: list[Mapping[str, object]] = field(default_factory=list)
 
     def get(self, facts: Mapping[str, object], num_entries: int, build: Callable[[], Arrays]) -> Arrays:
         """Return the arrays that `build` makes; read-only maps of files where the index is large.
@@ -55,10 +57,11 @@ class IndexCache:
         facts: everything the arrays depend on, as JSON values. num_entries: about as many as the arrays have.
         Where the folder cannot be written, every process builds the index in its own memory, with a warning.
         """
+        self.asked.append(facts)
         if self.folder is None or num_entries < SMALL_INDEX:
             return build()
         text = json.dumps({"format": FORMAT, **facts}, sort_keys=True, indent=1)
-        folder = self.folder / hashlib.sha256(text.encode()).hexdigest()[:32]
+        folder = self.folder / _hash(text)
         built = None
         if self.is_builder and not folder.is_dir():
             begin = time.perf_counter()
@@ -71,6 +74,14 @@ class IndexCache:
         if not self.is_builder:
             logger.warning("There is no %s to map; this process builds the index in its own memory.", folder)
         return build() if built is None else built
+
+    def order(self) -> str:
+        """A hash of all that the order of the samples depends on, for the indices that were asked for."""
+        return _hash(json.dumps({"format": FORMAT, "indices": self.asked}, sort_keys=True))
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _store(folder: Path, arrays: Arrays, facts: str) -> None:

@@ -90,7 +90,7 @@ def _run(script: str, arguments: Arguments) -> int:
     launcher = read_launcher(settings)
     layout = single_layout(os.environ) if is_alone else find_layout(launcher, os.environ)
     config = resolve_for(settings, None if is_alone else layout.world_size, planning=is_alone)
-    payload = pack(config)
+    payload = pack(config, settings.texts())
     if layout.uses_runner:
         command = runner_command(layout, launcher, script, payload, os.environ)
         if arguments.show:

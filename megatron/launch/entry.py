@@ -16,10 +16,10 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from megatron.config.schema.config import Config
-from megatron.config.transport import unpack
+from megatron.config.transport import unpack, unpack_files
 from megatron.launch import check
 from megatron.launch.arguments import parse_arguments
 from megatron.launch.failure import from_exception
@@ -31,13 +31,14 @@ from megatron.launch.worker import Worker, find_board, report, single_worker, st
 from megatron.logs import current_step, get_logger
 from megatron.parallel.mesh import Mesh
 
-Work = Callable[[Config, Mesh], object]
+Work = Callable[[Config, Mesh, Mapping[str, str]], object]
 logger = get_logger(__name__)
 
 
 def run_worker(work: Work, argv: list[str], alone: bool = False) -> int:
-    """Run `work(config, mesh)` as one rank; return the exit code.
+    """Run `work(config, mesh, config_files)` as one rank; return the exit code.
 
+    config_files: name -> text of the files that the config was read from.
     argv: the launcher's payload, or what a person writes: `configs/a.yml configs/b.yml --set key=value`.
     alone: one process does all the work, whatever layout the config trains with; further ranks have nothing to do.
     An exception is reported once, by the launcher that supervises this process, or by the first rank that failed.
@@ -50,13 +51,13 @@ def run_worker(work: Work, argv: list[str], alone: bool = False) -> int:
         place = find_place(os.environ)
         if alone and place.rank > 0:
             return 0
-        config = _read(argv, None if alone else place.world_size)
+        config, files = _read(argv, None if alone else place.world_size)
         place = place.listening_at(config.launcher.master_addr, config.launcher.master_port)
         board = find_board(os.environ)
         worker = single_worker(place, board) if alone else start_worker(config, place, board)
         if not alone:
             logger.info(f"{check.report(config)}\n")
-        work(config, worker.mesh)
+        work(config, worker.mesh, files)
         worker.finish()
     except KeyboardInterrupt:
         return 130
@@ -65,11 +66,14 @@ def run_worker(work: Work, argv: list[str], alone: bool = False) -> int:
     return 0
 
 
-def _read(argv: list[str], world_size: int | None) -> Config:
-    """Return the config of a launcher's payload, or of files for `world_size` processes (None: as planned there)."""
+def _read(argv: list[str], world_size: int | None) -> tuple[Config, Mapping[str, str]]:
+    """Return the config of a launcher's payload, or of files for `world_size` processes (None: as planned there), and
+    the texts of the files."""
     if PAYLOAD_FLAG in argv:
-        return unpack(argv[argv.index(PAYLOAD_FLAG) + 1])
-    return resolve_for(read_settings(parse_arguments(argv)), world_size, planning=world_size is None)
+        word = argv[argv.index(PAYLOAD_FLAG) + 1]
+        return unpack(word), unpack_files(word)
+    settings = read_settings(parse_arguments(argv))
+    return resolve_for(settings, world_size, planning=world_size is None), settings.texts()
 
 
 def _fail(error: Exception, place: Place, worker: Worker | None) -> int:

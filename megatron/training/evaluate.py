@@ -18,17 +18,12 @@ from megatron.tokenizer.base import Tokenizer
 
 @dataclass(frozen=True)
 class Evaluation:
-    """loss: nats per trained token. num_tokens: trained tokens read. perplexity: exp(loss).
-    character_perplexity: perplexity per character of the text, where char_level_ppl asks for it."""
+    """loss: nats per trained token; nan where none of the window's labels is trained on. num_tokens: trained
+    tokens read. character_perplexity: perplexity per character of the text, where char_level_ppl asks for it."""
 
     loss: float
     num_tokens: int
     character_perplexity: float | None = None
-
-    @property
-    def perplexity(self) -> float:
-        """Perplexity per token; inf where it exceeds a float."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
 class Evaluator:
@@ -58,7 +53,7 @@ class Evaluator:
             num_tokens += step_tokens
             if self._training.char_level_ppl:
                 num_characters += self._count_characters(batches)
-        loss = loss_sum / max(1, num_tokens)
+        loss = loss_sum / num_tokens if num_tokens else math.nan
         characters = self._sum(num_characters)
         by_character = math.exp(loss_sum / characters) if characters else None
         return Evaluation(loss, num_tokens, by_character)

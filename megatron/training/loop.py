@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron.config.schema.training import TrainingConfig
 from megatron.data.loaders import BatchLoader
 from megatron.engine.base import Engine
+from megatron.logs import get_logger
 from megatron.monitor.build import Monitor
 from megatron.training.evaluate import Evaluator
 from megatron.training.persistence import Keeper
 from megatron.training.progress import Progress
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,11 @@ class Run:
 
 def run_loop(run: Run, progress: Progress) -> Progress:
     """Train from `progress` to the end of the run, or to its exit_interval; return how far it came."""
+    if progress.iteration >= run.train_iters:
+        run.monitor.message(
+            f"nothing left to train: the checkpoint is of iteration {progress.iteration} and train_iters is "
+            f"{run.train_iters}; set train_iters higher to go on"
+        )
     if progress.iteration == 0:
         validate(run, progress)
         save_if_due(run, progress)
@@ -40,19 +49,25 @@ def run_loop(run: Run, progress: Progress) -> Progress:
         samples = run.loader.consumed_samples - progress.consumed_samples
         progress = progress.after_step(samples, result.num_tokens, result.skipped)
         run.monitor.log_step(progress.iteration, result)
+        if result.num_tokens == 0:
+            logger.warning("iteration %d trained on nothing: all labels of its batch are masked", progress.iteration)
         if is_due(progress, run.training.eval_interval) or progress.iteration == run.train_iters:
             validate(run, progress)
         save_if_due(run, progress)
         if is_due(progress, run.training.exit_interval):
             run.monitor.message(f"stopping at iteration {progress.iteration}, a multiple of exit_interval")
             break
-    run.keeper.save(run.engine, progress)
+    tell_saved(run, progress, run.keeper.save(run.engine, progress))
     return progress
 
 
 def save_if_due(run: Run, progress: Progress) -> None:
     """Save where the config says so, and show where."""
-    folder = run.keeper.save_if_due(run.engine, progress)
+    tell_saved(run, progress, run.keeper.save_if_due(run.engine, progress))
+
+
+def tell_saved(run: Run, progress: Progress, folder: Path | None) -> None:
+    """Record a checkpoint, if one was saved."""
     if folder is not None:
         run.monitor.log_checkpoint(progress.iteration, folder)
 

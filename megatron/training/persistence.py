@@ -1,17 +1,21 @@
 """What a run keeps on disk of itself: where it resumes, and when and how it saves.
 
-    keeper = Keeper(config, mesh, tokenizer)        # finds the checkpoint first: nothing is built for a wrong path
-    progress = keeper.restore(engine, shapes)
-    keeper.save_if_due(engine, progress)
+keeper = Keeper(config, mesh, tokenizer)  # finds the checkpoint first: nothing is built for a wrong path
+progress = keeper.restore(engine, shapes)
+keeper.save_if_due(engine, progress)
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from megatron.checkpoint.compatible import require_same_model, require_shapes, require_tokenizer
+from megatron.checkpoint.compatible import changed_settings, require_same_model, require_shapes, require_tokenizer
 from megatron.checkpoint.layout import loadable_steps
 from megatron.checkpoint.load import CheckpointReader, find_checkpoint
+from megatron.checkpoint.lock import FolderLock
 from megatron.checkpoint.retention import save_iterations
 from megatron.checkpoint.save import save_checkpoint
 from megatron.config.schema.config import Config
@@ -26,39 +30,61 @@ from megatron.training.progress import Progress
 logger = get_logger(__name__)
 
 
-def find_source(config: CheckpointConfig) -> Path | None:
-    """Return the checkpoint folder that a run begins from, or None where it begins from fresh weights.
+@dataclass(frozen=True)
+class Source:
+    """The checkpoint that a run begins from. is_own: it lies in the run's own `save`, and the run goes on from it."""
+
+    folder: Path
+    is_own: bool
+
+
+def find_source(config: CheckpointConfig) -> Source | None:
+    """Return where a run begins from, or None where it begins from fresh weights.
 
     `resume: auto` prefers the newest checkpoint under `save`; `load` must exist or the run stops.
-    Raises CheckpointError where `load` finds nothing, or where `save` holds another run's checkpoints.
+    Raises CheckpointError where `load` finds nothing, or where the run would write over another run's checkpoints.
     """
-    saved = loadable_steps(Path(config.save)) if config.save else {}
-    if config.resume == "auto" and saved:
-        return find_checkpoint(Path(str(config.save)), config.iteration)
-    if config.load is not None:
-        return find_checkpoint(Path(config.load), config.iteration)
-    if saved:
-        raise CheckpointError(
-            Problem(
-                what=f"save = {config.save}",
-                why=f"it already holds checkpoints, up to iteration {max(saved)}, and this run would begin anew.",
-                fix=f"Set resume: auto to continue them, load: {config.save} to continue a certain one, or another save.",
-            )
+    save = Path(config.save) if config.save else None
+    saved = loadable_steps(save) if save else {}
+    if config.resume == "auto" and save and saved:
+        return Source(find_checkpoint(save, config.iteration), is_own=True)
+    folder = find_checkpoint(config.load, config.iteration) if config.load is not None else None
+    is_own = folder is not None and save is not None and folder.resolve().parent == save.resolve()
+    if saved and (not is_own or config.finetune):
+        raise _occupied(config, max(saved), is_own)
+    return Source(folder, is_own) if folder else None
+
+
+def _occupied(config: CheckpointConfig, newest: int, is_own: bool) -> CheckpointError:
+    """Return the error of a run that begins at step 0, or from elsewhere, in a folder that holds checkpoints."""
+    why = f"it already holds checkpoints, up to iteration {newest}, and this run would write over them"
+    if is_own:
+        return CheckpointError(
+            Problem(f"save = {config.save}", f"{why}: finetune begins at step 0.", "Set save to another folder.")
         )
-    return None
+    to_load = f", load: {config.save} to continue a certain one" if config.load is None else ""
+    fix = f"Set resume: auto to continue the newest{to_load}, or set save to another folder."
+    return CheckpointError(Problem(f"save = {config.save}", f"{why}.", fix))
 
 
 class Keeper:
-    """Restores a run's state when it begins and saves it when that is due."""
+    """Restores a run's state when it begins and saves it when that is due; `save` is its own until it is closed.
 
-    def __init__(self, config: Config, mesh: Mesh, tokenizer: Tokenizer) -> None:
+    extra: what each checkpoint records besides: "train_order" (see `DataSets`), "config_files" ({name: text}).
+    """
+
+    def __init__(
+        self, config: Config, mesh: Mesh, tokenizer: Tokenizer, extra: Mapping[str, Any] | None = None
+    ) -> None:
         self._config = config
         self._mesh = mesh
         self._tokenizer = tokenizer
+        self._extra = dict(extra or {})
         self._due = frozenset(save_iterations(config.checkpoint, config.training.train_iters or 0))
         self._last_saved: int | None = None
-        folder = find_source(config.checkpoint)
-        self._reader = CheckpointReader(folder) if folder else None
+        self._lock = FolderLock(Path(config.checkpoint.save), mesh) if config.checkpoint.save else None
+        self._source = find_source(config.checkpoint)
+        self._reader = CheckpointReader(self._source.folder) if self._source else None
         if self._reader is not None:
             require_same_model(self._reader, config)
             require_tokenizer(self._reader, tokenizer.name, tokenizer.fingerprint())
@@ -72,14 +98,13 @@ class Keeper:
         """Fill the engine from the checkpoint, if there is one, and return how far that run had come.
 
         shapes: canonical name -> full shape of the weights of this run's model.
-        With `finetune` or a checkpoint of another folder's run without its optimizer, only what was asked for loads.
+        Under `finetune` only the weights load, unless the run goes on from a checkpoint of its own.
         """
-        if self._reader is None:
+        if self._reader is None or self._source is None:
             logger.info("starting from initial weights (seed %d)", self._config.numerics.seed)
             return Progress()
         settings = self._config.checkpoint
-        is_own = settings.save is not None and self._reader.folder.parent == Path(settings.save)
-        finetune = settings.finetune and not is_own
+        finetune = settings.finetune and not self._source.is_own
         with_optimizer = not (settings.no_load_optim or finetune)
         require_shapes(self._reader, shapes)
         engine.load_state(self._reader.read, with_optimizer)
@@ -91,10 +116,29 @@ class Keeper:
             "optimizer state included" if with_optimizer else "weights only",
             progress.iteration,
         )
-        if is_own:
+        if not finetune:
+            self._tell_changes(self._reader)
+        if self._source.is_own:
             self._last_saved = progress.iteration
         self._reader = None
         return progress
+
+    def _tell_changes(self, reader: CheckpointReader) -> None:
+        """Say what is different from the run that is continued, so that nothing changes unseen."""
+        changes = changed_settings(reader, self._config)
+        if changes:
+            logger.info("changed since that checkpoint: %s", ", ".join(changes))
+        before, now = reader.manifest.extra.get("train_order"), self._extra.get("train_order")
+        if before is not None and now is not None and before != now:
+            logger.warning(
+                "The training samples come in another order than before the checkpoint (other data, split, seq_length, "
+                "seed or number of epochs): from here on some may come again, and others not at all."
+            )
+
+    def close(self) -> None:
+        """Leave `save` to other runs."""
+        if self._lock is not None:
+            self._lock.release()
 
     def save_if_due(self, engine: Engine, progress: Progress) -> Path | None:
         """Save where the keys of the config say so, and return the folder.
@@ -116,7 +160,7 @@ class Keeper:
 
         Raises CheckpointError where it cannot be written."""
         settings = self._config.checkpoint
-        if settings.save is None or self._last_saved == progress.iteration:
+        if not settings.save or self._last_saved == progress.iteration:
             return None
         tokenizer = {
             "name": self._tokenizer.name,
@@ -129,7 +173,7 @@ class Keeper:
             engine.state_pieces(),
             progress.as_dict(),
             self._config,
-            {"tokenizer": tokenizer},
+            {"tokenizer": tokenizer, **self._extra},
             self._mesh,
         )
         self._last_saved = progress.iteration

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from megatron.data.loaders import BatchLoader, build_loader
 from megatron.engine.base import Engine
 from megatron.engine.build import build_engine
 from megatron.errors import DataError, Problem
+from megatron.interop.build import export_obstacles
 from megatron.logs import get_logger
 from megatron.model.accounting import flops_per_token, padded_vocab_size
 from megatron.model.build import build_model
@@ -33,20 +35,23 @@ from megatron.training.progress import Progress
 logger = get_logger(__name__)
 
 
-def train(config: Config, mesh: Mesh) -> Progress:
+def train(config: Config, mesh: Mesh, config_files: Mapping[str, str] | None = None) -> Progress:
     """Train as the config says, on every rank of the mesh; return how far the run came.
 
+    config_files: name -> text of the files that the config was read from, which each checkpoint keeps.
     Raises DeepyError for what the user can mend: data, tokenizer, checkpoint, combinations of settings.
     """
     require_ready(config)
     tokenizer = build_tokenizer(config.tokenizer)
     data = _open_data(config, mesh, tokenizer)
     config = _with_length(config, data.train_iters)
-    keeper = Keeper(config, mesh, tokenizer)
     vocab_size = padded_vocab_size(
         tokenizer.vocab_size, config.model.make_vocab_size_divisible_by, config.parallel.model_parallel_size
     )
     with ExitStack() as stack:
+        keeper = Keeper(config, mesh, tokenizer, {"train_order": data.train_order, "config_files": config_files})
+        stack.callback(keeper.close)
+        _tell_obstacles(config)
         assembly = _Assembly(config, mesh, tokenizer, stack)
         engine, progress = assembly.engine(vocab_size, keeper)
         monitor = assembly.monitor(vocab_size, progress)
@@ -64,7 +69,8 @@ def train(config: Config, mesh: Mesh) -> Progress:
         progress = run_loop(run, progress)
         test = assembly.evaluator(data.test)
         if test is not None and progress.iteration == data.train_iters:
-            monitor.log_validation(progress.iteration, test.evaluate(engine, 0).loss, name="test")
+            found = test.evaluate(engine, 0)
+            monitor.log_validation(progress.iteration, found.loss, "test", found.character_perplexity)
         return progress
 
 
@@ -115,6 +121,14 @@ class _Assembly:
         return Evaluator(self.config, self.mesh, self.loader(dataset, 0), self.tokenizer)
 
 
+def _tell_obstacles(config: Config) -> None:
+    """Say before training what would keep its model from being exported after it."""
+    obstacles = export_obstacles(config)
+    if obstacles:
+        why = "; ".join(f"{problem.what}: {problem.why}" for problem in obstacles)
+        logger.info("This model will have no Hugging Face counterpart, so that it cannot be exported: %s", why)
+
+
 def _known_peak(device: torch.device) -> float | None:
     """Return the peak of a GPU in TFLOP/s, where its name is known; None for a CPU."""
     return known_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
@@ -134,6 +148,7 @@ def _with_length(config: Config, train_iters: int) -> Config:
     """Return the config of a run whose length in steps is known, which train_epochs alone does not say."""
     if train_iters < 1:
         why = "the training data set has fewer samples than one global batch."
-        raise DataError(Problem(f"train_epochs = {config.training.train_epochs}", why, "Use a smaller batch or more data."))
+        what = f"train_epochs = {config.training.train_epochs}"
+        raise DataError(Problem(what, why, "Use a smaller batch or more data."))
     training = config.training.model_copy(update={"train_iters": train_iters})
     return config.model_copy(update={"training": training})

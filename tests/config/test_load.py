@@ -138,3 +138,13 @@ def test_notices_reach_the_log(folder: Path, capsys: pytest.CaptureFixture[str])
     assert said in capsys.readouterr().err
     load_config(["model"], folder, ["steps_per_print=10"], announce=False)
     assert said not in capsys.readouterr().err
+
+
+def test_files_are_kept_as_they_were_written(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.yml").write_text(f"# of {folder}\n", encoding="utf-8")
+    texts = read([tmp_path / "a" / "x.yml", tmp_path / "b" / "x.yml"]).texts()
+    assert list(texts.values()) == ["# of a\n", "# of b\n"]
+    assert "x.yml" in texts
+    assert all("/" not in name for name in texts)

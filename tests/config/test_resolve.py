@@ -266,3 +266,9 @@ def test_processes_must_fit_the_layout() -> None:
         "multiple of 2 processes, or set both sizes to 1."
     )
     assert "global_num_gpus = 8: the launcher starts 2 processes." in problems(global_num_gpus=8, world=2)
+
+
+def test_an_empty_name_is_none() -> None:
+    checkpoint = resolve({**SMALL, "save": "", "load": "", "prompt_end": ""})
+    assert (checkpoint.checkpoint.save, checkpoint.checkpoint.load) == (None, None)
+    assert checkpoint.generation.prompt_end == ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron.config.resolve import resolve
-from megatron.config.transport import pack, unpack
+from megatron.config.transport import pack, unpack, unpack_files
 from megatron.errors import ConfigError
 from tests.config.small import SMALL
 
@@ -19,6 +19,14 @@ def test_a_word_holds_the_whole_config() -> None:
     assert word.isascii()
     assert not set(word) - set("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_")
     assert pack(unpack(word)) == word
+
+
+def test_the_files_that_were_read_travel_along() -> None:
+    config, files = resolve(SMALL), {"a.yml": "# mine\nseed: 7\n"}
+    word = pack(config, files)
+    assert unpack(word) == config
+    assert unpack_files(word) == files
+    assert unpack_files(pack(config)) == {}
 
 
 def test_a_word_is_short_enough_for_a_command_line() -> None:

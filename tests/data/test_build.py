@@ -176,3 +176,20 @@ class TestMistakes:
     def test_no_document_fits(self, prefix: str) -> None:
         config = config_of(data_path=prefix, pack_impl="pack_until_overflow", allow_chopped=False)
         fails(config, "no document is usable with seq_length = 16", "Set allow_chopped: true", kind=DataError)
+
+
+def test_labels_that_are_all_negative_stop_the_run(tmp_path: Path) -> None:
+    text = write_documents(tmp_path / "text", [40] * 10)
+    labels = write_labels(tmp_path / "labels", text, ignored_documents=set(range(10)))
+    with pytest.raises(DataError, match=r"labels .*every label is negative.*Keep the token ids"):
+        build_datasets(config_of(train_data_paths=[text], train_label_data_paths=[labels]))
+
+
+def test_the_order_of_the_samples_is_told_by_a_hash(tmp_path: Path) -> None:
+    text = write_documents(tmp_path / "text", [40] * 100)
+
+    def order(**keys: object) -> str:
+        return build_datasets(config_of(data_path=text, split="80,10,10", **keys)).train_order
+
+    assert order() == order(train_iters=20) == order(eval_iters=0) == order(num_workers=2)
+    assert len({order(), order(seed=5), order(train_iters=200), order(seq_length=8)}) == 4

@@ -123,4 +123,7 @@ def test_full_disk_costs_no_checkpoint_and_does_not_stop_the_run(
     shown = capfd.readouterr().err
     assert "training goes on" in shown
     assert "free" in shown
-    assert sorted(entry.name for entry in (folder / "checkpoints").glob("global_step*")) == ["global_step2", "global_step6"]
+    assert sorted(entry.name for entry in (folder / "checkpoints").glob("global_step*")) == [
+        "global_step2",
+        "global_step6",
+    ]

@@ -80,6 +80,26 @@ def test_resume_on_two_ranks_and_another_stage_has_the_same_losses(folders: tupl
         assert losses(broken)[iteration] == pytest.approx(loss, rel=1e-6)
 
 
+def test_a_checkpoint_keeps_the_files_that_the_user_wrote(folders: tuple[Path, Path]) -> None:
+    whole, _ = folders
+    files = {"mine.yml": "# mine\nseed: 1234\n"}
+    run_ranks(1, lambda: train(config(whole, train_iters=1), Mesh.create(), files).as_dict())
+    folder = find_checkpoint(whole / "checkpoints")
+    assert (folder / "configs" / "mine.yml").read_text() == files["mine.yml"]
+
+
+def test_a_finished_run_says_so_and_another_order_of_samples_is_a_warning(
+    folders: tuple[Path, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    whole, _ = folders
+    run_ranks(1, lambda: run(whole, train_iters=1))
+    run_ranks(1, lambda: run(whole, train_iters=1, seed=5))
+    said = capfd.readouterr().err
+    assert "nothing left to train: the checkpoint is of iteration 1 and train_iters is 1" in said
+    assert "changed since that checkpoint: seed: 1234 -> 5" in said
+    assert "The training samples come in another order" in said
+
+
 def test_nothing_is_overwritten_without_being_asked(folders: tuple[Path, Path]) -> None:
     whole, _ = folders
     run_ranks(1, lambda: run(whole, train_iters=2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def two_ranks(work: Any, folder: Path, argv: list[str]) -> list[Forked]:
     ]
 
 
-def all_reduced(config: Config, mesh: Mesh) -> None:
+def all_reduced(config: Config, mesh: Mesh, files: Mapping[str, str]) -> None:
     total = torch.ones(())
     dist.all_reduce(total)
     print(f"rank {mesh.world.rank} dp {mesh.dp.rank}/{mesh.dp.size} sum {total.item():.0f} seed {config.numerics.seed}")
@@ -62,7 +63,7 @@ def test_two_ranks_with_plain_variables_and_files(tmp_path: Path) -> None:
 
 
 def test_a_failed_rank_ends_the_others_without_a_launcher_of_ours(tmp_path: Path) -> None:
-    def work(config: Config, mesh: Mesh) -> None:
+    def work(config: Config, mesh: Mesh, files: Mapping[str, str]) -> None:
         logs.set_step(12)
         if mesh.world.rank == 1:
             raise ZeroDivisionError("the cause")
@@ -95,7 +96,7 @@ def test_ranks_with_other_configs_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_a_mistake_has_its_own_exit_code_and_no_traceback(tmp_path: Path) -> None:
-    def work(config: Config, mesh: Mesh) -> None:
+    def work(config: Config, mesh: Mesh, files: Mapping[str, str]) -> None:
         raise DataError(Problem("data_path = x", "is missing.", "Prepare it.", "a.yml:3"))
 
     code, output = fork(lambda: run_worker(work, payload(tmp_path)), tmp_path / "output").end()
@@ -105,7 +106,7 @@ def test_a_mistake_has_its_own_exit_code_and_no_traceback(tmp_path: Path) -> Non
 
 
 def test_under_our_launcher_the_report_goes_to_the_board(tmp_path: Path) -> None:
-    def work(config: Config, mesh: Mesh) -> None:
+    def work(config: Config, mesh: Mesh, files: Mapping[str, str]) -> None:
         logs.set_step(3)
         raise ZeroDivisionError("the cause")
 
@@ -122,7 +123,7 @@ def test_under_our_launcher_the_report_goes_to_the_board(tmp_path: Path) -> None
 
 
 def test_one_process_may_use_a_model_of_any_layout(tmp_path: Path) -> None:
-    def work(config: Config, mesh: Mesh) -> None:
+    def work(config: Config, mesh: Mesh, files: Mapping[str, str]) -> None:
         assert not dist.is_initialized()
         print(f"world {mesh.world.size}, config for tensor {config.parallel.model_parallel_size}")
 

@@ -1,0 +1,111 @@
+"""Where a run begins, and that it never writes over what another run saved."""
+
+from __future__ import annotations
+
+import fcntl
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from megatron.checkpoint.compatible import changed_settings
+from megatron.checkpoint.layout import LOCK, MANIFEST, step_name
+from megatron.checkpoint.load import CheckpointReader
+from megatron.checkpoint.lock import FolderLock
+from megatron.config.resolve import resolve
+from megatron.config.schema.run import CheckpointConfig
+from megatron.errors import CheckpointError
+from megatron.parallel.mesh import Mesh
+from megatron.training.persistence import Source, find_source
+from tests.end_to_end.tiny import settings
+
+
+def checkpoints(folder: Path, *iterations: int) -> str:
+    """Make folders that look like checkpoints of `iterations`; return their root."""
+    for iteration in iterations:
+        (folder / step_name(iteration)).mkdir(parents=True)
+        (folder / step_name(iteration) / MANIFEST).write_text("{}")
+    return str(folder)
+
+
+def source(**keys: Any) -> Source | None:
+    return find_source(CheckpointConfig(**keys))
+
+
+def test_a_run_without_checkpoints_begins_anew(tmp_path: Path) -> None:
+    assert source() is None
+    assert source(save=str(tmp_path / "none")) is None
+    assert source(save=str(tmp_path / "none"), resume="auto") is None
+
+
+def test_resume_goes_on_from_its_own_newest_whatever_load_and_finetune_say(tmp_path: Path) -> None:
+    base, own = checkpoints(tmp_path / "base", 9), checkpoints(tmp_path / "own", 2, 4)
+    found = source(save=own, load=base, finetune=True, resume="auto")
+    assert found == Source(Path(own) / "global_step4", is_own=True)
+
+
+def test_load_from_elsewhere_into_an_empty_folder(tmp_path: Path) -> None:
+    base = checkpoints(tmp_path / "base", 9)
+    found = source(save=str(tmp_path / "own"), load=base, resume="auto")
+    assert found == Source(Path(base) / "global_step9", is_own=False)
+
+
+def test_load_of_the_same_folder_is_a_resume_however_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = checkpoints(tmp_path / "own", 2, 4)
+    monkeypatch.chdir(tmp_path)
+    for load in (own, "own/", "own/global_step2", "../" + tmp_path.name + "/own"):
+        found = source(save="own", load=load)
+        assert found is not None
+        assert found.is_own
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({}, r"up to iteration 4, and this run would write over them.*resume: auto .*load: .*own to continue"),
+        ({"load": "base"}, r"up to iteration 4, and this run would write over them\. Set resume: auto to continue"),
+        ({"load": "base", "finetune": True}, r"this run would write over them\. Set resume: auto"),
+        ({"load": "own", "finetune": True}, r"finetune begins at step 0\. Set save to another folder"),
+    ],
+)
+def test_nothing_is_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: Any, message: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    checkpoints(Path("base"), 9)
+    checkpoints(Path("own"), 2, 4)
+    with pytest.raises(CheckpointError, match=message):
+        source(save="own", **keys)
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    first = FolderLock(tmp_path / "new" / "own", Mesh.single())
+    with pytest.raises(CheckpointError, match=r"another run saves there now \(process \d+ on .*set save to another"):
+        FolderLock(tmp_path / "new" / "own", Mesh.single())
+    first.release()
+    FolderLock(tmp_path / "new" / "own", Mesh.single()).release()
+
+
+def test_a_folder_that_cannot_be_written_is_told_at_the_start() -> None:
+    with pytest.raises(CheckpointError, match=r"save = /proc/none: The folder cannot be written.*set another save"):
+        FolderLock(Path("/proc/none"), Mesh.single())
+
+
+def test_a_file_system_without_locks_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    FolderLock(tmp_path, Mesh.single()).release()
+    assert (tmp_path / LOCK).is_file()
+
+
+def test_what_changed_since_a_checkpoint_is_told(tmp_path: Path) -> None:
+    faster = {"type": "Adam", "params": {"lr": 0.02, "betas": [0.9, 0.95]}}
+    then = resolve(settings(tmp_path))
+    now = resolve(settings(tmp_path, train_iters=16, seed=5, optimizer=faster, num_workers=0))
+    manifest = SimpleNamespace(config=then.model_dump(mode="json"))
+    reader = cast(CheckpointReader, SimpleNamespace(manifest=manifest))
+    assert changed_settings(reader, then) == []
+    assert sorted(changed_settings(reader, now)) == ["lr: 0.01 -> 0.02", "seed: 1234 -> 5", "train_iters: 8 -> 16"]
