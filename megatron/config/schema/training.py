@@ -45,8 +45,9 @@ class OptimizerConfig(Section):
     )
     neox_compat: bool = setting(
         False,
-        "Reproduce GPT-NeoX where it differs on purpose no longer: cosine that rises after its end, and the documents "
-        "that unpacked and pack_until_overflow draw from.",
+        "Do as GPT-NeoX where we differ from it on purpose: a cosine that rises again after its end, unpacked and "
+        "pack_until_overflow that draw from the first documents of the file whatever the split, loss on padding, and "
+        "its formula of weight_by_num_documents.",
     )
 
 
@@ -62,7 +63,7 @@ class TrainingConfig(Section):
     eval_interval: int = setting(1000, "Steps between validations.", unit="optimizer steps", ge=1)
     eval_iters: int = setting(100, "Batches of each validation; 0 never validates.", unit="global batches", ge=0)
     exit_interval: int | None = setting(
-        None, "Save nothing more and stop when the step is a multiple of this.", unit="optimizer steps", ge=1
+        None, "Save (where `save` is set) and stop when the step is a multiple of this.", unit="optimizer steps", ge=1
     )
     checkpoint_activations: bool = setting(
         False, "Compute the blocks' activations again in the backward pass instead of keeping them."
