@@ -36,6 +36,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from megatron.data.leftovers import remove_leftovers, temporary_name
 from megatron.errors import DataError, Problem
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -194,9 +195,10 @@ class IndexedWriter:
         self._bounds: list[NDArray[np.int64]] = [np.zeros(1, np.int64)]
         self.num_items = 0
         self.num_tokens = 0
-        self._temporary = [Path(f"{path}.tmp-{os.getpid()}") for path in (bin_path(prefix), idx_path(prefix))]
+        self._temporary = [temporary_name(path) for path in (bin_path(prefix), idx_path(prefix))]
         try:
             bin_path(prefix).parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(bin_path(prefix), idx_path(prefix))
             self._file: BinaryIO = open(self._temporary[0], "wb", buffering=0)  # noqa: SIM115
         except OSError as error:
             raise _disk_error(bin_path(prefix), error) from error

@@ -12,14 +12,16 @@ one, an entry in doc_idx only (as there).
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ from megatron.data.sidecar import Sidecar, sidecar_path, write_sidecar
 from megatron.tokenizer.fast import DocumentEncoder, choose_encoder
 
 LEAST_CHUNK_BYTES, CHUNK_BYTES = 1 << 18, 8 << 20
+_SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 EARLY_LINES = 100
 """After this many lines, a corpus that is mostly bad is given up at once: the key or the format is wrong."""
 
@@ -182,8 +185,16 @@ _job_of_this_worker: list[Job] = []
 
 def _start_worker(job: Job) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops them
+    _end_with_parent()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
     _job_of_this_worker[:] = [job]
+
+
+def _end_with_parent() -> None:
+    """Ask the system to end this worker when its parent is killed, instead of letting it wait for work for ever."""
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGTERM)
 
 
 def _work(chunk: Chunk) -> Encoded:
@@ -208,7 +219,9 @@ def _require_ftfy() -> None:
     try:
         import ftfy  # noqa: F401
     except ImportError as error:
-        raise input_error("--ftfy", "needs ftfy, which is not installed.", "pip install ftfy") from error
+        raise input_error(
+            "--ftfy", "needs ftfy, which is not installed.", "pip install -r requirements/ftfy.txt"
+        ) from error
 
 
 def _fix(texts: list[str]) -> list[str]:

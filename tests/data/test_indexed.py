@@ -269,3 +269,20 @@ def test_a_token_that_does_not_fit_is_refused(tmp_path: Path, token: int) -> Non
         IndexedWriter(tmp_path / "x", np.uint16) as writer,
     ):
         writer.add_document([1, token])
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    with IndexedWriter(tmp_path / "a", np.uint16) as writer:
+        process = os.fork()
+        if process == 0:
+            os._exit(0)
+        os.waitpid(process, 0)
+        gone = [tmp_path / f"a.{kind}.tmp-{process}" for kind in ("bin", "idx")]
+        others = [tmp_path / f"a.bin.tmp-{os.getppid()}", tmp_path / f"ab.bin.tmp-{process}", tmp_path / "a.bin.tmp-x"]
+        for path in gone + others:
+            path.touch()
+        writer.add_document([1, 2])
+    with IndexedWriter(tmp_path / "a", np.uint16) as writer:
+        writer.add_document([1, 2])
+    assert not any(path.exists() for path in gone)
+    assert all(path.exists() for path in others)

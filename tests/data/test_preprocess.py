@@ -6,8 +6,10 @@ import gzip
 import json
 import os
 import random
+import signal
 import struct
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -330,7 +332,9 @@ def test_missing_optional_packages_are_named(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "c.jsonl").write_bytes(lines(["a"]))
     (tmp_path / "d.jsonl.zst").write_bytes(zstandard.compress(lines(["a"])))
     monkeypatch.setitem(sys.modules, "ftfy", None)
-    with pytest.raises(DataError, match=r"--ftfy: needs ftfy, which is not installed. pip install ftfy"):
+    with pytest.raises(
+        DataError, match=r"--ftfy: needs ftfy, which is not installed. pip install -r requirements/ftfy.txt"
+    ):
         run(job_for([tmp_path / "c.jsonl"], tmp_path / "o", fix_text=True))
     monkeypatch.setitem(sys.modules, "zstandard", None)
     with pytest.raises(DataError, match=r"needs zstandard, which is not installed. pip install zstandard"):
@@ -357,6 +361,35 @@ def test_a_killed_worker_is_an_error_with_a_fix(tmp_path: Path, monkeypatch: pyt
     ):
         run(job_for([tmp_path / "c.jsonl"], tmp_path / "o", workers=2))
     assert [path.name for path in tmp_path.iterdir()] == ["c.jsonl"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no signal at a parent's death")
+def test_workers_end_with_a_killed_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def endless(*_: object) -> None:
+        (tmp_path / f"worker{os.getpid()}").touch()
+        time.sleep(60)
+
+    def state(process: int) -> str:
+        try:
+            return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+        except (OSError, IndexError):
+            return "gone"
+
+    (tmp_path / "c.jsonl").write_bytes(lines(["a", "b"]))
+    monkeypatch.setattr("megatron.data.preprocess.encode_chunk", endless)
+    parent = os.fork()
+    if parent == 0:
+        run(job_for([tmp_path / "c.jsonl"], tmp_path / "o", workers=2))
+        os._exit(1)
+    deadline = time.monotonic() + 20
+    while not list(tmp_path.glob("worker*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    [worker] = [int(path.name.removeprefix("worker")) for path in tmp_path.glob("worker*")]
+    while state(worker) not in ("gone", "Z") and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert state(worker) in ("gone", "Z")
 
 
 def test_an_old_sidecar_never_describes_new_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
