@@ -64,4 +64,5 @@ def ask(prompt_end: str, source: TextIO, screen: TextIO) -> Iterator[str]:
             if prompt := text.removesuffix(prompt_end).strip():
                 yield prompt
         if ended:
+            screen.write("\n")
             return
