@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import deepspeed
+from deepspeed.accelerator import get_accelerator
 from torch import nn
 from torch.optim import Optimizer
 
@@ -42,6 +43,7 @@ def build_engine(config: Config, mesh: Mesh, model: nn.Module, objective: Object
     _require_layout(mesh)
     _require_zero(config)
     prepare(mesh)
+    _require_precision(config)
     optimizer = build_optimizer(config, model.named_parameters(), _DEEPSPEED_OPTIMIZERS)
     sizes = [sum(parameter.numel() for parameter in group["params"]) for group in optimizer.param_groups]
     wanted = verify.expected(config, mesh, _stage(config), verify.group_facts(optimizer.param_groups, sizes))
@@ -85,6 +87,18 @@ def _require_layout(mesh: Mesh) -> None:
             raise EngineError(
                 Problem(f"{key} = {axis.size}", "this engine trains whole models only.", f"Set {key} to 1.")
             )
+
+
+def _require_precision(config: Config) -> None:
+    """Raise ConfigError for fp16 under DeepSpeed on a device without it, as most CPUs are."""
+    if config.numerics.precision == "fp16" and _stage(config) and not get_accelerator().is_fp16_supported():
+        raise ConfigError(
+            Problem(
+                what='precision = "fp16"',
+                why=f"DeepSpeed does not run it on this machine's {get_accelerator().device_name()}.",
+                fix="Set precision: bf16, or fp32. Where an fp16 block stands in the YAML, remove it.",
+            )
+        )
 
 
 def _require_zero(config: Config) -> None:
