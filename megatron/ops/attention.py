@@ -3,7 +3,8 @@
     softmax(scale * q k^T + bias) v                                  Vaswani et al. 2017
 
 Each of k key-value heads serves n/k consecutive query heads (Ainslie et al. 2023). The fast path is PyTorch's
-SDPA, whose softmax is fp32 in every backend and which never holds an s x s matrix where it needs no bias.
+SDPA, whose softmax is fp32 in every backend and which never holds an s x s matrix where it needs no bias; training on a
+CPU has a path of its own.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from megatron.ops.attention_cpu import causal_attention
 
 
 def attention(
@@ -28,12 +31,18 @@ def attention(
     mask: instead of causal, bool (True is seen) or an additive bias, broadcasting to [b, n, q, s].
     dropout: probability of dropping an attention weight.
     """
+    if _trains_on_cpu(query) and causal and not dropout:
+        return causal_attention(query, key, value, scale)
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(query.dtype)
     grouped = query.shape[1] != key.shape[1]
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=grouped
     )
+
+
+def _trains_on_cpu(query: Tensor) -> bool:
+    return query.device.type == "cpu" and query.requires_grad and torch.is_grad_enabled()
 
 
 def attention_reference(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron.ops.attention import attention, attention_reference
+from megatron.ops.attention_cpu import causal_attention
 
 TOLERANCES = {torch.float32: {"rtol": 1e-4, "atol": 1e-5}, torch.bfloat16: {"rtol": 3e-2, "atol": 3e-2}}
 
@@ -31,10 +32,18 @@ def compare(tensors: list[Tensor], causal: bool, mask: Tensor | None) -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("length", [1, 5, 33])
+@pytest.mark.parametrize("length", [1, 5, 33, 300])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 1)])
 def test_causal(heads: int, kv_heads: int, length: int, dtype: torch.dtype) -> None:
     compare(draw(heads, kv_heads, length, length, dtype), causal=True, mask=None)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_training_on_a_cpu_equals_sdpa(dtype: torch.dtype) -> None:
+    tensors = draw(4, 2, 300, 300, dtype)
+    with torch.no_grad():
+        expected = attention(*tensors, 0.3, True)
+    torch.testing.assert_close(causal_attention(*tensors, 0.3), expected, **TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
