@@ -60,6 +60,13 @@ def loadable_steps(root: Path) -> dict[int, Path]:
     return dict(sorted({**aside, **whole}.items()))
 
 
+def foreign_steps(root: Path) -> list[str]:
+    """Return the names of the step folders that are no checkpoints of ours: another program's, or incomplete copies."""
+    entries = root.iterdir() if root.is_dir() else ()
+    found = (e.name for e in entries if _STEP.fullmatch(e.name) and e.is_dir() and not (e / MANIFEST).is_file())
+    return sorted(found)
+
+
 def read_latest(root: Path) -> int | None:
     """Return the iteration that `latest` names, or None where there is no such file or it names none."""
     try:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.compatible import changed_settings, require_same_model, require_shapes, require_tokenizer
-from megatron.checkpoint.layout import loadable_steps
+from megatron.checkpoint.layout import foreign_steps, loadable_steps
 from megatron.checkpoint.load import CheckpointReader, find_checkpoint
 from megatron.checkpoint.lock import FolderLock
 from megatron.checkpoint.retention import save_iterations
@@ -46,6 +46,8 @@ def find_source(config: CheckpointConfig) -> Source | None:
     """
     save = Path(config.save) if config.save else None
     saved = loadable_steps(save) if save else {}
+    if save and (foreign := foreign_steps(save)):
+        raise _foreign(config, foreign)
     if config.resume == "auto" and save and saved:
         return Source(find_checkpoint(save, config.iteration), is_own=True)
     folder = find_checkpoint(config.load, config.iteration) if config.load is not None else None
@@ -65,6 +67,13 @@ def _occupied(config: CheckpointConfig, newest: int, is_own: bool) -> Checkpoint
     to_load = f", load: {config.save} to continue a certain one" if config.load is None else ""
     fix = f"Set resume: auto to continue the newest{to_load}, or set save to another folder."
     return CheckpointError(Problem(f"save = {config.save}", f"{why}.", fix))
+
+
+def _foreign(config: CheckpointConfig, names: list[str]) -> CheckpointError:
+    """Return the error of a run whose checkpoints would replace folders that are not this library's."""
+    listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    why = f"it holds {listed} without a manifest.json (of GPT-NeoX, or an incomplete copy), which saves would replace."
+    return CheckpointError(Problem(f"save = {config.save}", why, "Move them away, or set save to another folder."))
 
 
 class Keeper:

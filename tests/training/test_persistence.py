@@ -79,6 +79,16 @@ def test_nothing_is_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         source(save="own", **keys)
 
 
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_folders_of_another_program_are_not_replaced(tmp_path: Path, resume: str) -> None:
+    (tmp_path / "global_step1000").mkdir()
+    (tmp_path / "global_step1000" / "mp_rank_00_model_states.pt").touch()
+    with pytest.raises(
+        CheckpointError, match=r"it holds global_step1000 without a manifest.*which saves would replace"
+    ):
+        source(save=str(tmp_path), resume=resume)
+
+
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
     first = FolderLock(tmp_path / "new" / "own", Mesh.single())
     with pytest.raises(CheckpointError, match=r"another run saves there now \(process \d+ on .*set save to another"):
