@@ -24,6 +24,8 @@ logger = logs.get_logger(__name__)
 
 _PREFILL = 512  # tokens of a prompt fed at once, which bounds the logits that are computed only to be dropped
 
+SHOWN_WARNINGS = 3
+
 
 @dataclass(frozen=True)
 class DecodingSettings:
@@ -101,11 +103,18 @@ def _prepare(prompts: Iterable[str], tokenizer: Tokenizer, settings: DecodingSet
         if room < wanted:
             messages.append(f"at most {room} of maximum_tokens = {wanted} follow")
         message = f"{', and '.join(messages)}: seq_length is {limit}" if messages else None
-        if message:
-            logger.warning("prompt %d: %s", index, message)
         number = seen[text] = seen.get(text, -1) + 1
         prepared.append(_Prompt(index, text, f"{number}/{text}", ids, room, message))
+    _warn([prompt for prompt in prepared if prompt.message])
     return prepared
+
+
+def _warn(limited: Sequence[_Prompt]) -> None:
+    """Say what seq_length took from the prompts, in a few lines however many there are; each sample says it too."""
+    for prompt in limited[:SHOWN_WARNINGS]:
+        logger.warning("prompt %d: %s", prompt.index, prompt.message)
+    if len(limited) > SHOWN_WARNINGS:
+        logger.warning("and so for %d more prompts; `message` of each sample says it", len(limited) - SHOWN_WARNINGS)
 
 
 def _groups(prompts: Sequence[_Prompt], size: int) -> Iterator[list[_Prompt]]:

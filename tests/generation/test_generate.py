@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron.generation.generate import DecodingSettings, generate
+from megatron.generation.generate import DecodingSettings, _prepare, generate
 from megatron.generation.sampling import SamplingSettings
 from megatron.tokenizer.build import build_tokenizer
 from tests.generation.trained import make_config, make_model
@@ -150,3 +150,12 @@ def test_half_of_the_context_is_the_prompts():
         "the first 76 of the prompt's 100 tokens were left out, and at most 24 of maximum_tokens = 500 follow: "
         "seq_length is 48"
     )
+
+
+def test_warnings_about_prompts_stay_few(capsys: pytest.CaptureFixture[str]) -> None:
+    config = make_config()
+    settings = DecodingSettings(model=config.model, maximum_tokens=100)
+    _prepare([f"prompt {number}" for number in range(20)], build_tokenizer(config.tokenizer), settings)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 4
+    assert "17 more prompts" in said[-1]
