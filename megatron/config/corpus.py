@@ -9,6 +9,8 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron.config.split import split_shares
+
 _HEADER = struct.Struct("<9sQBQ")
 _MAGIC = b"MMIDIDX\0\0"
 _ITEM_SIZE = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 4, 7: 8, 8: 2}
@@ -40,5 +42,5 @@ def read_corpus(prefix: str) -> Corpus | str:
 
 def train_fraction(split: str) -> float:
     """Return the training share of a `split` such as "969, 30, 1" or "98/1/1"."""
-    shares = [float(part) for part in split.split("," if "," in split else "/") if part.strip()]
-    return shares[0] / sum(shares[:3])
+    shares = split_shares(split)
+    return shares[0] / sum(shares)

@@ -16,6 +16,7 @@ from megatron.config.attention import expand_attention
 from megatron.config.blocks import OPTIMIZERS
 from megatron.config.draft import Draft
 from megatron.config.schema.config import Config
+from megatron.config.split import split_shares
 from megatron.errors import ConfigError, Problem
 
 TRIANGLE = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -120,20 +121,11 @@ def fused_gelu_needs_gelu(d: Draft) -> Iterator[Problem]:
 
 
 def split_is_possible(d: Draft) -> Iterator[Problem]:
-    """split holds one to three shares, at least the first of which is positive."""
-    separator = "," if "," in d.split else "/"
-    fix = 'Write three shares such as split: "969, 30, 1"'
+    """split holds one to three shares, the first of which is positive."""
     try:
-        shares = [float(part) for part in d.split.split(separator) if part.strip()]
-    except ValueError:
-        yield d.problem("split", d.split, "it is not a list of numbers divided by comma or slash.", fix)
-        return
-    if not shares or len(shares) > 3:
-        yield d.problem("split", d.split, f"it has {len(shares)} shares (training, validation, test).", fix)
-    elif any(not 0 <= share < float("inf") for share in shares):
-        yield d.problem("split", d.split, "a share cannot be negative.", fix)
-    elif not sum(shares):
-        yield d.problem("split", d.split, "all shares are 0.", fix)
+        split_shares(d.split)
+    except ValueError as error:
+        yield d.problem("split", d.split, f"{error}.", 'Write three shares such as split: "969, 30, 1"')
 
 
 def one_source_of_data(d: Draft) -> Iterator[Problem]:

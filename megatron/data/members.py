@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 
 from megatron import logs
 from megatron.config.schema.config import Config
+from megatron.config.split import split_shares
 from megatron.data.blend import normalised, requested_per_dataset, weights_by_documents
 from megatron.data.documents import Documents
 from megatron.data.indexed import IndexedDataset
-from megatron.data.split import PARTS, RunLength, boundaries, parse_split, requested_samples
+from megatron.data.split import PARTS, RunLength, boundaries, requested_samples
 from megatron.errors import ConfigError, DataError, Problem
 
 logger = logs.get_logger(__name__)
@@ -81,7 +82,7 @@ def wanted_samples(config: Config) -> dict[str, int | None]:
 
 def _split_members(config: Config, prefix: str) -> dict[str, list[Member]]:
     """One file, divided into parts by documents."""
-    weights = parse_split(config.data.split)
+    weights = split_shares(config.data.split)
     documents = Documents.whole(_open(config, "data_path", prefix))
     ends = boundaries(weights, len(documents))
     wanted = wanted_samples(config)

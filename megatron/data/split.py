@@ -1,14 +1,12 @@
 """Which documents are for training, validation and test, and how many samples each part must yield.
 
-Pure arithmetic, the same as GPT-NeoX's for every string it accepts: `parse_split("969, 30, 1")` are weights,
-`boundaries(weights, 1000)` are document numbers, and `requested_samples(...)` follows from the length of the run.
+Pure arithmetic, the same as GPT-NeoX's: `boundaries(weights, 1000)` are document numbers, and `requested_samples(...)`
+follows from the length of the run.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from megatron.errors import ConfigError, Problem
 
 PARTS = ("train", "valid", "test")
 
@@ -36,26 +34,6 @@ def requested_samples(run: RunLength) -> dict[str, int]:
     }
 
 
-def parse_split(split: str) -> tuple[float, float, float]:
-    """Return the weights of train, valid and test from `969, 30, 1`, `90/5/5` or `100`; they need not sum to 1.
-
-    Raises ConfigError for anything but one to three numbers of which none is negative and the first is positive.
-    """
-    separator = "," if "," in split else "/"
-    try:
-        weights = [float(piece) for piece in split.split(separator)]
-    except ValueError:
-        raise _split_error(split, "is not a list of numbers.") from None
-    if len(weights) > 3:
-        raise _split_error(split, f"has {len(weights)} numbers; there are three parts: train, valid, test.")
-    if not all(0 <= weight < float("inf") for weight in weights):
-        raise _split_error(split, "holds a number that is negative or not finite.")
-    if weights[0] == 0:
-        raise _split_error(split, "leaves nothing to train on: its first number is 0.")
-    train, valid, test = [*weights, 0.0, 0.0][:3]
-    return train, valid, test
-
-
 def boundaries(weights: tuple[float, float, float], num_documents: int) -> tuple[int, int, int, int]:
     """Return the document numbers between the parts: part k holds the documents [b[k], b[k + 1]).
 
@@ -68,7 +46,3 @@ def boundaries(weights: tuple[float, float, float], num_documents: int) -> tuple
         ends.append(ends[-1] + round(weight / total * float(num_documents)))
     excess = ends[3] - num_documents
     return 0, ends[1] - excess, ends[2] - excess, ends[3] - excess
-
-
-def _split_error(split: str, why: str) -> ConfigError:
-    return ConfigError(Problem(what=f'split = "{split}"', why=why, fix='Write for example split: "969, 30, 1".'))
