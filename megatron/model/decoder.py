@@ -77,15 +77,14 @@ class DecoderBlocks:
     def build(self, layer: int) -> nn.Module:
         """Return block number `layer`, counted from 0."""
         model = self.config.model
-        parallel = model.gpt_j_residual
-        norm = make_norm(model, (model.hidden_size,))
-        attention = self._attention(layer)
-        second = None if parallel and model.gpt_j_tied else make_norm(model, (model.hidden_size,))
-        dropout = self.config.numerics.hidden_dropout
-        if parallel:
-            return ParallelBlock(norm, attention, second, self._mlp(), dropout)
-        assert second is not None
-        return PreNormBlock(norm, attention, second, self._mlp(), dropout)
+        one_norm = model.gpt_j_residual and model.gpt_j_tied
+        return (ParallelBlock if model.gpt_j_residual else PreNormBlock)(
+            input_layernorm=make_norm(model, (model.hidden_size,)),
+            attention=self._attention(layer),
+            post_attention_layernorm=None if one_norm else make_norm(model, (model.hidden_size,)),
+            mlp=self._mlp(),
+            dropout=self.config.numerics.hidden_dropout,
+        )
 
     def _attention(self, layer: int) -> SelfAttention:
         model, numerics = self.config.model, self.config.numerics

@@ -33,9 +33,9 @@ def layer_norm_reference(
 
 def rms_norm(inputs: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Normalise over the last dim; weight [..., h] broadcasts against the input."""
-    if inputs.dtype == torch.float32 and weight.dim() == 1:
-        return F.rms_norm(inputs, weight.shape, weight, eps)
-    return rms_norm_reference(inputs, weight, eps)
+    if weight.dim() > 1:
+        return rms_norm_reference(inputs, weight, eps)
+    return F.rms_norm(inputs, weight.shape, weight, eps)
 
 
 def rms_norm_reference(inputs: Tensor, weight: Tensor, eps: float) -> Tensor:
