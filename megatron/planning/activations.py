@@ -78,7 +78,7 @@ def _norms(model: ModelConfig, element: int) -> int:
     if model.norm == "scalenorm":  # an fp32 copy of the input; in fp32 the input itself
         return outputs + (inputs if element == 4 else norms) * 4 * hidden + 12 * norms
     if element == 4:
-        return outputs + inputs * 4 * hidden + 4 * norms
+        return outputs + (inputs + norms) * 4 * hidden + 4 * norms  # the input, and the product before the gain
     return outputs + norms * (8 * hidden + 4)  # rmsnorm in half precision: the input and the product in fp32
 
 

@@ -11,7 +11,7 @@ M = e b s h / cp bytes:
     data      ZeRO 0   all-reduce 4 P
               ZeRO 1   all-reduce 4 P          all-gather w P
               ZeRO 2   all-reduce 4 P A        all-gather w P
-              ZeRO 3   reduce-scatter 4 P A    all-gather 2 w P A (forward and backward)
+              ZeRO 3   reduce-scatter 4 P A    all-gather w A (2 P - what stays gathered in between)
     tensor    A M (4 L + 2) all-reduced, A M 2 L more where blocks are recomputed; under sequence_parallel each
               all-reduce is an all-gather and a reduce-scatter, and 2 A M L more are gathered for the weights' gradients
     pipeline  A M (/ tp under sequence_parallel) each way over each boundary; a tied table all-reduces 4 v h / tp
@@ -28,8 +28,6 @@ from megatron.planning.layout import WEIGHT_BYTES, Layout
 from megatron.planning.memory import Stage
 
 _FACTOR = {"all-reduce": 2.0, "all-gather": 1.0, "reduce-scatter": 1.0}
-_ALIGNMENT = 2
-"""DeepSpeed pads each of its two flat groups of weights to a multiple of twice the data-parallel size."""
 
 
 @dataclass(frozen=True)
@@ -73,18 +71,19 @@ def data_traffic(config: Config, layout: Layout, numel: int) -> list[Traffic]:
     """Return the traffic of gradients and, under ZeRO, weights over the data axis (context included)."""
     size, weight = layout.dp * layout.cp, WEIGHT_BYTES[config.numerics.precision]
     gradient = numel * WEIGHT_BYTES[config.deepspeed.communication_data_type or "fp32"]
-    weights, passes = weight * numel, layout.accumulation
+    passes = layout.accumulation
     if layout.zero_stage == 0:
         return [Traffic("data", "all-reduce", size, 4 * numel)]
     if layout.zero_stage == 3:
+        gathered = 2 * numel - min(numel, layout.live)
         return [
             Traffic("data", "reduce-scatter", size, gradient * passes, hidden=layout.overlap),
-            Traffic("data", "all-gather", size, 2 * weights * passes, hidden=True),
+            Traffic("data", "all-gather", size, weight * gathered * passes, hidden=True),
         ]
     times = passes if layout.zero_stage == 2 else 1
     return [
         Traffic("data", "all-reduce", size, gradient * times, hidden=layout.overlap),
-        Traffic("data", "all-gather", size, weights),
+        Traffic("data", "all-gather", size, weight * numel),
     ]
 
 

@@ -55,7 +55,7 @@ class Layout:
             accumulation=config.batch.gradient_accumulation_steps,
             recompute=training.checkpoint_num_layers if training.checkpoint_activations else 0,
             bucket=zero.reduce_bucket_size,
-            live=zero.stage3_max_live_parameters,
+            live=min(zero.stage3_max_live_parameters, zero.stage3_max_reuse_distance),
             offload=zero.offload_optimizer is not None and zero.offload_optimizer.device != "none",
             overlap=zero.overlap_comm,
         )

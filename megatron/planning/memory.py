@@ -183,16 +183,19 @@ def buffer_bytes(config: Config, layout: Layout, numel: int) -> int:
 
 
 def update_bytes(config: Config, layout: Layout, numel: int) -> int:
-    """Return what the update needs beside the state: DeepSpeed's flat copies of gradients."""
+    """Return what the update needs beside the state: DeepSpeed's flat copies of gradients.
+
+    Stage 1 reduces when the backward pass is over: a bucket's gradients move into it, and a copy of it and this GPU's
+    share are made. Stages 2 (in fp32) and 3 copy their share for the optimizer."""
     size, share = _communication_bytes(config), -(-numel // layout.dp)
     if layout.zero_stage == 0:
         return 0
     if layout.zero_stage == 1 and _is_bf16_optimizer(config):
         return size * min(numel, _BUFFERED_ELEMENTS) if layout.dp > 1 else 0
     if layout.zero_stage == 1:
-        return size * (layout.bucket + min(layout.bucket, numel)) + 4 * share
+        return size * layout.bucket + 4 * share
     if layout.zero_stage == 2:
-        return 4 * share
+        return 4 * share if config.numerics.precision == "fp32" else 0
     return size * layout.bucket + 4 * share
 
 

@@ -1,0 +1,63 @@
+"""The command: its exit codes, what it prints, and that it needs no torch."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron.errors import ConfigError
+from megatron.launch.plan import DOES_NOT_FIT, main
+
+ROOT = Path(__file__).resolve().parents[2]
+LARGE = str(ROOT / "configs" / "20B.yml")
+SMALL = str(ROOT / "configs" / "125M.yml")
+
+
+def test_a_run_that_fits(capsys):
+    assert main([LARGE, "--gpus", "96", "--gpu-memory", "40"]) == 0
+    text = capsys.readouterr().out
+    for part in ("Fits: ", "data 12 x tensor 2 x pipeline 4", "8.6% with equal stages", "days for 150,000 steps",
+                 "9.7e-05 at 1,500", "MFU 60% of 312", "33-43"):  # fmt: skip
+        assert part in text
+    assert max(map(len, text.splitlines())) <= 160
+
+
+def test_a_run_that_does_not_fit_says_so_and_what_would(capsys, tmp_path):
+    file = tmp_path / "plan.json"
+    words = [LARGE, "--gpus", "8", "--gpu-memory", "40", "--json", str(file)]
+    assert main([*words, "--set", "pipe_parallel_size=1", "model_parallel_size=1"]) == DOES_NOT_FIT
+    text = capsys.readouterr().out
+    assert "Does not fit: " in text
+    assert "Cheapest changes that make it fit" in text or "No three changes make it fit" in text
+    data = json.loads(file.read_text())
+    assert data["fits"] is False
+    assert data["peak_bytes"] == data["stages"][0]["total"] > data["limit_bytes"] == 40 * 2**30
+
+
+def test_search_prints_a_ranking_and_how_to_take_the_first(capsys):
+    assert main([SMALL, "--gpus", "8", "--gpu", "H100", "--search"]) == 0
+    text = capsys.readouterr().out
+    assert "Fastest layouts that fit" in text
+    assert "For the first: --set " in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([LARGE, "--gpus", "7"], "cannot be divided into groups of 2 x pipe_parallel_size"),
+        ([LARGE, "--gpus", "many"], "invalid whole number above 0 value: 'many'"),
+        ([LARGE, "--mfu", "3"], "invalid share above 0, up to 1 value: '3'"),
+        ([LARGE, "--set", "hidden_size"], "is not key=value"),
+        ([], "needs at least one config file"),
+    ],
+)
+def test_mistakes(words, message):
+    with pytest.raises(ConfigError, match=message):
+        main(words)
+
+
+def test_it_runs_without_torch():
+    code = f"import sys; from megatron.launch.plan import main; main([{SMALL!r}]); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=ROOT)

@@ -1,0 +1,108 @@
+"""Predicted bytes against those of real engines on two data-parallel ranks, by storage."""
+
+import gc
+import math
+
+import pytest
+
+from megatron.engine.build import build_engine
+from megatron.engine.local import LocalEngine
+from megatron.model.build import build_model
+from megatron.objectives.build import build_objective
+from megatron.parallel.mesh import Mesh
+from megatron.planning.layout import Layout
+from megatron.planning.memory import buffer_bytes, stage_memory, stages, state_bytes, update_bytes
+from tests.planning.small import BUCKET, VOCAB, Collectives, batch, config, live, storages
+from tests.ranks import run_ranks
+
+CASES = [(0, "fp32"), (0, "bf16"), (1, "fp32"), (1, "bf16"), (1, "fp16"), (2, "fp32"), (2, "bf16"), (3, "fp32"),
+         (3, "bf16")]  # fmt: skip
+
+
+def _measure(stage, precision):
+    """Return bytes by term on this rank, the total at the fullest collective, and the collectives' payload."""
+    if precision == "fp16":
+        from deepspeed.accelerator import get_accelerator
+
+        type(get_accelerator()).is_fp16_supported = lambda self: True
+    gc.collect()
+    gc.freeze()  # what exists is none of ours, and slow to look through
+    resolved, mesh = config(2, stage, precision=precision), Mesh.create()
+    model = build_model(resolved, VOCAB, mesh)
+    engine = build_engine(resolved, mesh, model, build_objective())
+    engine.train_step([batch(resolved) for _ in range(2)], 0)
+    weights = storages(getattr(p, "ds_tensor", p) for p in model.parameters())
+    optimizer = engine._optimizer if isinstance(engine, LocalEngine) else engine._live.optimizer.optimizer
+    masters = storages(buffer for buffer, _ in engine._holdings().buffers)
+    moments = storages(value for state in optimizer.state.values() for value in state.values() if value.dim())
+    masters = {address: size for address, size in masters.items() if address not in weights}
+    backward = engine._backward
+    rest = []
+
+    def measured_backward(*arguments):
+        backward(*arguments)
+        known = {*weights, *masters, *moments}
+        rest.append({address: size for address, size in live(model).items() if address not in known})
+
+    class Fullest(Collectives):
+        total = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "c10d":
+                self.total = max(self.total, sum(live(model).values()))
+            return super().__torch_dispatch__(func, types, args, kwargs)
+
+    engine._backward = measured_backward
+    with Fullest() as collectives:
+        engine.train_step([batch(resolved) for _ in range(2)], 1)
+    gradients = [size for size in rest[0].values() if size != 4 * BUCKET]
+    return {
+        "num_parameters": sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in model.parameters()),
+        "weights": sum(weights.values()), "masters": sum(masters.values()), "moments": sum(moments.values()),
+        "gradients": sum(gradients),
+        "total": collectives.total, "payload": dict(collectives.payload),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("stage", "precision"), CASES)
+def test_state_equals_the_tensors_of_the_engine(stage, precision):
+    measured = run_ranks(2, _measure, stage, precision)[0]
+    resolved = config(2, stage, precision=precision)
+    layout, numel = Layout.of(resolved), measured["num_parameters"]
+    planned = state_bytes(resolved, layout, numel)
+    for term in ("weights", "masters", "moments", "gradients"):
+        assert measured[term] == pytest.approx(getattr(planned, term), rel=0.05, abs=1), term
+    _check_payload(measured, stage, precision, numel)
+    if stage < 2:  # reduced when the backward pass is over
+        assert measured["total"] == pytest.approx(planned.total + update_bytes(resolved, layout, numel), rel=0.08)
+    else:  # reduced within it, beside as many activations as are left
+        (whole,) = stage_memory(resolved, layout, stages(resolved, VOCAB, 1), VOCAB, reserve=0)
+        assert planned.total + buffer_bytes(resolved, layout, numel) < measured["total"] < whole.backward
+
+
+def _check_payload(measured, stage, precision, numel):
+    weight, passes = {"fp32": 4, "fp16": 2, "bf16": 2}[precision], 2
+    gathered = {0: 0, 1: weight, 2: weight, 3: weight * passes}[stage]
+    reduced = {0: 4, 1: 4, 2: 4 * passes, 3: 0}[stage]
+    scattered = 4 * passes if stage == 3 else 0
+    for kind, wanted in (("allgather", gathered), ("allreduce", reduced), ("reduce_scatter", scattered)):
+        assert measured["payload"].get(kind, 0) == pytest.approx(wanted * numel, rel=0.01, abs=200), kind
+
+
+def test_a_gpu_of_each_stage_holds_what_is_in_flight():
+    resolved = config(1, num_layers=4, pipe_parallel_size=1)
+    layout = Layout(pp=4, accumulation=8, zero_stage=1, micro_batch=2)
+    planned = stage_memory(resolved, layout, stages(resolved, VOCAB, 4), VOCAB)
+    blocks = [stage.layers[1] - stage.layers[0] + 1 for stage in planned]
+    per_block = [stage.activations / count / (4 - stage.stage) for stage, count in zip(planned, blocks, strict=True)]
+    assert len(set(per_block)) == 1
+    assert [stage.loss > 0 for stage in planned] == [False, False, False, True]
+
+
+def test_gpt_neox_20b_fits_where_it_was_trained():
+    from megatron.config.load import load_config
+
+    resolved = load_config(["configs/20B.yml"], world_size=96, announce=False)
+    planned = stage_memory(resolved, Layout.of(resolved), stages(resolved, 50432, 4, 2), 50432)
+    assert 15 * 2**30 < max(stage.total for stage in planned) < 40 * 2**30
+    assert sum(stage.num_parameters for stage in stages(resolved, 50432, 4)) == 20_554_567_680
