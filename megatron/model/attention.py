@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor, nn
 
 from megatron.model.cache import KVCache
@@ -77,14 +78,22 @@ class SelfAttention(nn.Module):
     def _project(self, hidden: Tensor, span: Span) -> tuple[Tensor, Tensor, Tensor]:
         """Return query [b, n, s, d], key and value [b, k, s, d], normed and turned."""
         rows, length = hidden.shape[:2]
-        grouped = self.query_key_value(hidden).view(rows, length, self.num_groups, self.group_size + 2, self.head_dim)
-        query, key, value = grouped.split([self.group_size, 1, 1], dim=3)
-        query, key, value = query.flatten(2, 3), key.flatten(2, 3), value.flatten(2, 3)
+        groups = self.query_key_value(hidden).view(rows, length, self.num_groups, self.group_size + 2, self.head_dim)
         if self.qk_norm is not None:
-            # The gains [n, d] differ per query head, so each query head has its own key, as in GPT-NeoX.
-            key, value = (heads.repeat_interleave(self.group_size, dim=2) for heads in (key, value))
-            query, key = self.qk_norm(query), self.qk_norm(key)
+            groups = self._normed(groups)
+        turning, value = groups.split([groups.shape[3] - 1, 1], dim=3)
         if self.rotary is not None:
-            cos, sin = self.rotary(span, hidden.device)
-            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+            turning = rotate(turning, *self.rotary(span, hidden.device))  # queries and key of a group in one go
+        query, key = turning.split([turning.shape[3] - 1, 1], dim=3)
+        query, key, value = (heads.flatten(2, 3).transpose(1, 2) for heads in (query, key, value))
+        return query, key, value
+
+    def _normed(self, groups: Tensor) -> Tensor:
+        """Return groups [b, s, k, n/k + 2, d] as [b, s, n, 3, d], with queries and keys normed.
+
+        The gains [n, d] differ per query head, so each query head gets its own key, as in GPT-NeoX.
+        """
+        assert self.qk_norm is not None
+        query, key, value = groups.split([self.group_size, 1, 1], dim=3)
+        key, value = (heads.flatten(2, 3).repeat_interleave(self.group_size, dim=2) for heads in (key, value))
+        return torch.stack([self.qk_norm(query.flatten(2, 3)), self.qk_norm(key), value], dim=3)

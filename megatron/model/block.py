@@ -1,7 +1,7 @@
 """A decoder layer: where the norms stand and how the parts are added.
 
-    PreNormBlock    a = x + drop(attention(n1(x)));  y = a + drop(mlp(n2(a)))                 GPT-2
-    ParallelBlock   y = x + drop(attention(n1(x))) + drop(mlp(n2(x)))                         GPT-J, GPT-NeoX-20B, Pythia
+    PreNormBlock    a = x + drop(attention(n1(x)));  y = a + drop(mlp(n2(a)))               GPT-2
+    ParallelBlock   y = x + drop(attention(n1(x))) + drop(mlp(n2(x)))                       GPT-J, GPT-NeoX-20B, Pythia
 
 n2 is n1 itself where the norms are tied (gpt_j_tied).
 """

@@ -54,12 +54,12 @@ class RotaryTables:
         self._tables: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, span: Span, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return cos and sin, fp32, shaped [s, 1, r/2] or [b, s, 1, r/2] to broadcast over heads."""
+        """Return cos and sin, fp32, shaped [s, 1, 1, r/2] or [b, s, 1, 1, r/2] to broadcast over groups and heads."""
         key = (span.start, span.end, device)
         if self._tables is None or key != self._key or span.padding is not self._padding:
             with torch.inference_mode(False):  # tables made while generating must serve training too
                 cos, sin = rotary_tables(span.positions(device), self.dim, self.base)
-            self._key, self._tables = key, (cos.unsqueeze(-2), sin.unsqueeze(-2))
+            self._key, self._tables = key, (cos[..., None, None, :], sin[..., None, None, :])
             self._padding = span.padding  # the tensor itself: an id alone may be that of a later tensor
         return self._tables
 
