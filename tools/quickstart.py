@@ -51,7 +51,14 @@ def stages(steps: int | None) -> list[Stage]:
         ),
         Stage(
             "export to Hugging Face",
-            (python, "tools/ckpts/convert.py", "export", "checkpoints/quickstart", str(EXPORT.relative_to(ROOT)), "--overwrite"),
+            (
+                python,
+                "tools/ckpts/convert.py",
+                "export",
+                "checkpoints/quickstart",
+                str(EXPORT.relative_to(ROOT)),
+                "--overwrite",
+            ),
         ),
     ]
 
