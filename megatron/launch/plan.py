@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron.config.load import read
 from megatron.config.schema.config import Config
-from megatron.errors import ConfigError, LaunchError, Problem
+from megatron.errors import ConfigError, Problem
 from megatron.launch.arguments import Parser, require_assignments
 from megatron.launch.check import vocabulary_size
 from megatron.model.accounting import num_parameters, padded_vocab_size
@@ -34,7 +34,7 @@ _USUAL_GPU = "H100"
 def main(argv: list[str]) -> int:
     """Print the plan; return 0 where the run fits, 3 where it does not.
 
-    Raises ConfigError for a wrong config or command line, LaunchError where the file of --json cannot be written."""
+    Raises ConfigError for a wrong config or command line, and where the file of --json cannot be written."""
     words = vars(_parser().parse_args(argv))
     require_assignments(words["overrides"])
     if not words["config_files"]:
@@ -52,9 +52,7 @@ def main(argv: list[str]) -> int:
     ways = changes(planner, now, limit) if now.peak > limit and not words["search"] else []
     guess = "" if is_known else f" (vocabulary of {vocab_size:,}, a guess: the tokenizer's file is not here)"
     print(f"{' + '.join(str(file) for file in settings.files)} on {now.layout.gpus} x {_name(gpu)}{guess}")
-    print("\n".join([f"[note] {notice}" for notice in resolution.notices]) or report.describe(now.layout))
-    if resolution.notices:
-        print(report.describe(now.layout))
+    print("\n".join([*(f"[note] {notice}" for notice in resolution.notices), report.describe(now.layout)]))
     print("\n".join(_sections(planner, now, limit, ways, best, words["search"])))
     if words["json"]:
         _write(Path(words["json"]), _data(config, planner, now, limit, ways, best))
@@ -138,11 +136,14 @@ def _assumptions(config: Config, gpu: Gpu, vocab_size: int, words: dict[str, Any
 def _sections(
     planner: Planner, now: Plan, limit: float, ways: list[Change], best: list[Plan], searched: bool
 ) -> list[str]:
-    lines = ["", "Memory of a GPU, GiB", *report.memory_table(now), report.verdict(now, limit)]
+    lines = ["", "Memory of a GPU, GiB", *report.memory_table(now)]
+    reserve = f"{planner.reserve / GIBIBYTE:g} for CUDA and NCCL"
+    lines += [f"  peak: weights to gradients, {reserve}, and the larger of the update and what stands before it"]
+    lines += [report.verdict(now, limit)]
     lines += ["", "Sent by the busiest GPU in one step", *report.traffic_lines(now)]
     lines += ["", "Time", *report.speed_lines(planner.config, now, planner.assumptions)]
-    rates = report.rate_line(planner.config)
-    lines += ["", f"Learning rate: {rates}"] if rates else []
+    rates = report.rate_lines(planner.config)
+    lines += ["", *rates] if rates else []
     if searched:
         title = "Fastest layouts that fit, with the same global batch" if best else "No layout fits on these GPUs."
         lines += ["", title, *(report.ranking(best) if best else [])]
@@ -180,4 +181,4 @@ def _write(path: Path, data: dict[str, Any]) -> None:
         path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         why = f"cannot be written: {error.strerror or error}."
-        raise LaunchError(Problem(f"--json {path}", why, "Name a file in a folder that exists.")) from None
+        raise ConfigError(Problem(f"--json {path}", why, "Name a file in a folder that exists.")) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,9 +14,10 @@ from megatron.planning.layout import Layout
 from megatron.planning.memory import GIBIBYTE, StageMemory
 from megatron.planning.plan import Plan
 from megatron.planning.search import Change
-from megatron.planning.speed import Assumptions
+from megatron.planning.speed import Assumptions, peak
 
 _DAY = 86400.0
+_WIDTH = 120
 
 
 def describe(layout: Layout) -> str:
@@ -34,13 +36,20 @@ def describe(layout: Layout) -> str:
 
 
 def memory_table(plan: Plan) -> list[str]:
-    """Return the memory of each stage by term, in GiB; stages that are alike share a row."""
+    """Return the memory of each stage by term, in GiB; terms that are nothing anywhere are left out."""
     header = ["stage", "blocks", "parameters", "weights", "masters", "moments", "gradients", "activations", "loss",
-              "working", "buffers", "update", "reserve", "peak"]  # fmt: skip
+              "working", "buffers", "update", "peak"]  # fmt: skip
     rows: list[list[str]] = []
     for stage in plan.memory:
         blocks = "-" if stage.layers is None else f"{stage.layers[0]}-{stage.layers[1]}"
-        rows.append([str(stage.stage), blocks, _count(stage.num_parameters), *map(_gib, _terms(stage).values())])
+        rows.append(
+            [
+                str(stage.stage),
+                blocks,
+                _count(stage.num_parameters),
+                *map(_gib, (size for name, size in _terms(stage).items() if name != "reserve")),
+            ]
+        )
     kept = [i for i, name in enumerate(header) if i < 3 or name == "peak" or any(row[i] != "0.00" for row in rows)]
     return _table([header[i] for i in kept], [[row[i] for i in kept] for row in rows])
 
@@ -93,16 +102,17 @@ def speed_lines(config: Config, plan: Plan, assumptions: Assumptions) -> list[st
         total = iterations * layout.batch * config.model.seq_length
         days = iterations * speed.step / _DAY
         rows.append(("length", f"{days:,.3g} days for {iterations:,} steps = {total / 1e9:,.4g} billion tokens"))
-    gpu = assumptions.gpu
-    rows.append(("rests on", f"MFU {assumptions.mfu:.0%} of {gpu.peak:g} TFLOP/s without recomputation, idling and "
-                             f"waiting ({assumptions.source}; --mfu sets it),"))  # fmt: skip
-    rows.append(("", f"{gpu.link:g} GB/s within {assumptions.node} GPUs of a node, {gpu.network:g} GB/s between nodes"))
-    return [f"  {name:<11} {text}" for name, text in rows]
+    gpu, node, most = assumptions.gpu, assumptions.node, peak(config, assumptions.gpu)
+    rows.append(("rests on", f"MFU {assumptions.mfu:.0%} of {most:g} TFLOP/s without recomputation, idling and waiting "
+                             f"({assumptions.source}; --mfu sets it), {gpu.link:g} GB/s within {node} GPUs "
+                             f"of a node, {gpu.network:g} GB/s between nodes"))  # fmt: skip
+    return [line for name, text in rows for line in _wrapped(f"  {name:<11} ", text)]
 
 
-def rate_line(config: Config) -> str | None:
-    """Return the learning rate at its landmarks; None where the length of the run is not known."""
-    return ", ".join(f"{rate:.3g} at {step:,}" for step, rate in rates(config).items()) or None
+def rate_lines(config: Config) -> list[str]:
+    """Return the learning rate at its landmarks; nothing where the length of the run is not known."""
+    text = ", ".join(f"{rate:.3g} at {step:,}" for step, rate in rates(config).items())
+    return _wrapped("Learning rate: ", text) if text else []
 
 
 def rates(config: Config) -> dict[int, float]:
@@ -120,7 +130,7 @@ def change_lines(changes: Sequence[Change]) -> list[str]:
     lines = []
     for number, change in enumerate(changes, start=1):
         words = ", ".join(f"{key}: {_value(value)}" for key, value in change.settings.items())
-        lines.append(f"  {number}. {words}")
+        lines += _wrapped(f"  {number}. ", words)
         lines.append(f"     {change.plan.peak / GIBIBYTE:.1f} GiB, a step takes {change.plan.speed.step:.3g} s "
                      f"({change.cost:+.1%})")  # fmt: skip
     return lines
@@ -170,6 +180,11 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 0) 
                          for column, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
         for row in (header, *rows)
     ]  # fmt: skip
+
+
+def _wrapped(start: str, text: str) -> list[str]:
+    """Return the lines of a text behind its first words, no longer than the page and indented alike."""
+    return textwrap.wrap(text, _WIDTH, initial_indent=start, subsequent_indent=" " * len(start), break_on_hyphens=False)
 
 
 def _gib(number: int) -> str:

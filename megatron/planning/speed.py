@@ -130,7 +130,7 @@ def speed(
 
     sent: the traffic of each stage; numel: the parameters on a GPU of each. simulate: run the schedule event by event
     instead of estimating it."""
-    rate = assumptions.mfu * 1e12 * _peak(config, assumptions.gpu)
+    rate = assumptions.mfu * 1e12 * peak(config, assumptions.gpu)
     flops = stage_flops(config, layout, parts, vocab_size)
     again = [blocks / 3 if layout.recompute else 0.0 for blocks, _ in flops]
     waits = [_per_micro_batch(one, layout, assumptions) for one in sent]
@@ -158,7 +158,8 @@ def speed(
     )
 
 
-def _peak(config: Config, gpu: Gpu) -> float:
+def peak(config: Config, gpu: Gpu) -> float:
+    """Return the TFLOP/s of a GPU in the config's precision."""
     return gpu.peak_fp32 if config.numerics.precision == "fp32" else gpu.peak
 
 
