@@ -34,7 +34,7 @@ def block_bytes(config: Config, layout: Layout, layer: int = 0) -> int:
     model, element, count = config.model, WEIGHT_BYTES[config.numerics.precision], tokens(config, layout)
     spread = layout.tp if layout.sequence_parallel else 1
     whole = count * (_norms(model, element) + _dropout(config)) // spread
-    split = count * (_attention(model, element) + _mlp(model, element)) // layout.tp
+    split = count * (_attention(model, element, layout.tp) + _mlp(model, element)) // layout.tp
     return whole + split + _mask(config, layout, layer)
 
 
@@ -82,18 +82,19 @@ def _norms(model: ModelConfig, element: int) -> int:
     return outputs + norms * (8 * hidden + 4)  # rmsnorm in half precision: the input and the product in fp32
 
 
-def _attention(model: ModelConfig, element: int) -> int:
-    """Return bytes per token of attention, before the tensor axis splits them by heads."""
+def _attention(model: ModelConfig, element: int, tp: int) -> int:
+    """Return bytes per token of attention, before the tensor axis splits them by heads.
+
+    The value is a view of the whole projection, the key one of all that is turned; a query is a view of it as well
+    unless several heads share a key and a process has several such groups."""
     heads = model.num_attention_heads
     groups, width = model.num_kv_heads or heads, model.hidden_size // heads
-    turned = model.pos_emb == "rotary"
-    projected = heads + 2 * groups
-    if model.use_qk_layernorm:
-        # The norm's inputs, its outputs (turned or not) and a value for each query head.
-        features = (projected if groups == heads else heads) + heads + 3 * heads
+    rotary = model.pos_emb == "rotary"
+    if model.use_qk_layernorm:  # queries and keys before the norms, both after them with the values, and turned
+        features = (3 * heads if groups == heads else heads) + heads + 3 * heads + (2 * heads if rotary else 0)
     else:
-        copies = heads + groups if turned else (heads if groups != heads else 0)
-        features = projected + copies
+        copied = heads if heads > groups > tp else 0
+        features = heads + 2 * groups + (heads + groups if rotary else 0) + copied
     return (features + heads) * width * element + 4 * heads
 
 

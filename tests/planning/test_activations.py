@@ -21,6 +21,8 @@ BLOCKS = {
     "LLaMA": {"norm": "rmsnorm", "activation": "swiglu", "num_kv_heads": 2},
     "LLaMA fp32": {"norm": "rmsnorm", "activation": "swiglu", "num_kv_heads": 2, "precision": "fp32"},
     "groups without rotary": {"pos_emb": "none", "num_kv_heads": 2},
+    "one key for all": {"num_kv_heads": 1},
+    "norms without rotary": {"use_qk_layernorm": True, "pos_emb": "none"},
     "norms of queries and keys": {"use_qk_layernorm": True},
     "norms of queries and keys in groups": {"use_qk_layernorm": True, "num_kv_heads": 2},
     "scalenorm, relu": {"pos_emb": "none", "norm": "scalenorm", "activation": "relu"},

@@ -41,6 +41,7 @@ def _measure(stage, precision):
 
     def measured_backward(*arguments):
         backward(*arguments)
+        gc.collect()  # cycles of the engine hold activations that nobody needs
         known = {*weights, *masters, *moments}
         rest.append({address: size for address, size in live(model).items() if address not in known})
 
