@@ -22,10 +22,10 @@ from megatron.engine.base import Engine
 from megatron.engine.local import LocalEngine
 from megatron.engine.plain import DeepSpeedEngine
 from megatron.engine.setup import prepare
-from megatron.errors import ConfigError, EngineError, Problem
+from megatron.errors import EngineError, Problem
 from megatron.logs import get_logger
 from megatron.objectives.build import Objective
-from megatron.optim.build import OptimizerKind, build_optimizer, optimizer_kind, optimizer_name
+from megatron.optim.build import OptimizerKind, build_optimizer
 from megatron.parallel.mesh import Mesh
 
 logger = get_logger(__name__)
@@ -40,7 +40,6 @@ def build_engine(config: Config, mesh: Mesh, model: nn.Module, objective: Object
     differs from the config.
     """
     _require_layout(mesh)
-    _require_zero(config)
     prepare(mesh)
     optimizer = build_optimizer(config, model.named_parameters(), _DEEPSPEED_OPTIMIZERS)
     sizes = [sum(parameter.numel() for parameter in group["params"]) for group in optimizer.param_groups]
@@ -85,50 +84,3 @@ def _require_layout(mesh: Mesh) -> None:
             raise EngineError(
                 Problem(f"{key} = {axis.size}", "this engine trains whole models only.", f"Set {key} to 1.")
             )
-
-
-def _require_zero(config: Config) -> None:
-    """Raise ConfigError for a ZeRO block that cannot run, or that does not fit the optimizer."""
-    zero = config.parallel.zero_optimization
-    name = optimizer_name(config)
-    offload = (zero.get("offload_optimizer") or {}).get("device", "none")
-    if name == "cpu_adam" and offload != "cpu":
-        raise ConfigError(
-            Problem(
-                what='optimizer.type = "cpu_adam"',
-                why="it updates masters in CPU memory, and nothing is offloaded there.",
-                fix='Set "type": "adam", or add "offload_optimizer": {"device": "cpu"} to zero_optimization.',
-            )
-        )
-    if offload == "nvme":
-        raise ConfigError(
-            Problem(
-                what='zero_optimization.offload_optimizer.device = "nvme"',
-                why="checkpoints cannot read optimizer state from there.",
-                fix='Set it to "cpu" or "none".',
-            )
-        )
-    if not zero.get("compute_grad_norm", True):
-        raise ConfigError(
-            Problem(
-                what="zero_optimization.compute_grad_norm = false",
-                why="the norm is reported at every step, and tells a gradient that is not finite.",
-                fix="Remove the entry.",
-            )
-        )
-    if offload == "cpu" and not _stage(config):
-        raise ConfigError(
-            Problem(
-                what='zero_optimization.offload_optimizer.device = "cpu"',
-                why="stage 0 keeps the optimizer on the GPU.",
-                fix="Set zero_optimization.stage to 1, 2 or 3.",
-            )
-        )
-    if _stage(config) and not optimizer_kind(config, _DEEPSPEED_OPTIMIZERS).elementwise:
-        raise ConfigError(
-            Problem(
-                what=f'optimizer.type = "{name}"',
-                why="it needs whole tensors, and ZeRO gives it flat slices of them.",
-                fix="Set zero_optimization.stage to 0.",
-            )
-        )
