@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,9 @@ from megatron.model.embedding import Dropout, LearnedPositions, SinusoidalPositi
 from megatron.model.heads import LanguageHead, TiedEmbedding
 from megatron.model.norm import make_norm
 from megatron.model.plan import LayerPlan
+from megatron.model.recompute import Recompute
 from megatron.model.sequential import SequentialModel
+from megatron.model.stage import StageModel, StagePlan
 from megatron.model.stream import Stream
 from megatron.parallel.layers import VocabParallelEmbedding
 from megatron.parallel.mesh import Mesh
@@ -31,20 +34,27 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _TIED = "word_embeddings"
 
 
-def build_model(config: Config, vocab_size_padded: int, mesh: Mesh, initialized: bool = True) -> SequentialModel:
-    """Return the model on the mesh's device, in the config's precision, with its activation checkpointing.
+def build_model(
+    config: Config, vocab_size_padded: int, mesh: Mesh, initialized: bool = True
+) -> SequentialModel | StageModel:
+    """Return this rank's part of the model on the mesh's device, in the config's precision: all of it, or its stage.
 
     initialized: draw the initial weights; False makes them zeros, for a checkpoint to fill.
     """
     training = config.training
-    return SequentialModel(
-        build_plans(config, vocab_size_padded, mesh),
-        device=mesh.device,
-        dtype=DTYPES[config.numerics.precision],
-        seed=config.numerics.seed if initialized else None,
-        tensor_axis=mesh.tp,
-        recompute_layers=training.checkpoint_num_layers if training.checkpoint_activations else 0,
-    )
+    plans = build_plans(config, vocab_size_padded, mesh)
+    settings: dict[str, Any] = {
+        "device": mesh.device,
+        "dtype": DTYPES[config.numerics.precision],
+        "seed": config.numerics.seed if initialized else None,
+        "tensor_axis": mesh.tp,
+        "recompute": Recompute(training.checkpoint_num_layers if training.checkpoint_activations else 0),
+    }
+    if mesh.pp.size == 1:
+        return SequentialModel(plans, **settings)
+    weightless = build_plans(config, vocab_size_padded, mesh)  # plans keep what their layers share, on its device
+    split = StagePlan.of(weightless, mesh.pp.size, config.parallel.pipe_partition_method, mesh.tp)
+    return StageModel(plans, split, mesh.pp.rank, **settings)
 
 
 def build_plans(config: Config, vocab_size_padded: int, mesh: Mesh) -> list[LayerPlan]:
