@@ -20,7 +20,7 @@ from megatron.engine import state, verify
 from megatron.engine.base import ReadTensor
 from megatron.engine.fragments import Fragment, Holdings
 from megatron.engine.loss_scale import LossScale
-from megatron.engine.step import StepEngine, Update
+from megatron.engine.step import MicroBatchEngine, Update
 from megatron.objectives.build import Objective
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.sharding import StatePiece
@@ -28,7 +28,7 @@ from megatron.parallel.sharding import StatePiece
 _TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-class LocalEngine(StepEngine):
+class LocalEngine(MicroBatchEngine):
     """The Engine of ZeRO stage 0; `engine.build.build_engine` makes it.
 
     optimizer: over the model's parameters; it is given the fp32 masters instead.
@@ -70,7 +70,7 @@ class LocalEngine(StepEngine):
 
     def read_back(self) -> dict[str, Any]:
         """Return what the live engine does, under the names of the keys that asked for it; all ranks must call it."""
-        size, dp = self._config.batch.train_micro_batch_size_per_gpu, self._mesh.dp.size
+        size, dp = self._config.batch.train_micro_batch_size_per_gpu, self._mesh.dp.size  # cp ranks share sequences
         sums = "fp32" if self._gradients is None else verify.DTYPES[self._gradients.flat.dtype]
         return {
             "zero_optimization.stage": 0,
@@ -78,7 +78,7 @@ class LocalEngine(StepEngine):
             "train_batch_size": size * self._num_micro_batches * dp,
             "train_micro_batch_size_per_gpu": size,
             "gradient_accumulation_steps": self._num_micro_batches,
-            "data parallel size": dp,
+            "replicas of the parameters": self._mesh.replicas.size,
             "precision of accumulation": sums,
             "precision of communication": sums,
             **verify.common_facts(self._holdings(), self._model, self._mesh),
@@ -86,7 +86,7 @@ class LocalEngine(StepEngine):
 
     def _is_direct(self) -> bool:
         """Return whether autograd's own gradients are the step's sum: in fp32 on one rank."""
-        return self._config.numerics.precision == "fp32" and self._mesh.dp.size == 1
+        return self._config.numerics.precision == "fp32" and self._mesh.replicas.size == 1
 
     def _give_masters(self) -> None:
         masters = {id(self._trained[name]): master for name, master in self._masters.items()}
@@ -142,7 +142,7 @@ class LocalEngine(StepEngine):
     def _holdings(self) -> Holdings:
         groups = [(buffer, group) for group in self._optimizer.param_groups for buffer in group["params"]]
         held = [_fragment(name, p, self._masters[name], 0, p.numel()) for name, p in self._trained.items()]
-        owned = [_share(whole, self._mesh.dp.rank, self._mesh.dp.size) for whole in held]
+        owned = [_share(whole, self._mesh.replicas.rank, self._mesh.replicas.size) for whole in held]
         return Holdings(
             optimizer=self._optimizer,
             buffers=groups,
@@ -183,12 +183,12 @@ class GradientBuffer:
             parameter.grad = None
 
     def reduce(self) -> Tensor:
-        """Return the flat gradient, summed over the data-parallel ranks."""
+        """Return the flat gradient, summed over the replicas."""
         for view, written in zip(self._views, self._written, strict=True):
             if not written:
                 view.zero_()
-        if self._mesh.dp.size > 1:
-            dist.all_reduce(self.flat, group=self._mesh.dp.group)
+        if self._mesh.replicas.size > 1:
+            dist.all_reduce(self.flat, group=self._mesh.replicas.group)
         for parameter, view in self._direct:
             parameter.grad = view
         return self.flat
@@ -212,8 +212,8 @@ def _cast(model: nn.Module, dtype: torch.dtype, mesh: Mesh) -> nn.Module:
     model.to(mesh.device)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype).contiguous()
-        if mesh.dp.size > 1:
-            dist.broadcast(parameter.data, group=mesh.dp.group, group_src=0)
+        if mesh.replicas.size > 1:
+            dist.broadcast(parameter.data, group=mesh.replicas.group, group_src=0)
     return model
 
 

@@ -1,7 +1,7 @@
 """One optimizer step as every engine does it; how gradients are kept and applied is left to the engine.
 
 The loss and the gradient of a step are divided by the number of trained tokens of the whole step, which is
-counted over all micro-batches and data-parallel ranks before the first forward pass. So neither depends on how the
+counted over all micro-batches and replicas before the first forward pass. So neither depends on how the
 batch is split, ragged loss masks included:
 
     loss = sum of token losses / T,   T = trained tokens of all ranks and micro-batches
@@ -47,20 +47,20 @@ class StepEngine(ABC):
         self._train_iters = config.training.train_iters or 0
 
     @abstractmethod
-    def _callable(self, training: bool) -> Callable[..., Tensor]:
-        """Return the model to call, set to training or evaluation."""
-
-    @abstractmethod
     def _start(self, rate: float) -> float:
         """Prepare a step with this learning rate, and return the loss scale."""
 
     @abstractmethod
-    def _backward(self, loss_sum: Tensor, num_tokens: Tensor) -> None:
-        """Add the gradient of loss_sum / num_tokens (of this micro-batch and the whole step) to the step's."""
+    def _accumulate(self, batches: Sequence[Batch], iteration: int, num_tokens: Tensor) -> Tensor:
+        """Make the gradient of (sum of all losses) / num_tokens, and return this rank's sum of losses, fp64 scalar."""
 
     @abstractmethod
     def _update(self) -> Update:
         """Sum the gradient over the ranks, clip it and apply it."""
+
+    @abstractmethod
+    def _losses(self, batches: Sequence[Batch]) -> Tensor:
+        """Return this rank's sum of losses, fp64 scalar, without dropout and without a gradient."""
 
     def train_step(self, batches: Sequence[Batch], iteration: int) -> StepResult:
         """Do one optimizer step; see `Engine.train_step`.
@@ -71,13 +71,7 @@ class StepEngine(ABC):
         rate = learning_rate(self._config.optimizer, self._train_iters, iteration)
         loss_scale = self._start(rate)
         num_tokens = self._count(batches)
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self._mesh.device)
-        model = self._callable(training=True)
-        for micro_batch, batch in enumerate(batches):
-            self._rng.start_micro_batch(iteration, micro_batch)
-            micro_sum, _ = self._objective(model, batch.to(self._mesh.device))
-            self._backward(micro_sum, num_tokens.clamp(min=1))
-            loss_sum += micro_sum.detach()
+        loss_sum = self._accumulate(batches, iteration, num_tokens.clamp(min=1))
         # Read before the update is queued, so that the device works on it while the host goes on.
         total, count = torch.stack((self._sum(loss_sum), num_tokens)).tolist()
         update = self._update()
@@ -94,14 +88,7 @@ class StepEngine(ABC):
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> tuple[float, int]:
         """Return the summed loss and the trained tokens of all ranks; see `Engine.evaluate`."""
-        totals = torch.zeros(2, dtype=torch.float64, device=self._mesh.device)
-        model = self._callable(training=False)
-        for batch in batches:
-            local = batch.to(self._mesh.device)
-            loss_sum, _ = self._objective(model, local)
-            totals[0] += loss_sum
-            totals[1] += local.loss_mask.sum()
-        self._callable(training=True)
+        totals = torch.stack((self._losses(batches), _count_tokens(batches).to(self._mesh.device)))
         self._sum(totals)
         return float(totals[0]), int(totals[1])
 
@@ -116,15 +103,50 @@ class StepEngine(ABC):
             )
 
     def _count(self, batches: Sequence[Batch]) -> Tensor:
-        """Return T, the trained tokens of the step over all data-parallel ranks, without waiting for the device."""
-        counts = [batch.loss_mask.sum(dtype=torch.float64) for batch in batches]
-        return self._sum(torch.stack(counts).sum().to(self._mesh.device))
+        """Return T, the trained tokens of the step over all replicas, without waiting for the device."""
+        return self._sum(_count_tokens(batches).to(self._mesh.device))
 
     def _sum(self, value: Tensor) -> Tensor:
-        """Sum `value` in place over the data-parallel ranks."""
-        if self._mesh.dp.size > 1:
-            dist.all_reduce(value, group=self._mesh.dp.group)
+        """Sum `value` in place over the ranks that share the step."""
+        if self._mesh.replicas.size > 1:
+            dist.all_reduce(value, group=self._mesh.replicas.group)
         return value
+
+
+class MicroBatchEngine(StepEngine):
+    """Runs the micro-batches of a step one after another, each forwards and then backwards."""
+
+    @abstractmethod
+    def _callable(self, training: bool) -> Callable[..., Tensor]:
+        """Return the model to call, set to training or evaluation."""
+
+    @abstractmethod
+    def _backward(self, loss_sum: Tensor, num_tokens: Tensor) -> None:
+        """Add the gradient of loss_sum / num_tokens (of this micro-batch and the whole step) to the step's."""
+
+    def _accumulate(self, batches: Sequence[Batch], iteration: int, num_tokens: Tensor) -> Tensor:
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self._mesh.device)
+        model = self._callable(training=True)
+        for micro_batch, batch in enumerate(batches):
+            self._rng.start_micro_batch(iteration, micro_batch)
+            micro_sum, _ = self._objective(model, batch.to(self._mesh.device))
+            self._backward(micro_sum, num_tokens)
+            loss_sum += micro_sum.detach()
+        return loss_sum
+
+    def _losses(self, batches: Sequence[Batch]) -> Tensor:
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self._mesh.device)
+        model = self._callable(training=False)
+        for batch in batches:
+            micro_sum, _ = self._objective(model, batch.to(self._mesh.device))
+            loss_sum += micro_sum
+        self._callable(training=True)
+        return loss_sum
+
+
+def _count_tokens(batches: Sequence[Batch]) -> Tensor:
+    """Return the trained tokens of some micro-batches, fp64 scalar on their device."""
+    return torch.stack([batch.loss_mask.sum(dtype=torch.float64) for batch in batches]).sum()
 
 
 def clipped(norm: float, limit: float) -> float:

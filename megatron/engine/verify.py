@@ -41,7 +41,7 @@ def expected(config: Config, mesh: Mesh, stage: int, groups: Sequence[dict[str, 
         "train_batch_size": config.batch.train_batch_size,
         "train_micro_batch_size_per_gpu": config.batch.train_micro_batch_size_per_gpu,
         "gradient_accumulation_steps": config.batch.gradient_accumulation_steps,
-        "data parallel size": mesh.dp.size,
+        "replicas of the parameters": mesh.replicas.size,
         "precision of the parameters": precision,
         "precision of the masters": "fp32",
         "precision of accumulation": types.get("grad_accum_dtype", "fp32"),
@@ -92,29 +92,29 @@ def check_masters(owned: Sequence[Fragment], module: nn.Module, mesh: Mesh, is_s
     wrong = [f.name for f in owned if not torch.equal(f.master.to(f.weight.device, f.weight.dtype), f.weight)]
     elements = sum(fragment.numel for fragment in owned)
     report = torch.tensor([len(wrong), elements], dtype=torch.int64, device=mesh.device)
-    if mesh.dp.group is not None:
-        dist.all_reduce(report, group=mesh.dp.group)
+    if mesh.replicas.group is not None:
+        dist.all_reduce(report, group=mesh.replicas.group)
     drifted = 0 if is_sharded else _drift(module, mesh)
     if report[0].item() or drifted:
         raise EngineError(
             Problem(
                 what=f"{int(report[0])} fragments of weights differ from their fp32 masters, {drifted} tensors differ "
-                "between data parallel ranks",
+                "between replicas",
                 why=f"the first optimizer step would throw loaded weights away; on this rank: {wrong[:10]}.",
                 fix="This is a defect of the engine: report it with the configuration.",
             )
         )
-    logger.info("fp32 masters equal the weights on all %d ranks: %d elements", mesh.dp.size, int(report[1]))
+    logger.info("fp32 masters equal the weights on all %d ranks: %d elements", mesh.replicas.size, int(report[1]))
 
 
 def _drift(module: nn.Module, mesh: Mesh) -> int:
-    """Return how many parameters have bits that differ between data-parallel ranks, by checksum."""
-    if mesh.dp.group is None or mesh.dp.size == 1:
+    """Return how many parameters have bits that differ between replicas, by checksum."""
+    if mesh.replicas.group is None or mesh.replicas.size == 1:
         return 0
     sums = torch.stack([_checksum(parameter.detach()) for parameter in module.parameters()])
     low, high = sums.clone(), sums.clone()
-    dist.all_reduce(low, op=dist.ReduceOp.MIN, group=mesh.dp.group)
-    dist.all_reduce(high, op=dist.ReduceOp.MAX, group=mesh.dp.group)
+    dist.all_reduce(low, op=dist.ReduceOp.MIN, group=mesh.replicas.group)
+    dist.all_reduce(high, op=dist.ReduceOp.MAX, group=mesh.replicas.group)
     return int((low != high).sum())
 
 
@@ -128,14 +128,14 @@ def _dtypes(tensors: Any) -> str:
 
 
 def _elements(holdings: Holdings, mesh: Mesh) -> list[int]:
-    """Return the elements that each parameter group trains, summed over the data-parallel ranks."""
+    """Return the elements that each parameter group trains, summed over the replicas."""
     groups = holdings.optimizer.param_groups
     group_of = {id(buffer): _index(groups, group) for buffer, group in holdings.buffers}
     counts = torch.zeros(len(groups), dtype=torch.int64, device=mesh.device)
     for fragment in holdings.owned:
         counts[group_of[id(fragment.buffer)]] += fragment.numel
-    if mesh.dp.group is not None:
-        dist.all_reduce(counts, group=mesh.dp.group)
+    if mesh.replicas.group is not None:
+        dist.all_reduce(counts, group=mesh.replicas.group)
     numbers: list[int] = counts.tolist()
     return numbers
 

@@ -114,7 +114,7 @@ def test_weights_that_drift_apart_between_ranks_are_fatal(stage):
         return str(caught.value)
 
     for message in run_ranks(2, start):
-        assert "1 tensors differ between data parallel ranks" in message
+        assert "1 tensors differ between replicas" in message
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
