@@ -11,8 +11,8 @@ from typing import Any
 
 OWN_KEYS = frozenset(
     {
-        "context_parallel_method", "context_parallel_size", "data_index_dir", "neox_compat", "resume", "run_name",
-        "runs_dir", "wsd_decay_fraction", "wsd_decay_shape",
+        "check_replicas_interval", "context_parallel_method", "context_parallel_size", "data_index_dir", "neox_compat",
+        "resume", "run_name", "runs_dir", "wsd_decay_fraction", "wsd_decay_shape",
     }
 )  # fmt: skip
 """Keys of the schema that GPT-NeoX does not have; every other key is one of its names."""
@@ -99,7 +99,6 @@ IGNORED: dict[str, str] = {
     "attention_softmax_in_fp32": "the softmax of attention is always computed in fp32",
     "distributed_backend": "processes talk through nccl on GPUs and through gloo on CPUs",
     "lazy_mpu_init": "process groups are always made at the start",
-    "fp32_allreduce": "gradients are always reduced in fp32 (communication_data_type)",
     "steps_per_print": "log_interval says how often a line is printed",
     "override_lr_scheduler": "the learning rate is a function of the step and of this config, never of a checkpoint",
 }

@@ -7,6 +7,7 @@ d rows. Splitting the rows over the tensor axis therefore keeps groups whole, at
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 from torch import Tensor, nn
 
@@ -14,17 +15,17 @@ from megatron.model.cache import KVCache
 from megatron.model.positions import AttentionMask, RelativePositionBias, RotaryTables, Span
 from megatron.ops.attention import attention
 from megatron.ops.rotary import rotate
+from megatron.parallel.collectives import TensorRegion
 from megatron.parallel.layers import ColumnParallelLinear, Initializer, RowParallelLinear
-from megatron.parallel.mesh import Axis
 
 
 class SelfAttention(nn.Module):
-    """x [b, s, h] -> [b, s, h].
+    """x [b, s, h] -> [b, s, h], between `TensorRegion.enter` and `leave`: what it returns is this rank's heads' part.
 
     layer: index of the block, its place in the KV cache.
     num_heads, num_kv_heads: n and k of the full model.
     key_scaling: divides the queries and multiplies the scores (apply_query_key_layer_scaling); 1 is off.
-    qk_norm: one norm [n, d] for queries and keys, or None.
+    qk_norm: one norm of this rank's query heads [n/tp, d] for queries and keys, or None.
     rotary: tables, or None. mask: what is seen and any alibi bias. rpe: relative position bias, or None.
     """
 
@@ -34,7 +35,7 @@ class SelfAttention(nn.Module):
         hidden_size: int,
         num_heads: int,
         num_kv_heads: int,
-        axis: Axis,
+        region: TensorRegion,
         init: Initializer,
         output_init: Initializer,
         bias: bool,
@@ -49,14 +50,15 @@ class SelfAttention(nn.Module):
         self.layer = layer
         self.head_dim = hidden_size // num_heads
         self.group_size = num_heads // num_kv_heads
-        self.num_groups = num_kv_heads // axis.size
+        self.num_groups = num_kv_heads // region.axis.size
+        self.region = region
         self.dropout = dropout
         self.key_scaling = key_scaling
         self.mask = mask
         self.rotary = rotary
         rows = (num_heads + 2 * num_kv_heads) * self.head_dim
-        self.query_key_value = ColumnParallelLinear(hidden_size, rows, axis, init, bias)
-        self.dense = RowParallelLinear(hidden_size, hidden_size, axis, output_init, bias)
+        self.query_key_value = ColumnParallelLinear(hidden_size, rows, region, init, bias)
+        self.dense = RowParallelLinear(hidden_size, hidden_size, region, output_init, bias)
         self.qk_norm = qk_norm
         self.rpe = rpe
 
@@ -71,7 +73,8 @@ class SelfAttention(nn.Module):
         scale = self.key_scaling / math.sqrt(self.head_dim)
         causal = mask is None and span.end - span.start > 1
         dropout = self.dropout if self.training else 0.0
-        context = attention(query, key, value, scale, causal, mask, dropout)
+        with self.region.own_stream(hidden.device) if dropout else nullcontext():
+            context = attention(query, key, value, scale, causal, mask, dropout)
         return self.dense(context.transpose(1, 2).flatten(2))
 
     def _project(self, hidden: Tensor, span: Span) -> tuple[Tensor, Tensor, Tensor]:

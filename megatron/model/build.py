@@ -25,6 +25,7 @@ from megatron.model.recompute import Recompute
 from megatron.model.sequential import SequentialModel
 from megatron.model.stage import StageModel, StagePlan
 from megatron.model.stream import Stream
+from megatron.parallel.collectives import TensorRegion
 from megatron.parallel.layers import VocabParallelEmbedding
 from megatron.parallel.mesh import Mesh
 
@@ -63,9 +64,10 @@ def build_plans(config: Config, vocab_size_padded: int, mesh: Mesh) -> list[Laye
     vocab_size_padded: rows of the word embedding and of the head.
     """
     model = config.model
-    blocks = DecoderBlocks(config, mesh.tp)
+    region = TensorRegion(mesh.tp, config.parallel.sequence_parallel, config.parallel.fp32_allreduce)
+    blocks = DecoderBlocks(config, region)
     init = blocks.initializer(config.numerics.init_method)
-    table = (vocab_size_padded, model.hidden_size, mesh.tp, init)
+    table = (vocab_size_padded, model.hidden_size, region, init)
     tied = not model.no_weight_tying
     embedding, head = (TiedEmbedding, TiedEmbedding) if tied else (VocabParallelEmbedding, LanguageHead)
     share = _TIED if tied else None
@@ -73,7 +75,7 @@ def build_plans(config: Config, vocab_size_padded: int, mesh: Mesh) -> list[Laye
         LayerPlan("embedding.word_embeddings", partial(embedding, *table), share, call=_start_stream),
         *_position_plans(config, blocks),
         *[LayerPlan(f"layers.{layer}", partial(blocks.build, layer)) for layer in range(model.num_layers)],
-        LayerPlan("final_norm", partial(make_norm, model, (model.hidden_size,)), call=_norm_stream),
+        LayerPlan("final_norm", partial(make_norm, model), call=_norm_stream),
         LayerPlan("head", partial(head, *table), share),
     ]
 
@@ -82,17 +84,17 @@ def _position_plans(config: Config, blocks: DecoderBlocks) -> list[LayerPlan]:
     """Return what happens to the word embeddings before the first block."""
     model, numerics = config.model, config.numerics
     offset, multiplier = model.opt_pos_emb_offset, numerics.mup_rp_embedding_mult
-    init = blocks.initializer(numerics.init_method)
+    init, region = blocks.initializer(numerics.init_method), blocks.region
     rows = model.max_position_embeddings + offset
     makers: dict[str, Callable[[], nn.Module]] = {
-        "learned": partial(LearnedPositions, rows, model.hidden_size, offset, multiplier, init),
-        "sinusoidal": partial(SinusoidalPositions, model.hidden_size, offset, multiplier),
+        "learned": partial(LearnedPositions, rows, model.hidden_size, offset, multiplier, init, region),
+        "sinusoidal": partial(SinusoidalPositions, model.hidden_size, offset, multiplier, region),
     }
     plans = []
     if model.pos_emb in makers:
         plans.append(LayerPlan("embedding.position_embeddings", makers[model.pos_emb]))
     if numerics.hidden_dropout:
-        plans.append(LayerPlan("embedding.dropout", partial(Dropout, numerics.hidden_dropout)))
+        plans.append(LayerPlan("embedding.dropout", partial(Dropout, numerics.hidden_dropout, region)))
     return plans
 
 

@@ -34,6 +34,9 @@ class ParallelConfig(Section):
     sequence_parallel: bool = setting(
         False, "Spread norms and dropout over the tensor parallel processes along the sequence."
     )
+    fp32_allreduce: bool = setting(
+        False, "Tensor parallel processes sum 16 bit activations, and send them, in fp32. Gradients always are."
+    )
     world_size: int = setting(1, "Processes of the run, one per GPU; counted by the launcher.", unit="processes", ge=1)
     zero_optimization: dict[str, Any] = setting(
         {"stage": 0},
