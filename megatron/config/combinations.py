@@ -126,7 +126,6 @@ LINES: tuple[Line, ...] = (
     Line("no norm", "", "the norm is reported at every step, and tells a gradient that is not finite.",
          "Remove the entry."),
     Line("tensor", "", "tensor parallelism is not built in this version.", "Set it to 1.", built=False),
-    Line("pipeline", "", "pipeline parallelism is not built in this version.", "Set it to 1.", built=False),
     Line("context", "", "context parallelism is not built in this version.", "Set it to 1.", built=False),
     Line("sequence", "", "sequence parallelism is not built in this version.", "Set it to false.", built=False),
 )  # fmt: skip

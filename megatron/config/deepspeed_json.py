@@ -35,6 +35,7 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
         "fp16": {**_filled(Fp16, extra.fp16 or {}), "enabled": config.numerics.precision == "fp16"},
         "bf16": {**_filled(Bf16, extra.bf16 or {}), "enabled": config.numerics.precision == "bf16"},
         "zero_optimization": _zero(config),
+        **_pipeline(config),
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "wall_clock_breakdown": extra.wall_clock_breakdown,
@@ -58,6 +59,15 @@ def _filled(model: type[Block], given: dict[str, Any]) -> dict[str, Any]:
         if name not in _NOT_SENT and not info.is_required()
     }
     return {name: value for name, value in {**defaults, **copy.deepcopy(given)}.items() if value is not None}
+
+
+def _pipeline(config: Config) -> dict[str, Any]:
+    """Return the block of DeepSpeed's pipeline, where there is one. Recomputation is ours, of the same layers as without
+    a pipeline, and stages exchange whole tensors."""
+    if config.parallel.pipe_parallel_size <= 1:
+        return {}
+    settings = {"activation_checkpoint_interval": 0, "use_reentrant": False}
+    return {"pipeline": {**settings, "pipe_partitioned": False, "grad_partitioned": False}}
 
 
 def _zero(config: Config) -> dict[str, Any]:

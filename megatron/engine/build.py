@@ -1,4 +1,4 @@
-"""Config, mesh, model and objective -> an Engine: our own for ZeRO stage 0, DeepSpeed for stages 1 to 3.
+"""Config, mesh, model and objective -> an Engine: our own for ZeRO stage 0, DeepSpeed for stages 1 to 3 and pipelines.
 
 Here is the single call of deepspeed.initialize.
 
@@ -20,12 +20,18 @@ from megatron.config.schema.config import Config
 from megatron.engine import verify
 from megatron.engine.base import Engine
 from megatron.engine.local import LocalEngine
+from megatron.engine.mpu import MeshUnit
+from megatron.engine.pipeline import PipelineEngine
 from megatron.engine.plain import DeepSpeedEngine
 from megatron.engine.setup import prepare
+from megatron.engine.stage import PipelineStage
 from megatron.errors import EngineError, Problem
 from megatron.logs import get_logger
+from megatron.model.stage import StageModel
 from megatron.objectives.build import Objective
 from megatron.optim.build import OptimizerKind, build_optimizer
+from megatron.parallel.collectives import TensorRegion
+from megatron.parallel.grad_sync import sum_in_backward
 from megatron.parallel.mesh import Mesh
 
 logger = get_logger(__name__)
@@ -39,12 +45,12 @@ def build_engine(config: Config, mesh: Mesh, model: nn.Module, objective: Object
     Raises ConfigError for an optimizer or combination that cannot run, EngineError where the live engine
     differs from the config.
     """
-    _require_layout(mesh)
     prepare(mesh)
     optimizer = build_optimizer(config, model.named_parameters(), _DEEPSPEED_OPTIMIZERS)
     sizes = [sum(parameter.numel() for parameter in group["params"]) for group in optimizer.param_groups]
-    wanted = verify.expected(config, mesh, _stage(config), verify.group_facts(optimizer.param_groups, sizes))
-    engine = _ENGINES[_stage(config) > 0](config, mesh, model, optimizer, objective)
+    stage = _stage(config, mesh)
+    wanted = verify.expected(config, mesh, stage, verify.group_facts(optimizer.param_groups, sizes))
+    engine = _kind(stage, mesh)(config, mesh, model, optimizer, objective)
     found = engine.read_back()
     verify.compare(wanted, found)
     logger.info(
@@ -56,18 +62,38 @@ def build_engine(config: Config, mesh: Mesh, model: nn.Module, objective: Object
 
 
 def _deepspeed(config: Config, mesh: Mesh, model: nn.Module, optimizer: Optimizer, objective: Objective) -> Engine:
-    live, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config))
+    unit = MeshUnit(mesh) if mesh.tp.size > 1 else None
+    live, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config), mpu=unit)
+    sum_in_backward(live.module.parameters(), TensorRegion(mesh.tp, config.parallel.sequence_parallel))
     return DeepSpeedEngine(config, mesh, live, objective)
 
 
-_ENGINES: dict[bool, Callable[[Config, Mesh, nn.Module, Optimizer, Objective], Engine]] = {
-    False: LocalEngine,  # stage 0
-    True: _deepspeed,
-}
+def _pipeline(config: Config, mesh: Mesh, model: nn.Module, optimizer: Optimizer, objective: Objective) -> Engine:
+    if not isinstance(model, StageModel):
+        why = "a pipeline is built of stages, and this model is whole."
+        raise EngineError(Problem(f"pipe_parallel_size = {mesh.pp.size}", why, "Build the model with build_model."))
+    deepspeed.init_distributed(dist_init_required=False, auto_mpi_discovery=False)  # over the group that is there
+    stage = PipelineStage(model, mesh, objective)
+    live, *_ = deepspeed.initialize(model=stage, optimizer=optimizer, config=deepspeed_config(config))
+    return PipelineEngine(config, mesh, live, stage, objective)
 
 
-def _stage(config: Config) -> int:
-    return int(config.parallel.zero_optimization.get("stage", 0))
+MakeEngine = Callable[[Config, Mesh, nn.Module, Optimizer, Objective], Engine]
+
+
+def _kind(stage: int, mesh: Mesh) -> MakeEngine:
+    if mesh.pp.size > 1:
+        return _pipeline
+    return _deepspeed if stage else LocalEngine
+
+
+def _stage(config: Config, mesh: Mesh) -> int:
+    """Return the ZeRO stage that serves the config's: the least that DeepSpeed's pipeline computes right is 1."""
+    stage = int(config.parallel.zero_optimization.get("stage", 0))
+    if stage == 0 and mesh.pp.size > 1:
+        logger.info("zero_optimization.stage 0 is served by stage 1 in a pipeline; the arithmetic is the same")
+        return 1
+    return stage
 
 
 def _cpu_adam(groups: list[dict[str, Any]], **params: Any) -> Any:
@@ -76,11 +102,3 @@ def _cpu_adam(groups: list[dict[str, Any]], **params: Any) -> Any:
 
 # DeepSpeed compiles it on first use; it updates masters that are offloaded to the CPU.
 _DEEPSPEED_OPTIMIZERS = {"cpu_adam": OptimizerKind(_cpu_adam)}
-
-
-def _require_layout(mesh: Mesh) -> None:
-    for axis, key in ((mesh.tp, "model_parallel_size"), (mesh.pp, "pipe_parallel_size")):
-        if axis.size > 1:
-            raise EngineError(
-                Problem(f"{key} = {axis.size}", "this engine trains whole models only.", f"Set {key} to 1.")
-            )

@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron.config.schema.config import Config
-from megatron.engine import state, verify, zero
+from megatron.engine import state, zero
 from megatron.engine.base import ReadTensor
 from megatron.engine.fragments import Holdings
 from megatron.engine.step import MicroBatchEngine, Update, diverged
@@ -52,25 +51,9 @@ class DeepSpeedEngine(MicroBatchEngine):
         zero.publish_masters(self._live.optimizer)
         self.check_masters()
 
-    def check_masters(self) -> None:
-        """Raise EngineError unless the weights are the rounded masters, on all ranks alike."""
-        is_sharded = self._live.zero_optimization_stage() == 3
-        verify.check_masters(self._holdings().held, self.model, self._mesh, is_sharded)
-
     def read_back(self) -> dict[str, Any]:
         """Return what the live engine does, under the names of the keys that asked for it; all ranks must call it."""
-        live = self._live
-        return {
-            "zero_optimization.stage": int(live.zero_optimization_stage()),
-            "gradient_clipping": float(live.optimizer.clip_grad),
-            "train_batch_size": live.train_batch_size() // self._mesh.cp.size,
-            "train_micro_batch_size_per_gpu": live.train_micro_batch_size_per_gpu(),
-            "gradient_accumulation_steps": live.gradient_accumulation_steps(),
-            "replicas of the parameters": dist.get_world_size(live.seq_data_parallel_group),
-            "precision of accumulation": verify.DTYPES[zero.accumulation_dtype(live.optimizer)],
-            "precision of communication": verify.DTYPES[zero.communication_dtype(live)],
-            **verify.common_facts(self._holdings(), self.model, self._mesh),
-        }
+        return zero.read_back(self._live, self._holdings(), self.model, self._mesh)
 
     def _holdings(self) -> Holdings:
         return zero.holdings(self._live.optimizer, self.model)
@@ -93,6 +76,7 @@ class DeepSpeedEngine(MicroBatchEngine):
 
     @torch.no_grad()
     def _update(self) -> Update:
+        self._show_gradients(zero.gradients(self.model), float(getattr(self._live.optimizer, "loss_scale", 1.0)))
         try:
             self._live.step()
         except Exception as error:

@@ -9,6 +9,7 @@ of several stages use (tied embeddings, a shared table of positions) is a copy o
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,11 +34,13 @@ _SINGLE = Axis("tp")
 class StagePlan:
     """The split of a model over stages, the same on every rank.
 
+    titles: the name of each layer plan.
     names: for each layer plan, its parameters: name within the layer -> canonical name.
     shapes: canonical name -> full shape, of the whole model.
     bounds: stage s holds the plans bounds[s] to bounds[s + 1].
     """
 
+    titles: tuple[str, ...]
     names: tuple[Names, ...]
     shapes: Mapping[str, tuple[int, ...]]
     bounds: tuple[int, ...]
@@ -58,7 +61,8 @@ class StagePlan:
         }
         sizes = [sum(parameter.numel() for parameter in module.parameters()) for module in modules]
         weights = _weights(method, plans, modules, sizes)
-        return cls(names, shapes, tuple(balanced_bounds(weights, stages)))
+        titles = tuple(plan.name for plan in plans)
+        return cls(titles, names, shapes, tuple(balanced_bounds(weights, stages)))
 
     @property
     def stages(self) -> int:
@@ -72,6 +76,10 @@ class StagePlan:
     def held(self, stage: int) -> set[str]:
         """Return the canonical names of the parameters that a stage holds."""
         return {name for layer in self.layers(stage) for name in self.names[layer].values()}
+
+    def sizes(self) -> list[int]:
+        """Return the number of weights of each stage, over all tensor-parallel ranks."""
+        return [sum(math.prod(self.shapes[name]) for name in self.held(stage)) for stage in range(self.stages)]
 
     def shared(self) -> dict[str, list[int]]:
         """Return the parameters that several stages hold, by name, with those stages; the first of them owns it."""
@@ -124,7 +132,7 @@ class StageModel(nn.Module):
             stream = chunk(self._call, stream, None)
         return stream
 
-    def head(self, stream: Stream, labels: Tensor | None = None, loss_mask: Tensor | None = None) -> Tensor:
+    def finish(self, stream: Stream, labels: Tensor | None = None, loss_mask: Tensor | None = None) -> Tensor:
         """Return logits, losses or their sum, on the last stage, as `SequentialModel` does."""
         output: Tensor = self._call(len(self.plans) - 1, stream, labels, loss_mask)
         return output
