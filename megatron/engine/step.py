@@ -10,16 +10,18 @@ batch is split, ragged loss masks included:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron.config.schema.config import Config
 from megatron.data.batch import Batch
-from megatron.engine.base import StepResult
+from megatron.engine import replicas, verify
+from megatron.engine.base import StepResult, WatchGradient
+from megatron.engine.fragments import Holdings
 from megatron.errors import EngineError, Problem
 from megatron.objectives.build import Objective
 from megatron.optim.schedules import learning_rate
@@ -45,6 +47,16 @@ class StepEngine(ABC):
         self._rng = RngStreams(config.numerics.seed, mesh)
         self._num_micro_batches = config.batch.gradient_accumulation_steps
         self._train_iters = config.training.train_iters or 0
+        self._watcher: WatchGradient | None = None
+
+    @property
+    @abstractmethod
+    def model(self) -> nn.Module:
+        """The model, with this rank's parameters under their canonical names."""
+
+    @abstractmethod
+    def _holdings(self) -> Holdings:
+        """Return what this rank holds of masters and optimizer state."""
 
     @abstractmethod
     def _start(self, rate: float) -> float:
@@ -61,6 +73,28 @@ class StepEngine(ABC):
     @abstractmethod
     def _losses(self, batches: Sequence[Batch]) -> Tensor:
         """Return this rank's sum of losses, fp64 scalar, without dropout and without a gradient."""
+
+    def check_masters(self) -> None:
+        """Raise EngineError unless the weights are the rounded masters and all copies are alike; see `Engine`."""
+        verify.check_masters(self._holdings().held, self._mesh)
+        self.check_replicas()
+
+    def check_replicas(self) -> None:
+        """Raise EngineError on every rank unless all copies of a tensor are alike; see `Engine`."""
+        replicas.check(replicas.copies(self.model, self._holdings()), self._mesh)
+
+    def watch_gradients(self, watcher: WatchGradient) -> None:
+        """Show every gradient of every further step; see `Engine`."""
+        self._watcher = watcher
+
+    def _show_gradients(self, gradients: Iterable[tuple[str, Tensor]], loss_scale: float) -> None:
+        """Show the reduced gradients, before they are clipped, to whoever watches; an engine calls it in each step.
+
+        gradients: (canonical name, this rank's share on the tensor axis, times loss_scale); is read only if watched.
+        """
+        if self._watcher is not None:
+            for name, gradient in gradients:
+                self._watcher(name, gradient.float() / loss_scale)
 
     def train_step(self, batches: Sequence[Batch], iteration: int) -> StepResult:
         """Do one optimizer step; see `Engine.train_step`.

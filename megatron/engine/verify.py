@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from megatron.config.schema.config import Config
 from megatron.engine.fragments import Fragment, Holdings
@@ -83,44 +83,22 @@ def compare(wanted: Facts, found: Facts) -> None:
         raise EngineError(*problems)
 
 
-def check_masters(owned: Sequence[Fragment], module: nn.Module, mesh: Mesh, is_sharded: bool) -> None:
-    """Raise EngineError on every rank unless all weights are their masters rounded, and equal on all ranks.
-
-    is_sharded: weights are split over the data axis (stage 3), so that there is nothing to compare between ranks.
-    All ranks must call it.
-    """
-    wrong = [f.name for f in owned if not torch.equal(f.master.to(f.weight.device, f.weight.dtype), f.weight)]
-    elements = sum(fragment.numel for fragment in owned)
+def check_masters(held: Sequence[Fragment], mesh: Mesh) -> None:
+    """Raise EngineError on every rank unless all weights are their masters rounded; all ranks must call it."""
+    wrong = [f.name for f in held if not torch.equal(f.master.to(f.weight.device, f.weight.dtype), f.weight)]
+    elements = sum(fragment.numel for fragment in held)
     report = torch.tensor([len(wrong), elements], dtype=torch.int64, device=mesh.device)
-    if mesh.replicas.group is not None:
-        dist.all_reduce(report, group=mesh.replicas.group)
-    drifted = 0 if is_sharded else _drift(module, mesh)
-    if report[0].item() or drifted:
+    if mesh.world.group is not None:
+        dist.all_reduce(report, group=mesh.world.group)
+    if report[0].item():
         raise EngineError(
             Problem(
-                what=f"{int(report[0])} fragments of weights differ from their fp32 masters, {drifted} tensors differ "
-                "between replicas",
+                what=f"{int(report[0])} fragments of weights differ from their fp32 masters",
                 why=f"the first optimizer step would throw loaded weights away; on this rank: {wrong[:10]}.",
                 fix="This is a defect of the engine: report it with the configuration.",
             )
         )
-    logger.info("fp32 masters equal the weights on all %d ranks: %d elements", mesh.replicas.size, int(report[1]))
-
-
-def _drift(module: nn.Module, mesh: Mesh) -> int:
-    """Return how many parameters have bits that differ between replicas, by checksum."""
-    if mesh.replicas.group is None or mesh.replicas.size == 1:
-        return 0
-    sums = torch.stack([_checksum(parameter.detach()) for parameter in module.parameters()])
-    low, high = sums.clone(), sums.clone()
-    dist.all_reduce(low, op=dist.ReduceOp.MIN, group=mesh.replicas.group)
-    dist.all_reduce(high, op=dist.ReduceOp.MAX, group=mesh.replicas.group)
-    return int((low != high).sum())
-
-
-def _checksum(tensor: Tensor) -> Tensor:
-    bits = tensor.contiguous().view(torch.int32 if tensor.dtype == torch.float32 else torch.int16)
-    return bits.sum(dtype=torch.int64)
+    logger.info("fp32 masters equal the weights on all %d ranks: %d elements", mesh.world.size, int(report[1]))
 
 
 def _dtypes(tensors: Any) -> str:

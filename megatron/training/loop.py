@@ -40,6 +40,8 @@ def run_loop(run: Run, progress: Progress) -> Progress:
         samples = run.loader.consumed_samples - progress.consumed_samples
         progress = progress.after_step(samples, result.num_tokens, result.skipped)
         run.monitor.log_step(progress.iteration, result)
+        if is_due(progress, run.training.check_replicas_interval or None):
+            run.engine.check_replicas()
         if is_due(progress, run.training.eval_interval) or progress.iteration == run.train_iters:
             validate(run, progress)
         save_if_due(run, progress)
