@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.pipe.schedule import ReduceTiedGrads
 from torch import Tensor, nn
 
 from megatron.config.schema.config import Config
@@ -23,7 +24,7 @@ from megatron.data.batch import Batch
 from megatron.engine import state, zero
 from megatron.engine.base import ReadTensor
 from megatron.engine.fragments import Holdings
-from megatron.engine.stage import Feed, PipelineStage
+from megatron.engine.stage import Feed, PipelineStage, is_copy
 from megatron.engine.step import StepEngine, Update, diverged
 from megatron.errors import EngineError, Problem
 from megatron.logs import get_logger
@@ -47,6 +48,8 @@ class PipelineEngine(StepEngine):
         self._live = live
         self._stage = stage
         self._shape: tuple[int, ...] | None = None
+        self._take_model_step, live._take_model_step = live._take_model_step, self._show_and_step
+        live._INSTRUCTION_MAP = {**live._INSTRUCTION_MAP, ReduceTiedGrads: _sum_shared_gradients}
         _require_same_layout(live.grid, mesh)
         state.make_states(self._holdings())
         _announce(stage.model, self._num_micro_batches)
@@ -61,7 +64,7 @@ class PipelineEngine(StepEngine):
 
         The first of the stages that share a parameter owns it."""
         found = self._holdings()
-        owned = [fragment for fragment in found.owned if not fragment.parameter.ds_pipe_replicated]
+        owned = [fragment for fragment in found.owned if not is_copy(fragment.parameter)]
         return state.pieces(replace(found, owned=owned), self._mesh)
 
     def load_state(self, read: ReadTensor, with_optimizer: bool) -> None:
@@ -109,6 +112,11 @@ class PipelineEngine(StepEngine):
         live.module.train()
         return self._from_last_stage(feed.losses)
 
+    def _show_and_step(self, settings: Any) -> None:
+        """Show the reduced gradients before the optimizer's step, which is the last instruction of the schedule."""
+        self._show_gradients(zero.gradients(self.model), float(getattr(self._live.optimizer, "loss_scale", 1.0)))
+        self._take_model_step(settings)
+
     def _update(self) -> Update:
         return Update(float(self._live.get_global_grad_norm()), not self._live.was_step_applied())
 
@@ -125,6 +133,17 @@ class PipelineEngine(StepEngine):
         """Return the last stage's value on every stage; the others have 0."""
         dist.all_reduce(losses, group=self._mesh.pp.group)
         return losses
+
+
+def _sum_shared_gradients(live: Any) -> None:
+    """Sum the gradients of parameters that stages share over those stages.
+
+    In the place of DeepSpeed's instruction, which does not look where ZeRO 1 accumulates fp16 gradients in fp32.
+    """
+    for weight, group in live.module.get_tied_weights_and_groups():
+        places = (getattr(weight, "_hp_grad", None), getattr(weight, "grad_accum", None), weight.grad)
+        gradient = next(gradient for gradient in places if gradient is not None)
+        dist.all_reduce(gradient, group=group)
 
 
 def _require_same_layout(grid: Any, mesh: Mesh) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import deepspeed.comm as dist
 import torch
@@ -24,6 +24,8 @@ from megatron.model.stage import StageModel
 from megatron.model.stream import Stream
 from megatron.objectives.build import Objective
 from megatron.parallel.mesh import Mesh
+
+_COPY = "ds_pipe_replicated"  # DeepSpeed's name
 
 
 class Feed:
@@ -79,14 +81,12 @@ class PipelineStage(PipelineModule):
     def _loss(self, outputs: tuple[Tensor, ...], labels: Tensor) -> Tensor:
         """Return the loss of the micro-batch that `forward` just ran, scaled; DeepSpeed calls it on the last stage."""
         assert self._batch is not None
-        batch, stream = self._batch, unpack(outputs, self._batch.segments)
+        stream = unpack(outputs, self._batch.segments)
 
-        def head(
-            tokens: Tensor, labels: Tensor | None = None, loss_mask: Tensor | None = None, segments: Tensor | None = None
-        ) -> Tensor:
+        def head(tokens: Tensor, labels: Tensor, loss_mask: Tensor, segments: Tensor | None) -> Tensor:
             return self.model.finish(stream, labels, loss_mask)
 
-        loss, _ = self._objective(head, batch)
+        loss, _ = self._objective(head, self._batch)
         self.feed.losses += loss.detach()
         return loss * self.feed.scale.to(loss.dtype)
 
@@ -100,7 +100,7 @@ class PipelineStage(PipelineModule):
         self.stage = self.model
         shared = self.model.split.shared()
         for name, parameter in self.stage.named_parameters():
-            parameter.ds_pipe_replicated = name in shared and shared[name][0] != self.stage_id
+            setattr(parameter, _COPY, name in shared and shared[name][0] != self.stage_id)
 
     @torch.no_grad()  # a broadcast in place of what has a gradient is a warning
     def _synchronize_tied_weights(self) -> None:
@@ -110,18 +110,26 @@ class PipelineStage(PipelineModule):
         """Return the groups over which shared parameters are made equal, and their gradients summed."""
         comms: dict[str, dict[str, object]] = {}
         for name, stages in self.model.split.shared().items():
-            for replica in range(self._topo.get_dim("data")):
-                for share in range(self._topo.get_dim("model")):
-                    ranks = [self._topo.get_rank(pipe=stage, data=replica, model=share) for stage in stages]
-                    group = dist.new_group(ranks=ranks)
-                    if self.global_rank in ranks:
-                        owner, _, attribute = name.rpartition(".")
-                        key = name.replace(".", "/")  # torch allows no dots in the names of modules
-                        self.tied_modules[key] = self.stage.get_submodule(owner)
-                        comms[key] = {
-                            "ranks": ranks, "group": group, "weight_attr": [attribute], "module": self.tied_modules[key],
-                        }  # fmt: skip
+            for ranks in self._pipelines(stages):
+                group = dist.new_group(ranks=ranks)  # by every rank, and in the same order
+                if self.global_rank in ranks:
+                    owner, _, attribute = name.rpartition(".")
+                    module = self.stage.get_submodule(owner)
+                    key = name.replace(".", "/")  # torch allows no dots in the names of modules
+                    self.tied_modules[key] = module
+                    comms[key] = {"ranks": ranks, "group": group, "weight_attr": [attribute], "module": module}
         return comms
+
+    def _pipelines(self, stages: Sequence[int]) -> Iterator[list[int]]:
+        """Yield the ranks of these stages in each pipeline."""
+        for replica in range(self._topo.get_dim("data")):
+            for share in range(self._topo.get_dim("model")):
+                yield [self._topo.get_rank(pipe=stage, data=replica, model=share) for stage in stages]
+
+
+def is_copy(parameter: Tensor) -> bool:
+    """Return whether an earlier stage owns this parameter, which counts in the norm and in checkpoints only there."""
+    return bool(getattr(parameter, _COPY))
 
 
 def pack(stream: Stream) -> tuple[Tensor, ...]:

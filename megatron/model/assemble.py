@@ -11,6 +11,7 @@ from torch import nn
 from megatron.model.init import initialize
 from megatron.model.plan import LayerPlan
 from megatron.parallel.mesh import Axis
+from megatron.parallel.sharding import full_shape, get_spec
 
 Names = Mapping[str, str]
 """Name of a parameter within its layer's module -> its canonical name in the whole model."""
@@ -57,6 +58,12 @@ def fill(root: nn.Module, seed: int | None, tensor_axis: Axis) -> None:
         return
     for parameter in root.parameters():
         parameter.zero_()
+
+
+def full_shapes(root: nn.Module, tensor_size: int) -> dict[str, tuple[int, ...]]:
+    """Return the full shape of every parameter below `root`, by name; tensor_size: ranks that share each of them."""
+    parameters = root.named_parameters()
+    return {name: full_shape(parameter.shape, get_spec(parameter), tensor_size) for name, parameter in parameters}
 
 
 def _register_elsewhere(root: nn.Module, plan_name: str, module: nn.Module, names: Names) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron.model.assemble import build_modules, fill
+from megatron.model.assemble import build_modules, fill, full_shapes
 from megatron.model.cache import KVCache
 from megatron.model.plan import LayerPlan
 from megatron.model.recompute import Recompute
@@ -50,6 +50,7 @@ class SequentialModel(nn.Module):
         self.plans = tuple(plans)
         self._in_order = build_modules(self, self.plans, device, dtype)
         fill(self, seed, tensor_axis)
+        self._tensor_size = tensor_axis.size
         names = [plan.name for plan in self.plans]
         self._chunks = (recompute or Recompute()).chunks(names, range(1, len(names) - 1))
 
@@ -73,6 +74,10 @@ class SequentialModel(nn.Module):
             cache.advance(tokens.shape[1])
         output: Tensor = self._call(len(self.plans) - 1, stream, labels, loss_mask)
         return output
+
+    def full_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the full shape of every weight, by canonical name."""
+        return full_shapes(self, self._tensor_size)
 
     def _call(self, index: int, *inputs: Any) -> Any:
         module, call = self._in_order[index], self.plans[index].call

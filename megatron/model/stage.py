@@ -19,13 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from megatron.errors import ConfigError, Problem
-from megatron.model.assemble import Names, build_modules, fill
+from megatron.model.assemble import Names, build_modules, fill, full_shapes
 from megatron.model.plan import LayerPlan
 from megatron.model.recompute import Recompute
 from megatron.model.stream import Stream
 from megatron.parallel.mesh import Axis
 from megatron.parallel.pipeline import balanced_bounds
-from megatron.parallel.sharding import full_shape, get_spec
 
 _SINGLE = Axis("tp")
 
@@ -55,14 +54,10 @@ class StagePlan:
         modules = build_modules(root, plans, "meta", torch.float32)
         canonical = {id(parameter): name for name, parameter in root.named_parameters()}
         names = tuple({name: canonical[id(p)] for name, p in module.named_parameters()} for module in modules)
-        shapes = {
-            name: full_shape(parameter.shape, get_spec(parameter), tensor_axis.size)
-            for name, parameter in root.named_parameters()
-        }
         sizes = [sum(parameter.numel() for parameter in module.parameters()) for module in modules]
         weights = _weights(method, plans, modules, sizes)
         titles = tuple(plan.name for plan in plans)
-        return cls(titles, names, shapes, tuple(balanced_bounds(weights, stages)))
+        return cls(titles, names, full_shapes(root, tensor_axis.size), tuple(balanced_bounds(weights, stages)))
 
     @property
     def stages(self) -> int:
@@ -117,9 +112,9 @@ class StageModel(nn.Module):
         middle = range(int(self.is_first), len(self.plans) - int(self.is_last))
         self._chunks = (recompute or Recompute()).chunks([plan.name for plan in self.plans], middle)
 
-    def full_shapes(self) -> Mapping[str, tuple[int, ...]]:
+    def full_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the full shape of every weight of the whole model, by canonical name."""
-        return self.split.shapes
+        return dict(self.split.shapes)
 
     def forward(self, inputs: Any, segments: Tensor | None = None) -> Stream:
         """Return the stream after this stage's layers, all but the head.

@@ -41,7 +41,9 @@ def layout(name: str, stages: int, accumulation: int, more: dict[str, Any]) -> d
 def test_a_pipeline_equals_one_process(name, stages, replicas, accumulation, more):
     flat = layout(name, stages, accumulation, more)
     trace = run_layout(flat, stages * replicas, segments=True)
-    assert_equal(trace, run_reference({key: v for key, v in flat.items() if key != "pipe_partition_method"}, True), 1e-5)
+    assert_equal(
+        trace, run_reference({key: v for key, v in flat.items() if key != "pipe_partition_method"}, True), 1e-5
+    )
 
 
 @pytest.mark.parametrize(("replicas", "accumulation"), [(1, 4), (2, 1), (2, 2)])
