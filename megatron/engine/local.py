@@ -81,6 +81,11 @@ class LocalEngine(MicroBatchEngine):
             "replicas of the parameters": self._mesh.replicas.size,
             "precision of accumulation": sums,
             "precision of communication": sums,
+            "model_parallel_size": self._mesh.tp.size,
+            "pipe_parallel_size": 1,
+            "zero_optimization.offload_optimizer.device": "none",
+            "zero_optimization.offload_param.device": "none",
+            "learning rate schedule of DeepSpeed's": None,
             **verify.common_facts(self._holdings(), self._model, self._mesh),
         }
 

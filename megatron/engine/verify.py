@@ -46,8 +46,18 @@ def expected(config: Config, mesh: Mesh, stage: int, groups: Sequence[dict[str, 
         "precision of the masters": "fp32",
         "precision of accumulation": types.get("grad_accum_dtype", "fp32"),
         "precision of communication": config.deepspeed.communication_data_type or "fp32",
+        "model_parallel_size": mesh.tp.size,
+        "pipe_parallel_size": mesh.pp.size,
+        "zero_optimization.offload_optimizer.device": _offload(config, "offload_optimizer"),
+        "zero_optimization.offload_param.device": _offload(config, "offload_param"),
+        "learning rate schedule of DeepSpeed's": None,
         "optimizer groups": list(groups),
     }
+
+
+def _offload(config: Config, entry: str) -> str:
+    block: dict[str, Any] = config.parallel.zero_optimization.get(entry) or {}
+    return str(block.get("device", "none"))
 
 
 def group_facts(groups: Sequence[dict[str, Any]], num_parameters: Sequence[int]) -> list[Facts]:

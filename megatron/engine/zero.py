@@ -70,7 +70,10 @@ def communication_dtype(live: Any) -> torch.dtype:
 
 
 def read_back(live: Any, found: Holdings, module: nn.Module, mesh: Mesh) -> verify.Facts:
-    """Return what a live DeepSpeed engine does, under the names of the keys that asked for it; all ranks must call it."""
+    """Return what a live DeepSpeed engine does, under the names of the keys that asked for it; all ranks call it."""
+    optimizer = live.optimizer
+    grid = getattr(live, "grid", None)  # of a pipeline, whose mp_world_size counts stages as well
+    offloads = getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False)
     return {
         "zero_optimization.stage": int(live.zero_optimization_stage()),
         "gradient_clipping": float(live.optimizer.clip_grad),
@@ -80,6 +83,11 @@ def read_back(live: Any, found: Holdings, module: nn.Module, mesh: Mesh) -> veri
         "replicas of the parameters": dist.get_world_size(live.seq_data_parallel_group),
         "precision of accumulation": verify.DTYPES[accumulation_dtype(live.optimizer)],
         "precision of communication": verify.DTYPES[communication_dtype(live)],
+        "model_parallel_size": int(grid.get_slice_parallel_world_size() if grid else live.mp_world_size),
+        "pipe_parallel_size": grid.get_pipe_parallel_world_size() if grid else 1,
+        "zero_optimization.offload_optimizer.device": "cpu" if offloads else "none",
+        "zero_optimization.offload_param.device": "cpu" if getattr(optimizer, "offload_param", False) else "none",
+        "learning rate schedule of DeepSpeed's": live.lr_scheduler,
         **verify.common_facts(found, module, mesh),
     }
 
