@@ -125,9 +125,6 @@ LINES: tuple[Line, ...] = (
          "Remove the entry."),
     Line("no norm", "", "the norm is reported at every step, and tells a gradient that is not finite.",
          "Remove the entry."),
-    Line("tensor", "", "tensor parallelism is not built in this version.", "Set it to 1.", built=False),
-    Line("context", "", "context parallelism is not built in this version.", "Set it to 1.", built=False),
-    Line("sequence", "", "sequence parallelism is not built in this version.", "Set it to false.", built=False),
 )  # fmt: skip
 
 NOTES: tuple[Note, ...] = (

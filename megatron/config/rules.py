@@ -16,6 +16,7 @@ from megatron.config.attention import expand_attention
 from megatron.config.blocks import OPTIMIZERS
 from megatron.config.draft import Draft, show
 from megatron.config.schema.config import Config
+from megatron.config.widths import mlp_widths
 from megatron.errors import ConfigError, Problem
 
 TRIANGLE = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -92,6 +93,28 @@ def context_parallel_attention(d: Draft) -> Iterator[Problem]:
         why = f"{key} = {heads} cannot be split over context_parallel_size = {cp} x model_parallel_size = {tp}."
         fix = "Set context_parallel_method: ring, which takes any number of heads."
         yield d.problem("context_parallel_method", method, why, fix)
+
+
+def mlp_divides_over_processes(d: Draft) -> Iterator[Problem]:
+    """Tensor parallelism splits the features between the two matrices of the MLP."""
+    tp = d.model_parallel_size
+    keys_of_width = (d.activation, d.hidden_size, d.intermediate_size, d.expansion_factor, d.mlp_multiple_of)
+    _, width, gated = mlp_widths(*keys_of_width)
+    if width % tp:
+        branch = " in each branch" if gated else ""
+        why = f"the MLP has {width} features{branch}, which cannot be split over model_parallel_size = {tp}."
+        fix = f"Set mlp_multiple_of to a multiple of {tp}, which rounds the width up, or another intermediate_size."
+        yield d.problem("intermediate_size", d.intermediate_size, why, fix)
+
+
+def tokens_divide_over_processes(d: Draft) -> Iterator[Problem]:
+    """Sequence parallelism gives each tensor parallel process an equal part of the tokens that they compute."""
+    tp, cp, length = d.model_parallel_size, d.context_parallel_size, d.seq_length
+    if d.sequence_parallel and length % (tp * cp):
+        shared = f" x context_parallel_size = {cp}" if cp > 1 else ""
+        why = f"sequence_parallel splits it over model_parallel_size = {tp}{shared} ({length} % {tp * cp} > 0)."
+        fix = f"Set seq_length to {-(-length // (tp * cp)) * tp * cp}, or sequence_parallel to false."
+        yield d.problem("seq_length", length, why, fix)
 
 
 def rotary_is_even(d: Draft) -> Iterator[Problem]:
@@ -285,7 +308,7 @@ def addresses_hold_no_password(d: Draft) -> Iterator[Problem]:
 
 RULES: tuple[Rule, ...] = (
     heads_divide_hidden, kv_heads_divide_heads, heads_divide_over_processes, sequence_divides_over_processes,
-    context_parallel_attention, rotary_is_even, positions_cover_sequence,
+    mlp_divides_over_processes, tokens_divide_over_processes, context_parallel_attention, rotary_is_even, positions_cover_sequence,
     one_mlp_width, attention_pattern_fits, tied_norm_needs_parallel_residual, fused_gelu_needs_gelu, split_is_possible,
     one_source_of_data, lists_match, one_length_of_training, learning_rate_is_a_range,
     optimizer_takes_params, combinations_are_allowed, engine_decides_alone, saving_needs_a_time,

@@ -32,6 +32,15 @@ CASES: list[tuple[dict[str, Any], str]] = [
         "model_parallel_size to 1 or 2.",
     ),
     (
+        {"activation": "swiglu", "model_parallel_size": 2, "world": 2, "hidden_size": 32},
+        "intermediate_size = null: the MLP has 43 features in each branch, which cannot be split over "
+        "model_parallel_size = 2. Set mlp_multiple_of to a multiple of 2, which rounds the width up, or",
+    ),
+    (
+        {"sequence_parallel": True, "model_parallel_size": 2, "world": 2, "seq_length": 15},
+        "seq_length = 15: sequence_parallel splits it over model_parallel_size = 2 (15 % 2 > 0). Set seq_length to 16,",
+    ),
+    (
         {"context_parallel_size": 3, "world": 3},
         "seq_length = 16: context_parallel_size = 3 cuts it into 6 chunks (16 % 6 = 4). Set seq_length to 12 or 18, or",
     ),

@@ -47,7 +47,7 @@ SMALL: dict[str, Any] = {
     "pos_emb": "rotary",
     "no_weight_tying": True,
     "train_batch_size": 8,
-    "optimizer": {"type": "adam", "params": {"lr": 3e-3, "betas": [0.9, 0.95]}},
+    "optimizer": {"type": "adam", "params": {"lr": 3e-3, "betas": [0.9, 0.95], "eps": 1e-5}},
     "gradient_clipping": 0.5,
     "train_iters": 20,
     "warmup": 0.1,
@@ -130,6 +130,7 @@ def train_layout(config: Config, batches: Sequence[Batch]) -> Trace:
     results = [engine.train_step(micro_batches(config, batches[i], mesh), i) for i in range(steps)]
     evaluation = engine.evaluate(micro_batches(config, batches[-1], mesh))
     engine.check_masters()
+    require_equal_replicas(engine, mesh)
     specs = {name: get_spec(parameter) for name, parameter in engine.model.named_parameters()}
     return Trace(
         losses=[result.loss for result in results],
@@ -139,6 +140,18 @@ def train_layout(config: Config, batches: Sequence[Batch]) -> Trace:
         weights=full_weights(engine),
         evaluation=evaluation,
     )
+
+
+def require_equal_replicas(engine: Any, mesh: Mesh) -> None:
+    """Raise unless every parameter that tensor-parallel ranks replicate has the same bits on all of them."""
+    if mesh.tp.size == 1 or any(hasattr(parameter, "ds_id") for parameter in engine.model.parameters()):
+        return  # under ZeRO 3 a rank holds a slice; `full_state` compares nothing either, since each has one owner
+    mine = {n: p.detach() for n, p in engine.model.named_parameters() if get_spec(p).dim is None}
+    places: list[Any] = [None] * mesh.tp.size
+    dist.all_gather_object(places, mine, group=mesh.tp.group)
+    for other in places:
+        wrong = [name for name, weight in mine.items() if not torch.equal(weight, other[name])]
+        assert not wrong, f"replicas differ over the tensor axis: {wrong}"
 
 
 def gather(value: Any) -> list[Any]:
