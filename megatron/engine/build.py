@@ -75,6 +75,7 @@ def _pipeline(config: Config, mesh: Mesh, model: nn.Module, optimizer: Optimizer
     deepspeed.init_distributed(dist_init_required=False, auto_mpi_discovery=False)  # over the group that is there
     stage = PipelineStage(model, mesh, objective)
     live, *_ = deepspeed.initialize(model=stage, optimizer=optimizer, config=deepspeed_config(config))
+    sum_in_backward(live.module.parameters(), TensorRegion(mesh.tp, config.parallel.sequence_parallel))
     return PipelineEngine(config, mesh, live, stage, objective)
 
 
