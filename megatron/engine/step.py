@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron.config.schema.config import Config
-from megatron.data.batch import Batch
+from megatron.data.batch import Batch, shard_sequence
 from megatron.engine import replicas, verify
 from megatron.engine.base import StepResult, WatchGradient
 from megatron.engine.fragments import Holdings
@@ -102,6 +102,7 @@ class StepEngine(ABC):
         Raises EngineError for a wrong number of micro-batches, and where fp16 has no smaller loss scale left.
         """
         self._require_accumulation(batches)
+        batches = self._parts(batches)
         rate = learning_rate(self._config.optimizer, self._train_iters, iteration)
         loss_scale = self._start(rate)
         num_tokens = self._count(batches)
@@ -122,6 +123,7 @@ class StepEngine(ABC):
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> tuple[float, int]:
         """Return the summed loss and the trained tokens of all ranks; see `Engine.evaluate`."""
+        batches = self._parts(batches)
         totals = torch.stack((self._losses(batches), _count_tokens(batches).to(self._mesh.device)))
         self._sum(totals)
         return float(totals[0]), int(totals[1])
@@ -135,6 +137,10 @@ class StepEngine(ABC):
                     fix="Give train_step exactly that many.",
                 )
             )
+
+    def _parts(self, batches: Sequence[Batch]) -> list[Batch]:
+        """Return what this rank computes of each batch; ranks of the context axis are given the same batches."""
+        return [shard_sequence(batch, self._mesh.cp) for batch in batches]
 
     def _count(self, batches: Sequence[Batch]) -> Tensor:
         """Return T, the trained tokens of the step over all replicas, without waiting for the device."""

@@ -11,8 +11,9 @@ from contextlib import nullcontext
 
 from torch import Tensor, nn
 
+from megatron.model.across import AcrossRanks
 from megatron.model.cache import KVCache
-from megatron.model.positions import AttentionMask, RelativePositionBias, RotaryTables, Span
+from megatron.model.positions import ALONE, AttentionMask, RelativePositionBias, RotaryTables, Span
 from megatron.ops.attention import attention
 from megatron.ops.rotary import rotate
 from megatron.parallel.collectives import TensorRegion
@@ -27,6 +28,7 @@ class SelfAttention(nn.Module):
     key_scaling: divides the queries and multiplies the scores (apply_query_key_layer_scaling); 1 is off.
     qk_norm: one norm of this rank's query heads [n/tp, d] for queries and keys, or None.
     rotary: tables, or None. mask: what is seen and any alibi bias. rpe: relative position bias, or None.
+    across: how tokens see those of the other ranks of the context axis; None where this rank has all of them.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class SelfAttention(nn.Module):
         rpe: RelativePositionBias | None = None,
         qk_norm: nn.Module | None = None,
         key_scaling: float = 1.0,
+        across: AcrossRanks | None = None,
     ) -> None:
         super().__init__()
         self.layer = layer
@@ -61,20 +64,24 @@ class SelfAttention(nn.Module):
         self.dense = RowParallelLinear(hidden_size, hidden_size, region, output_init, bias)
         self.qk_norm = qk_norm
         self.rpe = rpe
+        self.across = across
 
     def forward(self, hidden: Tensor, segments: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        span = Span.of(hidden.shape[1], cache)
+        span = Span.of(hidden.shape[1], cache, ALONE if self.across is None else self.across.axis)
         query, key, value = self._project(hidden, span)
         if cache is not None:
             key, value = cache.update(self.layer, key, value)
-        mask = self.mask(span, segments, self.rpe, hidden.device)
         if self.key_scaling != 1.0:
             query = query / self.key_scaling
         scale = self.key_scaling / math.sqrt(self.head_dim)
-        causal = mask is None and span.end - span.start > 1
         dropout = self.dropout if self.training else 0.0
         with self.region.own_stream(hidden.device) if dropout else nullcontext():
-            context = attention(query, key, value, scale, causal, mask, dropout)
+            if self.across is not None:
+                context = self.across(query, key, value, scale, self.mask, segments, self.rpe, dropout)
+            else:
+                mask = self.mask(span, segments, self.rpe, hidden.device)
+                causal = mask is None and span.end - span.start > 1
+                context = attention(query, key, value, scale, causal, mask, dropout)
         return self.dense(context.transpose(1, 2).flatten(2))
 
     def _project(self, hidden: Tensor, span: Span) -> tuple[Tensor, Tensor, Tensor]:

@@ -65,7 +65,7 @@ def build_plans(config: Config, vocab_size_padded: int, mesh: Mesh) -> list[Laye
     """
     model = config.model
     region = TensorRegion(mesh.tp, config.parallel.sequence_parallel, config.parallel.fp32_allreduce)
-    blocks = DecoderBlocks(config, region)
+    blocks = DecoderBlocks(config, region, mesh.cp)
     init = blocks.initializer(config.numerics.init_method)
     table = (vocab_size_padded, model.hidden_size, region, init)
     tied = not model.no_weight_tying
@@ -84,17 +84,17 @@ def _position_plans(config: Config, blocks: DecoderBlocks) -> list[LayerPlan]:
     """Return what happens to the word embeddings before the first block."""
     model, numerics = config.model, config.numerics
     offset, multiplier = model.opt_pos_emb_offset, numerics.mup_rp_embedding_mult
-    init, region = blocks.initializer(numerics.init_method), blocks.region
+    init, axes = blocks.initializer(numerics.init_method), (blocks.region, blocks.context)
     rows = model.max_position_embeddings + offset
     makers: dict[str, Callable[[], nn.Module]] = {
-        "learned": partial(LearnedPositions, rows, model.hidden_size, offset, multiplier, init, region),
-        "sinusoidal": partial(SinusoidalPositions, model.hidden_size, offset, multiplier, region),
+        "learned": partial(LearnedPositions, rows, model.hidden_size, offset, multiplier, init, *axes),
+        "sinusoidal": partial(SinusoidalPositions, model.hidden_size, offset, multiplier, *axes),
     }
     plans = []
     if model.pos_emb in makers:
         plans.append(LayerPlan("embedding.position_embeddings", makers[model.pos_emb]))
     if numerics.hidden_dropout:
-        plans.append(LayerPlan("embedding.dropout", partial(Dropout, numerics.hidden_dropout, region)))
+        plans.append(LayerPlan("embedding.dropout", partial(Dropout, numerics.hidden_dropout, blocks.region)))
     return plans
 
 

@@ -9,26 +9,29 @@ from torch import nn
 
 from megatron.config.schema.config import Config
 from megatron.model.accounting import layer_types, mlp_shape
+from megatron.model.across import make_across
 from megatron.model.attention import SelfAttention
 from megatron.model.block import ParallelBlock, PreNormBlock
 from megatron.model.init import make_initializer
 from megatron.model.mlp import MLP
 from megatron.model.norm import INSIDE, OUTSIDE, make_head_norm, make_norm
-from megatron.model.positions import AttentionMask, RelativePositionBias, RotaryTables, make_slopes
+from megatron.model.positions import ALONE, AttentionMask, RelativePositionBias, RotaryTables, make_slopes
 from megatron.ops.activations import make_activation
 from megatron.parallel.collectives import TensorRegion
 from megatron.parallel.layers import Initializer
+from megatron.parallel.mesh import Axis
 
 
 @dataclass(frozen=True)
 class DecoderBlocks:
     """Makes the blocks of one model; what they share (tables, masks, the rpe table) is made once.
 
-    region: the tensor axis of the mesh, and how its ranks meet.
+    region: the tensor axis of the mesh, and how its ranks meet. context: the context axis.
     """
 
     config: Config
     region: TensorRegion
+    context: Axis = ALONE
 
     def initializer(self, method: str) -> Initializer:
         """Return the initializer of a method name for this model's width and depth."""
@@ -104,6 +107,7 @@ class DecoderBlocks:
             rotary=self.rotary,
             rpe=self.rpe,
             qk_norm=make_head_norm(model, self.region) if model.use_qk_layernorm else None,
+            across=make_across(self.context, self.config.parallel.context_parallel_method),
             key_scaling=float(max(1, layer)) if numerics.apply_query_key_layer_scaling else 1.0,
         )
 
