@@ -213,7 +213,7 @@ class GradientBuffer:
 
     def norm(self) -> Tensor:
         """Return the norm of the reduced gradient of the whole model, in which replicated parameters count once."""
-        norms = torch.stack([torch.linalg.vector_norm(part) for part in self.flat.split(self._sizes)])
+        norms = torch.stack([torch.linalg.vector_norm(part) for part in self.flat.split(self._sizes)]).double()
         if self._region.is_split:
             squares = norms[_SPLIT].square()
             dist.all_reduce(squares, group=self._mesh.tp.group)
