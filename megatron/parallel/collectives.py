@@ -17,8 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,11 +38,17 @@ class TensorRegion:
     sequence: sequence parallelism (Korthikanti et al. 2022): outside of the split layers each rank holds the tokens of
         its share of the sequence, hidden [b, s/tp, h].
     fp32: 16 bit values are summed, and sent, in fp32 (fp32_allreduce).
+    group: name of the axis's process group, by which torch.compile knows it.
     """
 
     axis: Axis
     sequence: bool = False
     fp32: bool = False
+    group: str = field(init=False, default="")
+
+    def __post_init__(self) -> None:
+        if self.axis.group is not None:
+            object.__setattr__(self, "group", self.axis.group.group_name)
 
     @property
     def is_split(self) -> bool:
@@ -54,12 +59,6 @@ class TensorRegion:
     def splits_sequence(self) -> bool:
         """Whether hidden states outside of split layers are [b, s/tp, h]."""
         return self.sequence and self.is_split
-
-    @cached_property
-    def group(self) -> str:
-        """Name of the process group."""
-        assert self.axis.group is not None, f"the axis {self.axis.name} of size {self.axis.size} has no group"
-        return str(self.axis.group.group_name)
 
     def enter(self, hidden: Tensor) -> Tensor:
         """Return hidden [b, s, h], whole on each rank, from [b, s, h] or, under sequence parallelism, [b, s/tp, h]."""
