@@ -103,14 +103,12 @@ class Sight:
     slopes: Tensor | None = None
     segments: Tensor | None = None
 
-    def bias(self, part: Part, queries: Tensor, keys: Tensor) -> Tensor | None:
-        """Return what is added to the scores of a part, [.., q, s] fp32; None where the part's `causal` says all.
+    def needs_bias(self, part: Part) -> bool:
+        """Return whether the part's `causal` does not say all of what its tokens see."""
+        return part.cut or self.slopes is not None or self.segments is not None
 
-        queries, keys: the positions of the two ranks' tokens.
-        """
-        if not part.cut and self.slopes is None and self.segments is None:
-            return None
-        queries, keys = queries[part.query], keys[part.key]
+    def bias(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Return what is added to the scores of queries and keys at these positions: [.., q, s] fp32, -inf hides."""
         distance = queries.unsqueeze(1) - keys.unsqueeze(0)
         seen = distance >= 0
         if self.window is not None:
@@ -210,11 +208,12 @@ def ring_backward(
 def _masked_parts(ring: Ring, step: int, query: Tensor, sight: Sight) -> Iterator[tuple[slice, slice, dict[str, Any]]]:
     """Yield the parts of one step, each as slices of this rank's queries and the visiting keys, and its mask."""
     owner, local = (ring.rank - step) % ring.size, query.shape[2]
-    ranks = (ring.rank, owner)
-    queries, keys = (positions_of(rank, ring.size, local * ring.size, query.device) for rank in ranks)
-    for part in visible_parts(*ranks, ring.size, local // 2, sight.window):
-        bias = sight.bias(part, queries, keys)
-        yield part.query, part.key, {"causal": part.causal and bias is None, "bias": bias}
+    for part in visible_parts(ring.rank, owner, ring.size, local // 2, sight.window):
+        if not sight.needs_bias(part):
+            yield part.query, part.key, {"causal": part.causal}
+            continue
+        queries, keys = (positions_of(rank, ring.size, local * ring.size, query.device) for rank in (ring.rank, owner))
+        yield part.query, part.key, {"bias": sight.bias(queries[part.query], keys[part.key])}
 
 
 def sequence_to_heads(tokens: Tensor, axis: Axis) -> Tensor:

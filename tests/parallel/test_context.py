@@ -168,6 +168,18 @@ def test_the_ring_rounds_to_bf16_once() -> None:
     compare(ranks, alone(2, sights()["causal"], torch.bfloat16), rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("name", ["causal", "window"])
+def test_torch_compile_traces_the_ring_whole(name: str) -> None:
+    sight = sights()[name]
+
+    def run(method: Callable) -> tuple[list[Tensor], list[Tensor]]:
+        compiled = torch.compile(method, backend="aot_eager", fullgraph=True)
+        return together(compiled, 4, sight), together(method, 4, sight)
+
+    for found, wanted in run_ranks(2, run, ring_attention):
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+
+
 def test_heads_that_do_not_split_are_said() -> None:
     with pytest.raises(ValueError, match="3 heads do not split over 2 ranks"):
         sequence_to_heads(torch.zeros(1, 3, 4, 8), Axis("cp", 2, 0))
