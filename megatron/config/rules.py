@@ -8,6 +8,7 @@ and `trainable` what training needs beyond a model.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -137,6 +138,28 @@ def positions_cover_sequence(d: Draft) -> Iterator[Problem]:
         why = f"it is less than seq_length = {d.seq_length}."
         fix = f"Set max_position_embeddings to {d.seq_length} or more."
         yield d.problem("max_position_embeddings", d.max_position_embeddings, why, fix)
+
+
+def stages_have_layers(d: Draft) -> Iterator[Problem]:
+    """Each pipeline stage holds layers, shared out by a method that exists."""
+    stages, method = d.pipe_parallel_size, d.pipe_partition_method
+    if stages > d.num_layers:
+        why = f"each stage needs a layer, and num_layers = {d.num_layers}."
+        yield d.problem("pipe_parallel_size", stages, why, f"Set pipe_parallel_size to {d.num_layers} or less.")
+    problem = _method_problem(method)
+    if problem:
+        fix = "Set pipe_partition_method: parameters (or uniform, or type:<regular expression>)"
+        yield d.problem("pipe_partition_method", method, problem, fix)
+
+
+def _method_problem(method: str) -> str | None:
+    if not method.startswith("type:"):
+        return None if method in ("parameters", "uniform") else "there is no such method."
+    try:
+        re.compile(method.removeprefix("type:"))
+    except re.error as error:
+        return f"it is no regular expression: {error}."
+    return None
 
 
 def one_mlp_width(d: Draft) -> Iterator[Problem]:
@@ -308,8 +331,8 @@ def addresses_hold_no_password(d: Draft) -> Iterator[Problem]:
 
 RULES: tuple[Rule, ...] = (
     heads_divide_hidden, kv_heads_divide_heads, heads_divide_over_processes, sequence_divides_over_processes,
-    mlp_divides_over_processes, tokens_divide_over_processes, context_parallel_attention, rotary_is_even, positions_cover_sequence,
-    one_mlp_width, attention_pattern_fits, tied_norm_needs_parallel_residual, fused_gelu_needs_gelu, split_is_possible,
+    mlp_divides_over_processes, tokens_divide_over_processes, context_parallel_attention, stages_have_layers,
+    rotary_is_even, positions_cover_sequence, one_mlp_width, attention_pattern_fits, tied_norm_needs_parallel_residual, fused_gelu_needs_gelu, split_is_possible,
     one_source_of_data, lists_match, one_length_of_training, learning_rate_is_a_range,
     optimizer_takes_params, combinations_are_allowed, engine_decides_alone, saving_needs_a_time,
     steps_are_not_negative, addresses_hold_no_password,

@@ -14,9 +14,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from megatron.model.cache import KVCache
+from megatron.model.plan import is_block
 from megatron.model.stream import Stream
-
-_BLOCK_PREFIX = "layers."
 
 CallLayer = Callable[..., Any]
 """call(index, stream, cache) -> the stream after layer number `index`."""
@@ -54,13 +53,9 @@ class Recompute:
         index = span.start
         while index < span.stop:
             end = index + 1
-            recomputed = self.layers > 0 and _is_block(names[index])
-            while recomputed and end < span.stop and end - index < self.layers and _is_block(names[end]):
+            recomputed = self.layers > 0 and is_block(names[index])
+            while recomputed and end < span.stop and end - index < self.layers and is_block(names[end]):
                 end += 1
             chunks.append(Chunk(range(index, end), recomputed))
             index = end
         return chunks
-
-
-def _is_block(name: str) -> bool:
-    return name.startswith(_BLOCK_PREFIX)

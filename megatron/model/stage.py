@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from megatron.errors import ConfigError, Problem
 from megatron.model.assemble import Names, build_modules, fill, full_shapes
-from megatron.model.plan import LayerPlan
+from megatron.model.plan import LayerPlan, is_block
 from megatron.model.recompute import Recompute
 from megatron.model.stream import Stream
 from megatron.parallel.mesh import Axis
@@ -48,7 +48,7 @@ class StagePlan:
     def of(cls, plans: Sequence[LayerPlan], stages: int, method: str, tensor_axis: Axis = _SINGLE) -> StagePlan:
         """Split a model by `pipe_partition_method`. plans: are built without memory, and are of no use afterwards.
 
-        Raises ConfigError for a method that is not known, or finds too few layers.
+        Raises ConfigError where there are fewer blocks than stages, or the method finds no layers.
         """
         root = nn.Module()
         modules = build_modules(root, plans, "meta", torch.float32)
@@ -57,7 +57,8 @@ class StagePlan:
         sizes = [sum(parameter.numel() for parameter in module.parameters()) for module in modules]
         weights = _weights(method, plans, modules, sizes)
         titles = tuple(plan.name for plan in plans)
-        return cls(titles, names, full_shapes(root, tensor_axis.size), tuple(balanced_bounds(weights, stages)))
+        bounds = balanced_bounds(weights, stages, [is_block(title) for title in titles])
+        return cls(titles, names, full_shapes(root, tensor_axis.size), tuple(bounds))
 
     @property
     def stages(self) -> int:
@@ -138,19 +139,20 @@ class StageModel(nn.Module):
 
 
 def _weights(method: str, plans: Sequence[LayerPlan], modules: Sequence[nn.Module], sizes: Sequence[int]) -> list[int]:
-    """Return the weight of each layer for the balance; a layer without parameters has none."""
+    """Return the weight of each layer for the balance."""
     if method == "parameters":
         return list(sizes)
     if method == "uniform":
-        return [int(size > 0) for size in sizes]
-    _, _, pattern = method.partition("type:")
-    if not pattern:
-        why = "the methods are parameters, uniform and type:<regular expression>."
-        raise ConfigError(Problem(f"pipe_partition_method = {method}", why, "Set pipe_partition_method: parameters"))
+        return [1] * len(sizes)
+    pattern = method.removeprefix("type:")
     kinds = [_kind(plan.name, module) for plan, module in zip(plans, modules, strict=True)]
-    return [int(size > 0 and bool(re.search(pattern, kind, re.I))) for kind, size in zip(kinds, sizes, strict=True)]
+    found = [int(bool(re.search(pattern, kind, re.IGNORECASE))) for kind in kinds]
+    if not any(found):
+        why = f"no layer is called that; there are: {', '.join(dict.fromkeys(kinds))}."
+        raise ConfigError(Problem(f"pipe_partition_method = {method}", why, "Set pipe_partition_method: parameters"))
+    return found
 
 
 def _kind(name: str, module: nn.Module) -> str:
     """Return what the expression of `type:` is searched in; blocks are found by GPT-NeoX's word for them as well."""
-    return f"{name} {type(module).__name__}" + (" transformer" if name.startswith("layers.") else "")
+    return f"{name} {type(module).__name__}" + (" transformer" if is_block(name) else "")

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 
 from megatron.errors import ConfigError, Problem
 
@@ -20,61 +21,56 @@ def bubble_fraction(stages: int, micro_batches: int) -> float:
     return (stages - 1) / (micro_batches + stages - 1)
 
 
-def balanced_bounds(weights: Sequence[int], stages: int) -> list[int]:
+def balanced_bounds(weights: Sequence[int], stages: int, blocks: Sequence[bool]) -> list[int]:
     """Return bounds [0, ..., len(weights)], stage s holding layers bounds[s] to bounds[s + 1], balanced by weight.
 
-    The heaviest stage is as light as it can be, and among such splits the sum of squares is least. Every stage
-    gets some weight. Raises ConfigError where fewer layers than stages have any.
+    The heaviest stage is as light as it can be, and among such splits the sum of squares is least.
+    blocks: which layers are blocks; every stage gets at least one, since without one it would idle most of the time.
+    Raises ConfigError where there are fewer blocks than stages.
     """
-    if sum(weight > 0 for weight in weights) < stages:
+    if sum(blocks) < stages:
         raise ConfigError(
             Problem(
                 what=f"pipe_parallel_size = {stages}",
-                why=f"only {sum(weight > 0 for weight in weights)} layers can begin a stage.",
-                fix="Lower pipe_parallel_size, or set pipe_partition_method: parameters.",
+                why=f"each stage needs a layer, and num_layers = {sum(blocks)}.",
+                fix=f"Set pipe_parallel_size to {max(1, sum(blocks))} or less.",
             )
         )
     before = [0, *itertools.accumulate(weights)]
-    limit = _smallest_maximum(weights, stages)
-    # cost[end]: the least sum of squares of the first `end` layers in s stages; choice[s][end]: where the last begins.
-    cost = [0.0] + [math.inf] * len(weights)
-    choices: list[list[int]] = []
+    blocks_before = [0, *itertools.accumulate(blocks)]
+
+    def weight(begin: int, end: int) -> float:
+        return before[end] - before[begin] if blocks_before[begin] < blocks_before[end] else math.inf
+
+    bounds = _cheapest(len(weights), stages, weight, max)
+    limit = max(weight(begin, end) for begin, end in itertools.pairwise(bounds))
+
+    def square(begin: int, end: int) -> float:
+        return weight(begin, end) ** 2 if weight(begin, end) <= limit else math.inf
+
+    return _cheapest(len(weights), stages, square, operator.add)
+
+
+def _cheapest(
+    count: int,
+    stages: int,
+    cost: Callable[[int, int], float],
+    combine: Callable[[float, float], float],
+) -> list[int]:
+    """Return the bounds of the split of `count` layers into stages whose combined cost is least.
+
+    cost(begin, end): of one stage. By dynamic programming over the number of stages and where the last one ends.
+    """
+    costs = [0.0] + [math.inf] * count
+    begins: list[list[int]] = []
     for _ in range(stages):
-        cost, begins = _one_more_stage(cost, before, limit)
-        choices.append(begins)
-    bounds = [len(weights)]
-    for begins in reversed(choices):
-        bounds.append(begins[bounds[-1]])
+        options = [
+            min(((combine(costs[begin], cost(begin, end)), begin) for begin in range(end)), default=(math.inf, 0))
+            for end in range(count + 1)
+        ]
+        costs = [least for least, _ in options]
+        begins.append([begin for _, begin in options])
+    bounds = [count]
+    for stage in reversed(begins):
+        bounds.append(stage[bounds[-1]])
     return bounds[::-1]
-
-
-def _one_more_stage(cost: Sequence[float], before: Sequence[int], limit: int) -> tuple[list[float], list[int]]:
-    """Return the costs with one stage more, and where that stage begins for each end."""
-    costs, begins = [math.inf] * len(cost), [0] * len(cost)
-    for end in range(1, len(cost)):
-        for begin in range(end - 1, -1, -1):
-            weight = before[end] - before[begin]
-            if weight > limit:
-                break
-            if weight > 0 and cost[begin] + weight**2 < costs[end]:
-                costs[end], begins[end] = cost[begin] + weight**2, begin
-    return costs, begins
-
-
-def _smallest_maximum(weights: Sequence[int], stages: int) -> int:
-    """Return the weight of the heaviest stage of the best split, by bisection."""
-    low, high = max(weights), sum(weights)
-    while low < high:
-        middle = (low + high) // 2
-        if _stages_needed(weights, middle) <= stages:
-            high = middle
-        else:
-            low = middle + 1
-    return low
-
-
-def _stages_needed(weights: Sequence[int], limit: int) -> int:
-    stages, held = 1, 0
-    for weight in weights:
-        stages, held = (stages + 1, weight) if held + weight > limit else (stages, held + weight)
-    return stages

@@ -41,6 +41,18 @@ CASES: list[tuple[dict[str, Any], str]] = [
         "seq_length = 15: sequence_parallel splits it over model_parallel_size = 2 (15 % 2 > 0). Set seq_length to 16,",
     ),
     (
+        {"pipe_parallel_size": 5, "world": 5},
+        "pipe_parallel_size = 5: each stage needs a layer, and num_layers = 4. Set pipe_parallel_size to 4 or less.",
+    ),
+    (
+        {"pipe_partition_method": "layers"},
+        'pipe_partition_method = "layers": there is no such method. Set pipe_partition_method: parameters (or uniform',
+    ),
+    (
+        {"pipe_partition_method": "type:(mlp"},
+        'pipe_partition_method = "type:(mlp": it is no regular expression: missing ), unterminated subpattern',
+    ),
+    (
         {"context_parallel_size": 3, "world": 3},
         "seq_length = 16: context_parallel_size = 3 cuts it into 6 chunks (16 % 6 = 4). Set seq_length to 12 or 18, or",
     ),

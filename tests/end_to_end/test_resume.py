@@ -23,7 +23,9 @@ from tests.ranks import RankError, run_ranks
 def run(folder: Path, world_size: int = 1, **changes: Any) -> dict[str, int]:
     """Train the tiny run as one rank of `world_size`; returns its progress."""
     tiny = config(folder, world_size, **changes)
-    return train(tiny, Mesh.create(cp=tiny.parallel.context_parallel_size)).as_dict()
+    sizes = tiny.parallel
+    mesh = Mesh.create(sizes.model_parallel_size, max(1, sizes.pipe_parallel_size), sizes.context_parallel_size)
+    return train(tiny, mesh).as_dict()
 
 
 def run_killed(folder: Path, at: int, **changes: Any) -> None:
