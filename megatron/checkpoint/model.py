@@ -35,6 +35,7 @@ def load_model(
     shape = reader.shapes.get(WORD_EMBEDDINGS)
     rows = shape[0] if shape else 0
     model = build_model(config, rows, Mesh.single(device), initialized=False)
+    assert isinstance(model, SequentialModel)  # one process holds every stage
     require_shapes(reader, {name: tuple(weight.shape) for name, weight in model.named_parameters()})
     fill_parameters(model, read or reader.read)
     return model.eval().requires_grad_(False)

@@ -3,7 +3,8 @@
 DeepSpeed's own defaults have changed between releases (gradient clipping from off to 1.0), so none is relied
 on. ZeRO stage 0 is served by our own engine: DeepSpeed's is wrong in fp16 and bf16 and reports no gradient norm. Were
 it handed over, it would be as stage 1, whose arithmetic is the same. Gradients are accumulated and reduced in fp32
-unless the config says otherwise.
+unless the config says otherwise. DeepSpeed is not told of context parallelism: ranks that share a sequence are data
+parallel to it, so its count of sequences is context_parallel_size times ours.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
     """Return DeepSpeed's configuration for one run; plain data, so that it can be compared and saved."""
     extra = config.deepspeed
     result: dict[str, Any] = {
-        "train_batch_size": config.batch.train_batch_size,
+        "train_batch_size": config.batch.train_batch_size * config.parallel.context_parallel_size,
         "train_micro_batch_size_per_gpu": config.batch.train_micro_batch_size_per_gpu,
         "gradient_accumulation_steps": config.batch.gradient_accumulation_steps,
         "steps_per_print": _NEVER,
@@ -34,6 +35,7 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
         "fp16": {**_filled(Fp16, extra.fp16 or {}), "enabled": config.numerics.precision == "fp16"},
         "bf16": {**_filled(Bf16, extra.bf16 or {}), "enabled": config.numerics.precision == "bf16"},
         "zero_optimization": _zero(config),
+        **_pipeline(config),
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "wall_clock_breakdown": extra.wall_clock_breakdown,
@@ -57,6 +59,15 @@ def _filled(model: type[Block], given: dict[str, Any]) -> dict[str, Any]:
         if name not in _NOT_SENT and not info.is_required()
     }
     return {name: value for name, value in {**defaults, **copy.deepcopy(given)}.items() if value is not None}
+
+
+def _pipeline(config: Config) -> dict[str, Any]:
+    """Return the block of DeepSpeed's pipeline, where there is one. Recomputation is ours, of the same layers as without
+    a pipeline, and stages exchange whole tensors."""
+    if config.parallel.pipe_parallel_size <= 1:
+        return {}
+    settings = {"activation_checkpoint_interval": 0, "use_reentrant": False}
+    return {"pipeline": {**settings, "pipe_partitioned": False, "grad_partitioned": False}}
 
 
 def _zero(config: Config) -> dict[str, Any]:

@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 OWN_KEYS = frozenset(
-    {"data_index_dir", "neox_compat", "resume", "run_name", "runs_dir", "wsd_decay_fraction", "wsd_decay_shape"}
-)
+    {
+        "check_replicas_interval", "context_parallel_method", "context_parallel_size", "data_index_dir", "neox_compat",
+        "resume", "run_name", "runs_dir", "wsd_decay_fraction", "wsd_decay_shape",
+    }
+)  # fmt: skip
 """Keys of the schema that GPT-NeoX does not have; every other key is one of its names."""
 
 ALIASES: dict[str, str] = {
@@ -42,7 +45,6 @@ _DEAD = "nothing in GPT-NeoX reads it either"
 _KERNELS = "the fastest kernel that fits the machine is chosen by itself, and all compute the same function"
 _RECOMPUTE = "blocks are recomputed one by one where checkpoint_activations is true; it changes no number"
 _RANDOM = "random numbers are a function of seed and step, so there is no generator state to save or load"
-_UNUSED_BY_ONE_STAGE = "there is one pipeline stage, and it has all layers"
 
 IGNORED: dict[str, str] = {
     **dict.fromkeys(
@@ -91,14 +93,12 @@ IGNORED: dict[str, str] = {
         _RECOMPUTE,
     ),
     **dict.fromkeys(("no_save_rng", "no_load_rng"), _RANDOM),
-    "pipe_partition_method": _UNUSED_BY_ONE_STAGE,
     "use_cpu_initialization": "weights are always drawn in full and then cut, so they never depend on the layout",
     "rotary_save_freqs_buffer": "rotary frequencies are computed from rotary_emb_base; checkpoints never hold them",
     "onnx_safe": "gelu is the erf form unless bias_gelu_fusion asks for the tanh form",
     "attention_softmax_in_fp32": "the softmax of attention is always computed in fp32",
     "distributed_backend": "processes talk through nccl on GPUs and through gloo on CPUs",
     "lazy_mpu_init": "process groups are always made at the start",
-    "fp32_allreduce": "gradients are always reduced in fp32 (communication_data_type)",
     "steps_per_print": "log_interval says how often a line is printed",
     "override_lr_scheduler": "the learning rate is a function of the step and of this config, never of a checkpoint",
 }

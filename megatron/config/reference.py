@@ -1,6 +1,7 @@
-"""The reference of all keys, generated from the schema: docs/configuration.md and a JSON schema for editors.
+"""The reference of all keys, generated from the schema: docs/configuration.md and a JSON schema for editors; and
+docs/parallelism.md from the table of combinations.
 
-python -m megatron.config.reference          # writes both
+python -m megatron.config.reference          # writes all three
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from megatron.config import keys
+from megatron.config import keys, parallelism_page
 from megatron.config.blocks import BLOCKS
 from megatron.config.draft import show
 from megatron.config.neox_keys import ALIASES, IGNORED, IMPLIED, OWN_KEYS, REFUSED
@@ -202,7 +203,11 @@ def json_schema() -> dict[str, Any]:
 def pages() -> dict[str, str]:
     """Return the generated files by their path from the repository's root."""
     schema = json.dumps(json_schema(), indent=1, ensure_ascii=False) + "\n"
-    return {"docs/configuration.md": markdown(), "docs/config.schema.json": schema}
+    return {
+        "docs/configuration.md": markdown(),
+        "docs/config.schema.json": schema,
+        "docs/parallelism.md": parallelism_page.markdown(),
+    }
 
 
 def main() -> None:

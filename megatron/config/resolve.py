@@ -23,6 +23,8 @@ from megatron.config.values import canonical_fields, parts, validate
 from megatron.config.yaml_reader import Setting, canonical_key
 from megatron.errors import ConfigError, Problem
 
+_AXES = ("model", "pipe", "context")
+
 
 @dataclass(frozen=True)
 class Resolution:
@@ -136,7 +138,7 @@ def _positive(draft: Draft, key: str) -> int | None:
     value = draft.values.get(key)
     if value is None:
         return None
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if key in draft.wrong or not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UnavailableError(key)
     return value
 
@@ -150,7 +152,7 @@ def _count_processes(draft: Draft, world_size: int | None, planning: bool) -> No
     stored = draft.settings.pop("world_size", Setting(None)).value
     stored = stored if isinstance(stored, int) and stored > 0 else None
     try:
-        per_model = (_positive(draft, "model_parallel_size") or 1) * max(1, draft.pipe_parallel_size)
+        per_model = _processes_per_model(draft)
         if planning:
             count = planned or _processes_of_batch(draft, per_model) or max(world_size or stored or 1, per_model)
             if count != (world_size or 1):
@@ -161,13 +163,26 @@ def _count_processes(draft: Draft, world_size: int | None, planning: bool) -> No
                 draft.refuse(keys.PLANNING, planned, f"the launcher starts {count} processes.", "Remove the key.")
         draft.values["world_size"] = count
         if count % per_model:
-            tp, pp = draft.model_parallel_size, max(1, draft.pipe_parallel_size)
-            why = f"{count} processes cannot be divided into groups of {tp} x pipe_parallel_size ({pp}) = {per_model}."
-            fix = f"Start a multiple of {per_model} processes, or set both sizes to 1."
-            draft.refuse("model_parallel_size", tp, why, fix)
+            _refuse_division(draft, count, per_model)
     except (UnavailableError, TypeError):
         draft.values["world_size"] = world_size or 1
         draft.wrong.add("world_size")
+
+
+def _processes_per_model(draft: Draft) -> int:
+    """Return the processes that together compute one sequence, which the data parallel size does not count."""
+    tp, cp = (_positive(draft, f"{axis}_parallel_size") or 1 for axis in ("model", "context"))
+    return tp * cp * max(1, draft.pipe_parallel_size)
+
+
+def _refuse_division(draft: Draft, count: int, per_model: int) -> None:
+    """Note that the processes cannot be divided, under the first key that asks for more than one."""
+    sizes = {f"{axis}_parallel_size": max(1, draft.values[f"{axis}_parallel_size"]) for axis in _AXES}
+    first, *others = sorted((key for key in sizes if sizes[key] > 1), key=list(sizes).index)
+    product = " x ".join([str(sizes[first]), *(f"{key} ({sizes[key]})" for key in others)])
+    why = f"{count} processes cannot be divided into groups of {product}{f' = {per_model}' if others else ''}."
+    fix = f"Start a multiple of {per_model} processes, or set {'these sizes' if others else 'it'} to 1."
+    draft.refuse(first, sizes[first], why, fix)
 
 
 def _processes_of_batch(draft: Draft, per_model: int) -> int | None:
@@ -181,8 +196,7 @@ def _processes_of_batch(draft: Draft, per_model: int) -> int | None:
 def _complete_batch(draft: Draft) -> None:
     try:
         train, micro, accumulation = (_positive(draft, key) for key in rules.TRIANGLE)
-        per_model = draft.model_parallel_size * max(1, draft.pipe_parallel_size)
-        result = complete(train, micro, accumulation, draft.world_size // per_model)
+        result = complete(train, micro, accumulation, draft.world_size // _processes_per_model(draft))
     except (UnavailableError, TypeError, ZeroDivisionError):
         for key in rules.TRIANGLE:
             draft.values.setdefault(key, 1)

@@ -8,15 +8,17 @@ and `trainable` what training needs beyond a model.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from megatron.config import keys
+from megatron.config import combinations, keys
 from megatron.config.attention import expand_attention
 from megatron.config.blocks import OPTIMIZERS
-from megatron.config.draft import Draft
+from megatron.config.draft import Draft, show
 from megatron.config.schema.config import Config
 from megatron.config.split import split_shares
+from megatron.config.widths import mlp_widths
 from megatron.errors import ConfigError, Problem
 
 TRIANGLE = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -64,6 +66,59 @@ def heads_divide_over_processes(d: Draft) -> Iterator[Problem]:
         yield d.problem("num_kv_heads", groups, why, f"Set model_parallel_size to {_divisors(groups)}.")
 
 
+def sequence_divides_over_processes(d: Draft) -> Iterator[Problem]:
+    """Each context parallel process computes two equal chunks of every sequence, so that all have the same work."""
+    cp, length = d.context_parallel_size, d.seq_length
+    if cp > 1 and length % (2 * cp):
+        why = f"context_parallel_size = {cp} cuts it into {2 * cp} chunks ({length} % {2 * cp} = {length % (2 * cp)})."
+        below = length // (2 * cp) * 2 * cp
+        fix = f"Set seq_length to {_either([n for n in (below, below + 2 * cp) if n])}, or use fewer processes."
+        yield d.problem("seq_length", length, why, fix)
+
+
+def context_parallel_attention(d: Draft) -> Iterator[Problem]:
+    """The ring never holds a table of all positions or a random mask of all pairs; all_to_all splits whole heads."""
+    cp, tp, method = d.context_parallel_size, d.model_parallel_size, d.context_parallel_method
+    if cp == 1:
+        return
+    if method == "ring":
+        asked = {"attention_dropout": d.attention_dropout or None, "pos_emb": "rpe" if d.pos_emb == "rpe" else None}
+        for key, value in asked.items():
+            if value is not None:
+                why = f"context_parallel_method = ring (context_parallel_size = {cp}) cannot apply it."
+                fix = f"Set context_parallel_method: all_to_all, or {key}: {'rotary' if key == 'pos_emb' else 0}."
+                yield d.problem(key, value, why, fix)
+        return
+    key = "num_kv_heads" if d.num_kv_heads else "num_attention_heads"
+    heads = d.num_kv_heads or d.num_attention_heads
+    if heads % (tp * cp):
+        why = f"{key} = {heads} cannot be split over context_parallel_size = {cp} x model_parallel_size = {tp}."
+        fix = "Set context_parallel_method: ring, which takes any number of heads."
+        yield d.problem("context_parallel_method", method, why, fix)
+
+
+def mlp_divides_over_processes(d: Draft) -> Iterator[Problem]:
+    """Tensor parallelism splits the features between the two matrices of the MLP."""
+    tp = d.model_parallel_size
+    keys_of_width = (d.activation, d.hidden_size, d.intermediate_size, d.expansion_factor, d.mlp_multiple_of)
+    _, width, gated = mlp_widths(*keys_of_width)
+    if width % tp:
+        branch = " in each branch" if gated else ""
+        why = f"the MLP has {width} features{branch}, which cannot be split over model_parallel_size = {tp}."
+        fix = f"Set mlp_multiple_of to a multiple of {tp}, which rounds the width up, or another intermediate_size."
+        yield d.problem("intermediate_size", d.intermediate_size, why, fix)
+
+
+def tokens_divide_over_processes(d: Draft) -> Iterator[Problem]:
+    """Sequence parallelism gives each tensor parallel process an equal part of the tokens that they compute."""
+    tp, cp, length = d.model_parallel_size, d.context_parallel_size, d.seq_length
+    if d.sequence_parallel and length % (tp * cp):
+        shared = f" x context_parallel_size = {cp}" if cp > 1 else ""
+        why = f"sequence_parallel splits it over model_parallel_size = {tp}{shared} ({length} % {tp * cp} > 0)."
+        fix = f"Set seq_length to {-(-length // (tp * cp)) * tp * cp}, or sequence_parallel to false."
+        yield d.problem("seq_length", length, why, fix)
+
+
 def rotary_is_even(d: Draft) -> Iterator[Problem]:
     """Rotation turns pairs of features."""
     if d.pos_emb != "rotary" or d.hidden_size % d.num_attention_heads:
@@ -84,6 +139,28 @@ def positions_cover_sequence(d: Draft) -> Iterator[Problem]:
         why = f"it is less than seq_length = {d.seq_length}."
         fix = f"Set max_position_embeddings to {d.seq_length} or more."
         yield d.problem("max_position_embeddings", d.max_position_embeddings, why, fix)
+
+
+def stages_have_layers(d: Draft) -> Iterator[Problem]:
+    """Each pipeline stage holds layers, shared out by a method that exists."""
+    stages, method = d.pipe_parallel_size, d.pipe_partition_method
+    if stages > d.num_layers:
+        why = f"each stage needs a layer, and num_layers = {d.num_layers}."
+        yield d.problem("pipe_parallel_size", stages, why, f"Set pipe_parallel_size to {d.num_layers} or less.")
+    problem = _method_problem(method)
+    if problem:
+        fix = "Set pipe_partition_method: parameters (or uniform, or type:<regular expression>)"
+        yield d.problem("pipe_partition_method", method, problem, fix)
+
+
+def _method_problem(method: str) -> str | None:
+    if not method.startswith("type:"):
+        return None if method in ("parameters", "uniform") else "there is no such method."
+    try:
+        re.compile(method.removeprefix("type:"))
+    except re.error as error:
+        return f"it is no regular expression: {error}."
+    return None
 
 
 def one_mlp_width(d: Draft) -> Iterator[Problem]:
@@ -200,22 +277,10 @@ def optimizer_takes_params(d: Draft) -> Iterator[Problem]:
         yield d.problem("weight_decay", d.weight_decay, "optimizer sm3 has no decay.", "Set weight_decay: 0")
 
 
-def zero_and_pipeline(d: Draft) -> Iterator[Problem]:
-    """DeepSpeed's pipelines shard optimizer states only."""
-    stage = d.zero_optimization["stage"]
-    if stage >= 2 and d.pipe_parallel_size > 1:
-        why = (
-            f"gradients and parameters cannot be sharded over a pipeline (pipe_parallel_size = {d.pipe_parallel_size})."
-        )
-        fix = "Set zero_optimization.stage to 1, or pipe_parallel_size to 1."
-        yield d.problem("zero_optimization.stage", stage, why, fix)
-
-
-def gradients_stay_readable(d: Draft) -> Iterator[Problem]:
-    """Checkpoints read each rank's masters from DeepSpeed, so it must hand over the right ones."""
-    if d.zero_optimization.get("round_robin_gradients"):
-        why = "DeepSpeed 0.19.8 hands over wrong masters under it, and checkpoints would hold them."
-        yield d.problem("zero_optimization.round_robin_gradients", True, why, "Remove the entry.")
+def combinations_are_allowed(d: Draft) -> Iterator[Problem]:
+    """The table of combinations says what goes together."""
+    for refusal in combinations.refusals(d.values, d.wrong):
+        yield d.problem(refusal.key, refusal.value, refusal.why, refusal.fix)
 
 
 def engine_decides_alone(d: Draft) -> Iterator[Problem]:
@@ -257,10 +322,11 @@ def addresses_hold_no_password(d: Draft) -> Iterator[Problem]:
 
 
 RULES: tuple[Rule, ...] = (
-    heads_divide_hidden, kv_heads_divide_heads, heads_divide_over_processes, rotary_is_even, positions_cover_sequence,
-    one_mlp_width, attention_pattern_fits, tied_norm_needs_parallel_residual, fused_gelu_needs_gelu, split_is_possible,
+    heads_divide_hidden, kv_heads_divide_heads, heads_divide_over_processes, sequence_divides_over_processes,
+    mlp_divides_over_processes, tokens_divide_over_processes, context_parallel_attention, stages_have_layers,
+    rotary_is_even, positions_cover_sequence, one_mlp_width, attention_pattern_fits, tied_norm_needs_parallel_residual, fused_gelu_needs_gelu, split_is_possible,
     one_source_of_data, lists_match, one_length_of_training, learning_rate_is_a_range,
-    optimizer_takes_params, zero_and_pipeline, gradients_stay_readable, engine_decides_alone, saving_needs_a_time,
+    optimizer_takes_params, combinations_are_allowed, engine_decides_alone, saving_needs_a_time,
     steps_are_not_negative, addresses_hold_no_password,
 )  # fmt: skip
 
@@ -300,18 +366,9 @@ def _text(value: Any) -> str:
 
 def runnable(config: Config) -> list[Problem]:
     """Return why this version cannot start the config on its mesh; such a config can still be checked and planned."""
-    parallel = config.parallel
-    asked = {
-        "model_parallel_size": (parallel.model_parallel_size, parallel.model_parallel_size > 1, "1"),
-        "pipe_parallel_size": (parallel.pipe_parallel_size, parallel.pipe_parallel_size > 1, "1"),
-        "sequence_parallel": ("true", parallel.sequence_parallel, "false"),
-    }
-    why = "tensor, sequence and pipeline parallelism are not built in this version."
-    fix = "Set {}: {} (zero_optimization.stage 1 to 3 shards the model's state over data parallel processes)."
     return [
-        Problem(f"{key} = {value}", why, fix.format(key, plain))
-        for key, (value, wanted, plain) in asked.items()
-        if wanted
+        Problem(f"{refusal.key} = {show(refusal.value)}", refusal.why, refusal.fix)
+        for refusal in combinations.refusals(config.flat(), built=False)
     ]
 
 

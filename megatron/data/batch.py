@@ -7,6 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from megatron.parallel.context import local_positions
+from megatron.parallel.mesh import Axis
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -30,3 +33,17 @@ class Batch:
             loss_mask=self.loss_mask.to(device, non_blocking=True),
             segments=segments,
         )
+
+
+def shard_sequence(batch: Batch, axis: Axis) -> Batch:
+    """Return the tokens, labels and mask that this rank of the context axis computes, each [b, s / axis.size].
+
+    Their order is that of `parallel.context.local_positions`. Labels follow the tokens of the whole sequence, so that
+    none is lost where it is cut. segments stay whole, [b, s]: tokens compare theirs with those of all others.
+    Raises ValueError where the sequence does not split.
+    """
+    if axis.size == 1:
+        return batch
+    mine = local_positions(axis, batch.tokens.shape[1], batch.tokens.device)
+    tokens, labels, loss_mask = (each[:, mine] for each in (batch.tokens, batch.labels, batch.loss_mask))
+    return replace(batch, tokens=tokens, labels=labels, loss_mask=loss_mask)

@@ -17,6 +17,9 @@ from megatron.parallel.sharding import StatePiece
 ReadTensor = Callable[[str, str], Tensor | None]
 """(canonical name, kind) -> the full tensor on CPU, or None where the checkpoint has none."""
 
+WatchGradient = Callable[[str, Tensor], None]
+"""(canonical name, this rank's share on the tensor axis of the unclipped gradient, fp32, without loss scale)."""
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -76,7 +79,18 @@ class Engine(Protocol):
         ...
 
     def check_masters(self) -> None:
-        """Raise EngineError unless all weights are their fp32 masters rounded, alike on all data-parallel ranks."""
+        """Raise EngineError unless all weights are their fp32 masters rounded, and `check_replicas` agrees."""
+        ...
+
+    def check_replicas(self) -> None:
+        """Raise EngineError on every rank, naming tensors and ranks, unless all copies of a tensor are alike.
+
+        Compared bit by bit: weights between data and context parallel ranks, unsplit parameters between tensor parallel
+        ranks, tied weights between pipeline stages. Every rank must call it."""
+        ...
+
+    def watch_gradients(self, watcher: WatchGradient) -> None:
+        """Call `watcher` once for each parameter in each further step, after reduction and before clipping."""
         ...
 
     def read_back(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Config, mesh, model and objective -> an Engine: our own for ZeRO stage 0, DeepSpeed for stages 1 to 3.
+"""Config, mesh, model and objective -> an Engine: our own for ZeRO stage 0, DeepSpeed for stages 1 to 3 and pipelines.
 
 Here is the single call of deepspeed.initialize.
 
@@ -21,12 +21,18 @@ from megatron.config.schema.config import Config
 from megatron.engine import verify
 from megatron.engine.base import Engine
 from megatron.engine.local import LocalEngine
+from megatron.engine.mpu import MeshUnit
+from megatron.engine.pipeline import PipelineEngine
 from megatron.engine.plain import DeepSpeedEngine
 from megatron.engine.setup import prepare
+from megatron.engine.stage import PipelineStage
 from megatron.errors import ConfigError, EngineError, Problem
 from megatron.logs import get_logger
+from megatron.model.stage import StageModel
 from megatron.objectives.build import Objective
-from megatron.optim.build import OptimizerKind, build_optimizer, optimizer_kind, optimizer_name
+from megatron.optim.build import OptimizerKind, build_optimizer
+from megatron.parallel.collectives import TensorRegion
+from megatron.parallel.grad_sync import sum_in_backward
 from megatron.parallel.mesh import Mesh
 
 logger = get_logger(__name__)
@@ -40,14 +46,13 @@ def build_engine(config: Config, mesh: Mesh, model: nn.Module, objective: Object
     Raises ConfigError for an optimizer or combination that cannot run, EngineError where the live engine
     differs from the config.
     """
-    _require_layout(mesh)
-    _require_zero(config)
     prepare(mesh)
-    _require_precision(config)
+    _require_precision(config, mesh)
     optimizer = build_optimizer(config, model.named_parameters(), _DEEPSPEED_OPTIMIZERS)
     sizes = [sum(parameter.numel() for parameter in group["params"]) for group in optimizer.param_groups]
-    wanted = verify.expected(config, mesh, _stage(config), verify.group_facts(optimizer.param_groups, sizes))
-    engine = _ENGINES[_stage(config) > 0](config, mesh, model, optimizer, objective)
+    stage = _stage(config, mesh)
+    wanted = verify.expected(config, mesh, stage, verify.group_facts(optimizer.param_groups, sizes))
+    engine = _kind(stage, mesh)(config, mesh, model, optimizer, objective)
     found = engine.read_back()
     verify.compare(wanted, found)
     logger.info(
@@ -59,18 +64,39 @@ def build_engine(config: Config, mesh: Mesh, model: nn.Module, objective: Object
 
 
 def _deepspeed(config: Config, mesh: Mesh, model: nn.Module, optimizer: Optimizer, objective: Objective) -> Engine:
-    live, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config))
+    unit = MeshUnit(mesh) if mesh.tp.size > 1 else None
+    live, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config), mpu=unit)
+    sum_in_backward(live.module.parameters(), TensorRegion(mesh.tp, config.parallel.sequence_parallel))
     return DeepSpeedEngine(config, mesh, live, objective)
 
 
-_ENGINES: dict[bool, Callable[[Config, Mesh, nn.Module, Optimizer, Objective], Engine]] = {
-    False: LocalEngine,  # stage 0
-    True: _deepspeed,
-}
+def _pipeline(config: Config, mesh: Mesh, model: nn.Module, optimizer: Optimizer, objective: Objective) -> Engine:
+    if not isinstance(model, StageModel):
+        why = "a pipeline is built of stages, and this model is whole."
+        raise EngineError(Problem(f"pipe_parallel_size = {mesh.pp.size}", why, "Build the model with build_model."))
+    deepspeed.init_distributed(dist_init_required=False, auto_mpi_discovery=False)  # over the group that is there
+    stage = PipelineStage(model, mesh, objective)
+    live, *_ = deepspeed.initialize(model=stage, optimizer=optimizer, config=deepspeed_config(config))
+    sum_in_backward(live.module.parameters(), TensorRegion(mesh.tp, config.parallel.sequence_parallel))
+    return PipelineEngine(config, mesh, live, stage, objective)
 
 
-def _stage(config: Config) -> int:
-    return int(config.parallel.zero_optimization.get("stage", 0))
+MakeEngine = Callable[[Config, Mesh, nn.Module, Optimizer, Objective], Engine]
+
+
+def _kind(stage: int, mesh: Mesh) -> MakeEngine:
+    if mesh.pp.size > 1:
+        return _pipeline
+    return _deepspeed if stage else LocalEngine
+
+
+def _stage(config: Config, mesh: Mesh) -> int:
+    """Return the ZeRO stage that serves the config's: the least that DeepSpeed's pipeline computes right is 1."""
+    stage = int(config.parallel.zero_optimization.get("stage", 0))
+    if stage == 0 and mesh.pp.size > 1:
+        logger.info("zero_optimization.stage 0 is served by stage 1 in a pipeline; the arithmetic is the same")
+        return 1
+    return stage
 
 
 def _cpu_adam(groups: list[dict[str, Any]], **params: Any) -> Any:
@@ -81,68 +107,13 @@ def _cpu_adam(groups: list[dict[str, Any]], **params: Any) -> Any:
 _DEEPSPEED_OPTIMIZERS = {"cpu_adam": OptimizerKind(_cpu_adam)}
 
 
-def _require_layout(mesh: Mesh) -> None:
-    for axis, key in ((mesh.tp, "model_parallel_size"), (mesh.pp, "pipe_parallel_size")):
-        if axis.size > 1:
-            raise EngineError(
-                Problem(f"{key} = {axis.size}", "this engine trains whole models only.", f"Set {key} to 1.")
-            )
-
-
-def _require_precision(config: Config) -> None:
+def _require_precision(config: Config, mesh: Mesh) -> None:
     """Raise ConfigError for fp16 under DeepSpeed on a device without it, as most CPUs are."""
-    if config.numerics.precision == "fp16" and _stage(config) and not get_accelerator().is_fp16_supported():
+    if config.numerics.precision == "fp16" and _stage(config, mesh) and not get_accelerator().is_fp16_supported():
         raise ConfigError(
             Problem(
                 what='precision = "fp16"',
                 why=f"DeepSpeed does not run it on this machine's {get_accelerator().device_name()}.",
                 fix="Set precision: bf16, or fp32. Where an fp16 block stands in the YAML, remove it.",
-            )
-        )
-
-
-def _require_zero(config: Config) -> None:
-    """Raise ConfigError for a ZeRO block that cannot run, or that does not fit the optimizer."""
-    zero = config.parallel.zero_optimization
-    name = optimizer_name(config)
-    offload = (zero.get("offload_optimizer") or {}).get("device", "none")
-    if name == "cpu_adam" and offload != "cpu":
-        raise ConfigError(
-            Problem(
-                what='optimizer.type = "cpu_adam"',
-                why="it updates masters in CPU memory, and nothing is offloaded there.",
-                fix='Set "type": "adam", or add "offload_optimizer": {"device": "cpu"} to zero_optimization.',
-            )
-        )
-    if offload == "nvme":
-        raise ConfigError(
-            Problem(
-                what='zero_optimization.offload_optimizer.device = "nvme"',
-                why="checkpoints cannot read optimizer state from there.",
-                fix='Set it to "cpu" or "none".',
-            )
-        )
-    if not zero.get("compute_grad_norm", True):
-        raise ConfigError(
-            Problem(
-                what="zero_optimization.compute_grad_norm = false",
-                why="the norm is reported at every step, and tells a gradient that is not finite.",
-                fix="Remove the entry.",
-            )
-        )
-    if offload == "cpu" and not _stage(config):
-        raise ConfigError(
-            Problem(
-                what='zero_optimization.offload_optimizer.device = "cpu"',
-                why="stage 0 keeps the optimizer on the GPU.",
-                fix="Set zero_optimization.stage to 1, 2 or 3.",
-            )
-        )
-    if _stage(config) and not optimizer_kind(config, _DEEPSPEED_OPTIMIZERS).elementwise:
-        raise ConfigError(
-            Problem(
-                what=f'optimizer.type = "{name}"',
-                why="it needs whole tensors, and ZeRO gives it flat slices of them.",
-                fix="Set zero_optimization.stage to 0.",
             )
         )

@@ -3,6 +3,7 @@
 It is plain data parallelism in fp32: gradients are summed over micro-batches and ranks in one flat fp32 buffer,
 masters are fp32, and every rank applies the same update. In fp32 on one rank there is no buffer, since autograd's
 own gradients are that sum. It hands the optimizer whole tensors, so optimizers that need rows and columns run here.
+Under tensor parallelism each rank does this with its share; gradients that are partial are summed once a step.
 """
 
 from __future__ import annotations
@@ -20,15 +21,17 @@ from megatron.engine import state, verify
 from megatron.engine.base import ReadTensor
 from megatron.engine.fragments import Fragment, Holdings
 from megatron.engine.loss_scale import LossScale
-from megatron.engine.step import StepEngine, Update
+from megatron.engine.step import MicroBatchEngine, Update
 from megatron.objectives.build import Objective
+from megatron.parallel.collectives import TensorRegion
+from megatron.parallel.grad_sync import is_partial
 from megatron.parallel.mesh import Mesh
-from megatron.parallel.sharding import StatePiece
+from megatron.parallel.sharding import StatePiece, get_spec
 
 _TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-class LocalEngine(StepEngine):
+class LocalEngine(MicroBatchEngine):
     """The Engine of ZeRO stage 0; `engine.build.build_engine` makes it.
 
     optimizer: over the model's parameters; it is given the fp32 masters instead.
@@ -43,7 +46,8 @@ class LocalEngine(StepEngine):
         self._masters = {name: _master(p) for name, p in self._trained.items()}
         self._optimizer = optimizer
         self._give_masters()
-        self._gradients = None if self._is_direct() else GradientBuffer(self._trained, self._masters, mesh)
+        region = TensorRegion(mesh.tp, config.parallel.sequence_parallel)
+        self._gradients = None if self._is_direct() else GradientBuffer(self._trained, self._masters, mesh, region)
         self._scaler = LossScale(config.deepspeed.fp16 or {}) if config.numerics.precision == "fp16" else None
         self._clip = float(config.optimizer.gradient_clipping)
         state.make_states(self._holdings())
@@ -64,13 +68,9 @@ class LocalEngine(StepEngine):
         self._publish()
         self.check_masters()
 
-    def check_masters(self) -> None:
-        """Raise EngineError unless the weights are the rounded masters, on all ranks alike."""
-        verify.check_masters(self._holdings().held, self._model, self._mesh, is_sharded=False)
-
     def read_back(self) -> dict[str, Any]:
         """Return what the live engine does, under the names of the keys that asked for it; all ranks must call it."""
-        size, dp = self._config.batch.train_micro_batch_size_per_gpu, self._mesh.dp.size
+        size, dp = self._config.batch.train_micro_batch_size_per_gpu, self._mesh.dp.size  # cp ranks share sequences
         sums = "fp32" if self._gradients is None else verify.DTYPES[self._gradients.flat.dtype]
         return {
             "zero_optimization.stage": 0,
@@ -78,15 +78,20 @@ class LocalEngine(StepEngine):
             "train_batch_size": size * self._num_micro_batches * dp,
             "train_micro_batch_size_per_gpu": size,
             "gradient_accumulation_steps": self._num_micro_batches,
-            "data parallel size": dp,
+            "replicas of the parameters": self._mesh.replicas.size,
             "precision of accumulation": sums,
             "precision of communication": sums,
+            "model_parallel_size": self._mesh.tp.size,
+            "pipe_parallel_size": 1,
+            "zero_optimization.offload_optimizer.device": "none",
+            "zero_optimization.offload_param.device": "none",
+            "learning rate schedule of DeepSpeed's": None,
             **verify.common_facts(self._holdings(), self._model, self._mesh),
         }
 
     def _is_direct(self) -> bool:
         """Return whether autograd's own gradients are the step's sum: in fp32 on one rank."""
-        return self._config.numerics.precision == "fp32" and self._mesh.dp.size == 1
+        return self._config.numerics.precision == "fp32" and self._mesh.replicas.size == self._mesh.tp.size == 1
 
     def _give_masters(self) -> None:
         masters = {id(self._trained[name]): master for name, master in self._masters.items()}
@@ -113,7 +118,9 @@ class LocalEngine(StepEngine):
     def _update(self) -> Update:
         gradients = self._reduced()
         scale = self._scaler.cur_scale if self._scaler else 1.0
-        norm = float(torch.nn.utils.get_total_norm(gradients)) / scale
+        self._show_gradients(((n, m.grad) for n, m in self._masters.items() if m.grad is not None), scale)
+        total = torch.nn.utils.get_total_norm(gradients) if self._gradients is None else self._gradients.norm()
+        norm = float(total) / scale
         overflow = norm != norm or norm == float("inf")
         if self._scaler:
             self._scaler.update(overflow)
@@ -142,7 +149,7 @@ class LocalEngine(StepEngine):
     def _holdings(self) -> Holdings:
         groups = [(buffer, group) for group in self._optimizer.param_groups for buffer in group["params"]]
         held = [_fragment(name, p, self._masters[name], 0, p.numel()) for name, p in self._trained.items()]
-        owned = [_share(whole, self._mesh.dp.rank, self._mesh.dp.size) for whole in held]
+        owned = [_share(whole, self._mesh.replicas.rank, self._mesh.replicas.size) for whole in held]
         return Holdings(
             optimizer=self._optimizer,
             buffers=groups,
@@ -156,10 +163,18 @@ class GradientBuffer:
     """The gradient of one step in one flat fp32 buffer, summed over micro-batches as the backward pass makes it.
 
     Each parameter's gradient is added and freed as soon as it is complete. The masters' `.grad` are views.
+    In the buffer stand first the parameters that are split over the tensor axis, then those whose gradients are
+    partial on each of its ranks, then the rest, so that each kind is one range.
     """
 
-    def __init__(self, trained: dict[str, nn.Parameter], masters: dict[str, Tensor], mesh: Mesh) -> None:
+    def __init__(
+        self, trained: dict[str, nn.Parameter], masters: dict[str, Tensor], mesh: Mesh, region: TensorRegion
+    ) -> None:
         self._mesh = mesh
+        self._region = region
+        kinds = {name: _kind(parameter, region) for name, parameter in trained.items()}
+        trained = {name: trained[name] for name in sorted(trained, key=lambda name: kinds[name])}
+        self._sizes = [sum(p.numel() for name, p in trained.items() if kinds[name] == kind) for kind in range(3)]
         self.flat = torch.zeros(sum(p.numel() for p in trained.values()), dtype=torch.float32, device=mesh.device)
         self._views: list[Tensor] = []
         self._written: list[bool] = []
@@ -183,15 +198,27 @@ class GradientBuffer:
             parameter.grad = None
 
     def reduce(self) -> Tensor:
-        """Return the flat gradient, summed over the data-parallel ranks."""
+        """Return the flat gradient, summed over the replicas, and over the tensor axis where it is partial."""
         for view, written in zip(self._views, self._written, strict=True):
             if not written:
                 view.zero_()
-        if self._mesh.dp.size > 1:
-            dist.all_reduce(self.flat, group=self._mesh.dp.group)
+        partial = self.flat.split(self._sizes)[_PARTIAL]
+        if partial.numel():
+            dist.all_reduce(partial, group=self._mesh.tp.group)
+        if self._mesh.replicas.size > 1:
+            dist.all_reduce(self.flat, group=self._mesh.replicas.group)
         for parameter, view in self._direct:
             parameter.grad = view
         return self.flat
+
+    def norm(self) -> Tensor:
+        """Return the norm of the reduced gradient of the whole model, in which replicated parameters count once."""
+        norms = torch.stack([torch.linalg.vector_norm(part) for part in self.flat.split(self._sizes)]).double()
+        if self._region.is_split:
+            squares = norms[_SPLIT].square()
+            dist.all_reduce(squares, group=self._mesh.tp.group)
+            norms[_SPLIT] = squares.sqrt()
+        return torch.linalg.vector_norm(norms)
 
     def _hook(self, index: int) -> Callable[[Tensor], None]:
         def add(parameter: Tensor) -> None:
@@ -207,13 +234,22 @@ class GradientBuffer:
         return add
 
 
+_SPLIT, _PARTIAL, _WHOLE = range(3)
+
+
+def _kind(parameter: nn.Parameter, region: TensorRegion) -> int:
+    if get_spec(parameter).dim is not None:
+        return _SPLIT
+    return _PARTIAL if is_partial(parameter, region) else _WHOLE
+
+
 def _cast(model: nn.Module, dtype: torch.dtype, mesh: Mesh) -> nn.Module:
     """Move the model to the device, cast its parameters (buffers keep their dtype), and take rank 0's weights."""
     model.to(mesh.device)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype).contiguous()
-        if mesh.dp.size > 1:
-            dist.broadcast(parameter.data, group=mesh.dp.group, group_src=0)
+        if mesh.replicas.size > 1:
+            dist.broadcast(parameter.data, group=mesh.replicas.group, group_src=0)
     return model
 
 

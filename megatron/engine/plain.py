@@ -1,6 +1,6 @@
 """One plain module under DeepSpeed's ZeRO 1, 2 or 3.
 
-DeepSpeed averages gradients over the D data-parallel ranks, so each micro-batch is back-propagated as
+DeepSpeed averages gradients over the D ranks that hold the same parameters, so each micro-batch is back-propagated as
 sum * D / T to be divided by the trained tokens T of the whole step.
 """
 
@@ -10,20 +10,19 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron.config.schema.config import Config
-from megatron.engine import state, verify, zero
+from megatron.engine import state, zero
 from megatron.engine.base import ReadTensor
 from megatron.engine.fragments import Holdings
-from megatron.engine.step import StepEngine, Update, diverged
+from megatron.engine.step import MicroBatchEngine, Update, diverged
 from megatron.objectives.build import Objective
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.sharding import StatePiece
 
 
-class DeepSpeedEngine(StepEngine):
+class DeepSpeedEngine(MicroBatchEngine):
     """The Engine of a model without pipeline stages; `engine.build.build_engine` makes it.
 
     live: what deepspeed.initialize returned.
@@ -52,25 +51,9 @@ class DeepSpeedEngine(StepEngine):
         zero.publish_masters(self._live.optimizer)
         self.check_masters()
 
-    def check_masters(self) -> None:
-        """Raise EngineError unless the weights are the rounded masters, on all ranks alike."""
-        is_sharded = self._live.zero_optimization_stage() == 3
-        verify.check_masters(self._holdings().held, self.model, self._mesh, is_sharded)
-
     def read_back(self) -> dict[str, Any]:
         """Return what the live engine does, under the names of the keys that asked for it; all ranks must call it."""
-        live = self._live
-        return {
-            "zero_optimization.stage": int(live.zero_optimization_stage()),
-            "gradient_clipping": float(live.optimizer.clip_grad),
-            "train_batch_size": live.train_batch_size(),
-            "train_micro_batch_size_per_gpu": live.train_micro_batch_size_per_gpu(),
-            "gradient_accumulation_steps": live.gradient_accumulation_steps(),
-            "data parallel size": dist.get_world_size(live.seq_data_parallel_group),
-            "precision of accumulation": verify.DTYPES[zero.accumulation_dtype(live.optimizer)],
-            "precision of communication": verify.DTYPES[zero.communication_dtype(live)],
-            **verify.common_facts(self._holdings(), self.model, self._mesh),
-        }
+        return zero.read_back(self._live, self._holdings(), self.model, self._mesh)
 
     def _holdings(self) -> Holdings:
         return zero.holdings(self._live.optimizer, self.model)
@@ -86,13 +69,14 @@ class DeepSpeedEngine(StepEngine):
         return float(getattr(self._live.optimizer, "loss_scale", 1.0))
 
     def _backward(self, loss_sum: Tensor, num_tokens: Tensor) -> None:
-        scale = (self._mesh.dp.size / num_tokens).to(loss_sum.dtype)
+        scale = (self._mesh.replicas.size / num_tokens).to(loss_sum.dtype)
         self._live.backward(loss_sum * scale, scale_wrt_gas=False)
         if not self._live.is_gradient_accumulation_boundary():
             self._live.step()  # only counts the micro-batch
 
     @torch.no_grad()
     def _update(self) -> Update:
+        self._show_gradients(zero.gradients(self.model), float(getattr(self._live.optimizer, "loss_scale", 1.0)))
         try:
             self._live.step()
         except Exception as error:

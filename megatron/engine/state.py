@@ -33,8 +33,12 @@ def make_states(holdings: Holdings, afresh: bool = False) -> None:
 
 
 def pieces(holdings: Holdings, mesh: Mesh) -> Iterator[StatePiece]:
-    """Yield the pieces that this rank owns; `data` are views of the live tensors."""
+    """Yield the pieces that this rank owns; `data` are views of the live tensors.
+
+    Of parameters that the tensor axis replicates, its first rank owns all."""
     for fragment in holdings.owned:
+        if mesh.tp.rank and get_spec(fragment.parameter).dim is None:
+            continue
         yield _piece(fragment, "weight", fragment.weight, mesh)
         if fragment.weight.dtype != torch.float32:
             yield _piece(fragment, "master", fragment.master, mesh)
@@ -74,14 +78,15 @@ def fill(holdings: Holdings, mesh: Mesh, read: ReadTensor, with_optimizer: bool)
 
 
 def _piece(fragment: Fragment, kind: str, data: Tensor, mesh: Mesh) -> StatePiece:
+    spec = get_spec(fragment.parameter)
     return StatePiece(
         name=fragment.name,
         kind=kind,
         shape=fragment.shape,
         start=fragment.start,
         data=data,
-        shard=(mesh.tp.rank, mesh.tp.size),
-        spec=get_spec(fragment.parameter),
+        shard=(0, 1) if spec.dim is None else (mesh.tp.rank, mesh.tp.size),
+        spec=spec,
     )
 
 

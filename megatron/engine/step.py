@@ -1,7 +1,7 @@
 """One optimizer step as every engine does it; how gradients are kept and applied is left to the engine.
 
 The loss and the gradient of a step are divided by the number of trained tokens of the whole step, which is
-counted over all micro-batches and data-parallel ranks before the first forward pass. So neither depends on how the
+counted over all micro-batches and replicas before the first forward pass. So neither depends on how the
 batch is split, ragged loss masks included:
 
     loss = sum of token losses / T,   T = trained tokens of all ranks and micro-batches
@@ -10,16 +10,18 @@ batch is split, ragged loss masks included:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron.config.schema.config import Config
-from megatron.data.batch import Batch
-from megatron.engine.base import StepResult
+from megatron.data.batch import Batch, shard_sequence
+from megatron.engine import replicas, verify
+from megatron.engine.base import StepResult, WatchGradient
+from megatron.engine.fragments import Holdings
 from megatron.errors import EngineError, Problem
 from megatron.objectives.build import Objective
 from megatron.optim.schedules import learning_rate
@@ -45,22 +47,54 @@ class StepEngine(ABC):
         self._rng = RngStreams(config.numerics.seed, mesh)
         self._num_micro_batches = config.batch.gradient_accumulation_steps
         self._train_iters = config.training.train_iters or 0
+        self._watcher: WatchGradient | None = None
+
+    @property
+    @abstractmethod
+    def model(self) -> nn.Module:
+        """The model, with this rank's parameters under their canonical names."""
 
     @abstractmethod
-    def _callable(self, training: bool) -> Callable[..., Tensor]:
-        """Return the model to call, set to training or evaluation."""
+    def _holdings(self) -> Holdings:
+        """Return what this rank holds of masters and optimizer state."""
 
     @abstractmethod
     def _start(self, rate: float) -> float:
         """Prepare a step with this learning rate, and return the loss scale."""
 
     @abstractmethod
-    def _backward(self, loss_sum: Tensor, num_tokens: Tensor) -> None:
-        """Add the gradient of loss_sum / num_tokens (of this micro-batch and the whole step) to the step's."""
+    def _accumulate(self, batches: Sequence[Batch], iteration: int, num_tokens: Tensor) -> Tensor:
+        """Make the gradient of (sum of all losses) / num_tokens, and return this rank's sum of losses, fp64 scalar."""
 
     @abstractmethod
     def _update(self) -> Update:
         """Sum the gradient over the ranks, clip it and apply it."""
+
+    @abstractmethod
+    def _losses(self, batches: Sequence[Batch]) -> Tensor:
+        """Return this rank's sum of losses, fp64 scalar, without dropout and without a gradient."""
+
+    def check_masters(self) -> None:
+        """Raise EngineError unless the weights are the rounded masters and all copies are alike; see `Engine`."""
+        verify.check_masters(self._holdings().held, self._mesh)
+        self.check_replicas()
+
+    def check_replicas(self) -> None:
+        """Raise EngineError on every rank unless all copies of a tensor are alike; see `Engine`."""
+        replicas.check(replicas.copies(self.model, self._holdings()), self._mesh)
+
+    def watch_gradients(self, watcher: WatchGradient) -> None:
+        """Show every gradient of every further step; see `Engine`."""
+        self._watcher = watcher
+
+    def _show_gradients(self, gradients: Iterable[tuple[str, Tensor]], loss_scale: float) -> None:
+        """Show the reduced gradients, before they are clipped, to whoever watches; an engine calls it in each step.
+
+        gradients: (canonical name, this rank's share on the tensor axis, times loss_scale); is read only if watched.
+        """
+        if self._watcher is not None:
+            for name, gradient in gradients:
+                self._watcher(name, gradient.float() / loss_scale)
 
     def train_step(self, batches: Sequence[Batch], iteration: int) -> StepResult:
         """Do one optimizer step; see `Engine.train_step`.
@@ -68,16 +102,11 @@ class StepEngine(ABC):
         Raises EngineError for a wrong number of micro-batches, and where fp16 has no smaller loss scale left.
         """
         self._require_accumulation(batches)
+        batches = self._parts(batches)
         rate = learning_rate(self._config.optimizer, self._train_iters, iteration)
         loss_scale = self._start(rate)
         num_tokens = self._count(batches)
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self._mesh.device)
-        model = self._callable(training=True)
-        for micro_batch, batch in enumerate(batches):
-            self._rng.start_micro_batch(iteration, micro_batch)
-            micro_sum, _ = self._objective(model, batch.to(self._mesh.device))
-            self._backward(micro_sum, num_tokens.clamp(min=1))
-            loss_sum += micro_sum.detach()
+        loss_sum = self._accumulate(batches, iteration, num_tokens.clamp(min=1))
         # Read before the update is queued, so that the device works on it while the host goes on.
         total, count = torch.stack((self._sum(loss_sum), num_tokens)).tolist()
         update = self._update()
@@ -94,14 +123,8 @@ class StepEngine(ABC):
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> tuple[float, int]:
         """Return the summed loss and the trained tokens of all ranks; see `Engine.evaluate`."""
-        totals = torch.zeros(2, dtype=torch.float64, device=self._mesh.device)
-        model = self._callable(training=False)
-        for batch in batches:
-            local = batch.to(self._mesh.device)
-            loss_sum, _ = self._objective(model, local)
-            totals[0] += loss_sum
-            totals[1] += local.loss_mask.sum()
-        self._callable(training=True)
+        batches = self._parts(batches)
+        totals = torch.stack((self._losses(batches), _count_tokens(batches).to(self._mesh.device)))
         self._sum(totals)
         return float(totals[0]), int(totals[1])
 
@@ -115,16 +138,55 @@ class StepEngine(ABC):
                 )
             )
 
+    def _parts(self, batches: Sequence[Batch]) -> list[Batch]:
+        """Return what this rank computes of each batch; ranks of the context axis are given the same batches."""
+        return [shard_sequence(batch, self._mesh.cp) for batch in batches]
+
     def _count(self, batches: Sequence[Batch]) -> Tensor:
-        """Return T, the trained tokens of the step over all data-parallel ranks, without waiting for the device."""
-        counts = [batch.loss_mask.sum(dtype=torch.float64) for batch in batches]
-        return self._sum(torch.stack(counts).sum().to(self._mesh.device))
+        """Return T, the trained tokens of the step over all replicas, without waiting for the device."""
+        return self._sum(_count_tokens(batches).to(self._mesh.device))
 
     def _sum(self, value: Tensor) -> Tensor:
-        """Sum `value` in place over the data-parallel ranks."""
-        if self._mesh.dp.size > 1:
-            dist.all_reduce(value, group=self._mesh.dp.group)
+        """Sum `value` in place over the ranks that share the step."""
+        if self._mesh.replicas.size > 1:
+            dist.all_reduce(value, group=self._mesh.replicas.group)
         return value
+
+
+class MicroBatchEngine(StepEngine):
+    """Runs the micro-batches of a step one after another, each forwards and then backwards."""
+
+    @abstractmethod
+    def _callable(self, training: bool) -> Callable[..., Tensor]:
+        """Return the model to call, set to training or evaluation."""
+
+    @abstractmethod
+    def _backward(self, loss_sum: Tensor, num_tokens: Tensor) -> None:
+        """Add the gradient of loss_sum / num_tokens (of this micro-batch and the whole step) to the step's."""
+
+    def _accumulate(self, batches: Sequence[Batch], iteration: int, num_tokens: Tensor) -> Tensor:
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self._mesh.device)
+        model = self._callable(training=True)
+        for micro_batch, batch in enumerate(batches):
+            self._rng.start_micro_batch(iteration, micro_batch)
+            micro_sum, _ = self._objective(model, batch.to(self._mesh.device))
+            self._backward(micro_sum, num_tokens)
+            loss_sum += micro_sum.detach()
+        return loss_sum
+
+    def _losses(self, batches: Sequence[Batch]) -> Tensor:
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self._mesh.device)
+        model = self._callable(training=False)
+        for batch in batches:
+            micro_sum, _ = self._objective(model, batch.to(self._mesh.device))
+            loss_sum += micro_sum
+        self._callable(training=True)
+        return loss_sum
+
+
+def _count_tokens(batches: Sequence[Batch]) -> Tensor:
+    """Return the trained tokens of some micro-batches, fp64 scalar on their device."""
+    return torch.stack([batch.loss_mask.sum(dtype=torch.float64) for batch in batches]).sum()
 
 
 def clipped(norm: float, limit: float) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from megatron.config.schema.config import Config
 from megatron.engine.fragments import Fragment, Holdings
@@ -41,13 +41,23 @@ def expected(config: Config, mesh: Mesh, stage: int, groups: Sequence[dict[str, 
         "train_batch_size": config.batch.train_batch_size,
         "train_micro_batch_size_per_gpu": config.batch.train_micro_batch_size_per_gpu,
         "gradient_accumulation_steps": config.batch.gradient_accumulation_steps,
-        "data parallel size": mesh.dp.size,
+        "replicas of the parameters": mesh.replicas.size,
         "precision of the parameters": precision,
         "precision of the masters": "fp32",
         "precision of accumulation": types.get("grad_accum_dtype", "fp32"),
         "precision of communication": config.deepspeed.communication_data_type or "fp32",
+        "model_parallel_size": mesh.tp.size,
+        "pipe_parallel_size": mesh.pp.size,
+        "zero_optimization.offload_optimizer.device": _offload(config, "offload_optimizer"),
+        "zero_optimization.offload_param.device": _offload(config, "offload_param"),
+        "learning rate schedule of DeepSpeed's": None,
         "optimizer groups": list(groups),
     }
+
+
+def _offload(config: Config, entry: str) -> str:
+    block: dict[str, Any] = config.parallel.zero_optimization.get(entry) or {}
+    return str(block.get("device", "none"))
 
 
 def group_facts(groups: Sequence[dict[str, Any]], num_parameters: Sequence[int]) -> list[Facts]:
@@ -83,44 +93,22 @@ def compare(wanted: Facts, found: Facts) -> None:
         raise EngineError(*problems)
 
 
-def check_masters(owned: Sequence[Fragment], module: nn.Module, mesh: Mesh, is_sharded: bool) -> None:
-    """Raise EngineError on every rank unless all weights are their masters rounded, and equal on all ranks.
-
-    is_sharded: weights are split over the data axis (stage 3), so that there is nothing to compare between ranks.
-    All ranks must call it.
-    """
-    wrong = [f.name for f in owned if not torch.equal(f.master.to(f.weight.device, f.weight.dtype), f.weight)]
-    elements = sum(fragment.numel for fragment in owned)
+def check_masters(held: Sequence[Fragment], mesh: Mesh) -> None:
+    """Raise EngineError on every rank unless all weights are their masters rounded; all ranks must call it."""
+    wrong = [f.name for f in held if not torch.equal(f.master.to(f.weight.device, f.weight.dtype), f.weight)]
+    elements = sum(fragment.numel for fragment in held)
     report = torch.tensor([len(wrong), elements], dtype=torch.int64, device=mesh.device)
-    if mesh.dp.group is not None:
-        dist.all_reduce(report, group=mesh.dp.group)
-    drifted = 0 if is_sharded else _drift(module, mesh)
-    if report[0].item() or drifted:
+    if mesh.world.group is not None:
+        dist.all_reduce(report, group=mesh.world.group)
+    if report[0].item():
         raise EngineError(
             Problem(
-                what=f"{int(report[0])} fragments of weights differ from their fp32 masters, {drifted} tensors differ "
-                "between data parallel ranks",
+                what=f"{int(report[0])} fragments of weights differ from their fp32 masters",
                 why=f"the first optimizer step would throw loaded weights away; on this rank: {wrong[:10]}.",
                 fix="This is a defect of the engine: report it with the configuration.",
             )
         )
-    logger.info("fp32 masters equal the weights on all %d ranks: %d elements", mesh.dp.size, int(report[1]))
-
-
-def _drift(module: nn.Module, mesh: Mesh) -> int:
-    """Return how many parameters have bits that differ between data-parallel ranks, by checksum."""
-    if mesh.dp.group is None or mesh.dp.size == 1:
-        return 0
-    sums = torch.stack([_checksum(parameter.detach()) for parameter in module.parameters()])
-    low, high = sums.clone(), sums.clone()
-    dist.all_reduce(low, op=dist.ReduceOp.MIN, group=mesh.dp.group)
-    dist.all_reduce(high, op=dist.ReduceOp.MAX, group=mesh.dp.group)
-    return int((low != high).sum())
-
-
-def _checksum(tensor: Tensor) -> Tensor:
-    bits = tensor.contiguous().view(torch.int32 if tensor.dtype == torch.float32 else torch.int16)
-    return bits.sum(dtype=torch.int64)
+    logger.info("fp32 masters equal the weights on all %d ranks: %d elements", mesh.world.size, int(report[1]))
 
 
 def _dtypes(tensors: Any) -> str:
@@ -128,14 +116,14 @@ def _dtypes(tensors: Any) -> str:
 
 
 def _elements(holdings: Holdings, mesh: Mesh) -> list[int]:
-    """Return the elements that each parameter group trains, summed over the data-parallel ranks."""
+    """Return the elements that each parameter group trains, summed over the replicas."""
     groups = holdings.optimizer.param_groups
     group_of = {id(buffer): _index(groups, group) for buffer, group in holdings.buffers}
     counts = torch.zeros(len(groups), dtype=torch.int64, device=mesh.device)
     for fragment in holdings.owned:
         counts[group_of[id(fragment.buffer)]] += fragment.numel
-    if mesh.dp.group is not None:
-        dist.all_reduce(counts, group=mesh.dp.group)
+    if mesh.replicas.group is not None:
+        dist.all_reduce(counts, group=mesh.replicas.group)
     numbers: list[int] = counts.tolist()
     return numbers
 

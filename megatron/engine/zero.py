@@ -9,11 +9,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
 
+from megatron.engine import verify
 from megatron.engine.fragments import Fragment, Holdings
+from megatron.parallel.mesh import Mesh
 
 
 def holdings(optimizer: Any, module: nn.Module) -> Holdings:
@@ -43,6 +47,14 @@ def publish_masters(optimizer: Any) -> None:
         optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 
 
+def gradients(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, gradient) of each parameter, reduced, between the last backward pass and the step.
+
+    A gradient is gathered from all replicas, which must all read it."""
+    for name, parameter in module.named_parameters():
+        yield name, safe_get_full_grad(parameter)
+
+
 def accumulation_dtype(optimizer: Any) -> torch.dtype:
     """Return what gradients are summed in over micro-batches."""
     is_bf16 = isinstance(optimizer, BF16_Optimizer)
@@ -55,6 +67,29 @@ def communication_dtype(live: Any) -> torch.dtype:
     is_bf16 = isinstance(live.optimizer, BF16_Optimizer)  # the DeepSpeed engine reduces for it
     dtype: torch.dtype = (live if is_bf16 else live.optimizer).communication_data_type
     return dtype
+
+
+def read_back(live: Any, found: Holdings, module: nn.Module, mesh: Mesh) -> verify.Facts:
+    """Return what a live DeepSpeed engine does, under the names of the keys that asked for it; all ranks call it."""
+    optimizer = live.optimizer
+    grid = getattr(live, "grid", None)  # of a pipeline, whose mp_world_size counts stages as well
+    offloads = getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False)
+    return {
+        "zero_optimization.stage": int(live.zero_optimization_stage()),
+        "gradient_clipping": float(live.optimizer.clip_grad),
+        "train_batch_size": live.train_batch_size() // mesh.cp.size,
+        "train_micro_batch_size_per_gpu": live.train_micro_batch_size_per_gpu(),
+        "gradient_accumulation_steps": live.gradient_accumulation_steps(),
+        "replicas of the parameters": dist.get_world_size(live.seq_data_parallel_group),
+        "precision of accumulation": verify.DTYPES[accumulation_dtype(live.optimizer)],
+        "precision of communication": verify.DTYPES[communication_dtype(live)],
+        "model_parallel_size": int(grid.get_slice_parallel_world_size() if grid else live.mp_world_size),
+        "pipe_parallel_size": grid.get_pipe_parallel_world_size() if grid else 1,
+        "zero_optimization.offload_optimizer.device": "cpu" if offloads else "none",
+        "zero_optimization.offload_param.device": "cpu" if getattr(optimizer, "offload_param", False) else "none",
+        "learning rate schedule of DeepSpeed's": live.lr_scheduler,
+        **verify.common_facts(found, module, mesh),
+    }
 
 
 def _buffers(optimizer: Any) -> list[tuple[Tensor, dict[str, Any]]]:

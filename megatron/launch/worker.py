@@ -61,7 +61,12 @@ def start_worker(config: Config, place: Place, board: Board | None = None) -> Wo
     device = _prepare(place, board)
     watch = _connect(config, place, device, supervised=board is not None)
     try:
-        mesh = Mesh.create(config.parallel.model_parallel_size, max(1, config.parallel.pipe_parallel_size), device)
+        mesh = Mesh.create(
+            config.parallel.model_parallel_size,
+            max(1, config.parallel.pipe_parallel_size),
+            config.parallel.context_parallel_size,
+            device,
+        )
     except BaseException:
         if watch is not None:
             watch.stop()

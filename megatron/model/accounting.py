@@ -8,7 +8,8 @@ L layers, s sequence, v padded vocabulary.
 from __future__ import annotations
 
 from megatron.config.attention import expand_attention
-from megatron.config.schema.model import GATED_ACTIVATIONS, ModelConfig
+from megatron.config.schema.model import ModelConfig
+from megatron.config.widths import mlp_widths
 
 
 def layer_types(model: ModelConfig) -> list[str]:
@@ -23,20 +24,10 @@ def padded_vocab_size(vocab_size: int, divisor: int, tensor_parallel_size: int) 
 
 
 def mlp_shape(model: ModelConfig) -> tuple[int, int, bool]:
-    """Return (rows of linear1, columns of linear2, gated).
-
-    GPT-NeoX's rule: W is intermediate_size, or int(expansion_factor * h), or 4h; gated MLPs take int(2W/3) for both
-    branches together; linear1 is rounded up to 2m and linear2 to m, with m = mlp_multiple_of. Where its two roundings
-    disagree GPT-NeoX crashes; here a gated branch is half of linear1, and a plain MLP is W rounded up to m.
-    """
-    gated = model.activation in GATED_ACTIVATIONS
-    width = model.intermediate_size or int((model.expansion_factor or 4) * model.hidden_size)
-    multiple = model.mlp_multiple_of
-    if gated:
-        branch = multiple * -(-(2 * width // 3) // (2 * multiple))
-        return 2 * branch, branch, True
-    plain = multiple * -(-width // multiple)
-    return plain, plain, False
+    """Return (rows of linear1, columns of linear2, gated); `config.widths` has the rule."""
+    return mlp_widths(
+        model.activation, model.hidden_size, model.intermediate_size, model.expansion_factor, model.mlp_multiple_of
+    )
 
 
 def _norm_parameters(model: ModelConfig, width: int) -> int:

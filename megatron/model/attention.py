@@ -7,26 +7,29 @@ d rows. Splitting the rows over the tensor axis therefore keeps groups whole, at
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
+from megatron.model.across import AcrossRanks
 from megatron.model.cache import KVCache
-from megatron.model.positions import AttentionMask, RelativePositionBias, RotaryTables, Span
+from megatron.model.positions import ALONE, AttentionMask, RelativePositionBias, RotaryTables, Span
 from megatron.ops.attention import attention
 from megatron.ops.rotary import rotate
+from megatron.parallel.collectives import TensorRegion
 from megatron.parallel.layers import ColumnParallelLinear, Initializer, RowParallelLinear
-from megatron.parallel.mesh import Axis
 
 
 class SelfAttention(nn.Module):
-    """x [b, s, h] -> [b, s, h].
+    """x [b, s, h] -> [b, s, h], between `TensorRegion.enter` and `leave`: what it returns is this rank's heads' part.
 
     layer: index of the block, its place in the KV cache.
     num_heads, num_kv_heads: n and k of the full model.
     key_scaling: divides the queries and multiplies the scores (apply_query_key_layer_scaling); 1 is off.
-    qk_norm: one norm [n, d] for queries and keys, or None.
+    qk_norm: one norm of this rank's query heads [n/tp, d] for queries and keys, or None.
     rotary: tables, or None. mask: what is seen and any alibi bias. rpe: relative position bias, or None.
+    across: how tokens see those of the other ranks of the context axis; None where this rank has all of them.
     """
 
     def __init__(
@@ -35,7 +38,7 @@ class SelfAttention(nn.Module):
         hidden_size: int,
         num_heads: int,
         num_kv_heads: int,
-        axis: Axis,
+        region: TensorRegion,
         init: Initializer,
         output_init: Initializer,
         bias: bool,
@@ -45,34 +48,41 @@ class SelfAttention(nn.Module):
         rpe: RelativePositionBias | None = None,
         qk_norm: nn.Module | None = None,
         key_scaling: float = 1.0,
+        across: AcrossRanks | None = None,
     ) -> None:
         super().__init__()
         self.layer = layer
         self.head_dim = hidden_size // num_heads
         self.group_size = num_heads // num_kv_heads
-        self.num_groups = num_kv_heads // axis.size
+        self.num_groups = num_kv_heads // region.axis.size
+        self.region = region
         self.dropout = dropout
         self.key_scaling = key_scaling
         self.mask = mask
         self.rotary = rotary
         rows = (num_heads + 2 * num_kv_heads) * self.head_dim
-        self.query_key_value = ColumnParallelLinear(hidden_size, rows, axis, init, bias)
-        self.dense = RowParallelLinear(hidden_size, hidden_size, axis, output_init, bias)
+        self.query_key_value = ColumnParallelLinear(hidden_size, rows, region, init, bias)
+        self.dense = RowParallelLinear(hidden_size, hidden_size, region, output_init, bias)
         self.qk_norm = qk_norm
         self.rpe = rpe
+        self.across = across
 
     def forward(self, hidden: Tensor, segments: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        span = Span.of(hidden.shape[1], cache)
+        span = Span.of(hidden.shape[1], cache, ALONE if self.across is None else self.across.axis)
         query, key, value = self._project(hidden, span)
         if cache is not None:
             key, value = cache.update(self.layer, key, value)
-        mask = self.mask(span, segments, self.rpe, hidden)
         if self.key_scaling != 1.0:
             query = query / self.key_scaling
         scale = self.key_scaling / math.sqrt(self.head_dim)
-        causal = mask is None and span.end - span.start > 1
         dropout = self.dropout if self.training else 0.0
-        context = attention(query, key, value, scale, causal, mask, dropout)
+        with self.region.own_stream(hidden.device) if dropout else nullcontext():
+            if self.across is not None:
+                context = self.across(query, key, value, scale, self.mask, segments, self.rpe, dropout)
+            else:
+                mask = self.mask(span, segments, self.rpe, hidden)
+                causal = mask is None and span.end - span.start > 1
+                context = attention(query, key, value, scale, causal, mask, dropout)
         return self.dense(context.transpose(1, 2).flatten(2))
 
     def _project(self, hidden: Tensor, span: Span) -> tuple[Tensor, Tensor, Tensor]:

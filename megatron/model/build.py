@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,11 @@ from megatron.model.embedding import Dropout, LearnedPositions, SinusoidalPositi
 from megatron.model.heads import LanguageHead, TiedEmbedding
 from megatron.model.norm import make_norm
 from megatron.model.plan import LayerPlan
+from megatron.model.recompute import Recompute
 from megatron.model.sequential import SequentialModel
+from megatron.model.stage import StageModel, StagePlan
 from megatron.model.stream import Stream
+from megatron.parallel.collectives import TensorRegion
 from megatron.parallel.layers import VocabParallelEmbedding
 from megatron.parallel.mesh import Mesh
 
@@ -31,20 +35,27 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _TIED = "word_embeddings"
 
 
-def build_model(config: Config, vocab_size_padded: int, mesh: Mesh, initialized: bool = True) -> SequentialModel:
-    """Return the model on the mesh's device, in the config's precision, with its activation checkpointing.
+def build_model(
+    config: Config, vocab_size_padded: int, mesh: Mesh, initialized: bool = True
+) -> SequentialModel | StageModel:
+    """Return this rank's part of the model on the mesh's device, in the config's precision: all of it, or its stage.
 
     initialized: draw the initial weights; False makes them zeros, for a checkpoint to fill.
     """
     training = config.training
-    return SequentialModel(
-        build_plans(config, vocab_size_padded, mesh),
-        device=mesh.device,
-        dtype=DTYPES[config.numerics.precision],
-        seed=config.numerics.seed if initialized else None,
-        tensor_axis=mesh.tp,
-        recompute_layers=training.checkpoint_num_layers if training.checkpoint_activations else 0,
-    )
+    plans = build_plans(config, vocab_size_padded, mesh)
+    settings: dict[str, Any] = {
+        "device": mesh.device,
+        "dtype": DTYPES[config.numerics.precision],
+        "seed": config.numerics.seed if initialized else None,
+        "tensor_axis": mesh.tp,
+        "recompute": Recompute(training.checkpoint_num_layers if training.checkpoint_activations else 0),
+    }
+    if mesh.pp.size == 1:
+        return SequentialModel(plans, **settings)
+    weightless = build_plans(config, vocab_size_padded, mesh)  # plans keep what their layers share, on its device
+    split = StagePlan.of(weightless, mesh.pp.size, config.parallel.pipe_partition_method, mesh.tp)
+    return StageModel(plans, split, mesh.pp.rank, **settings)
 
 
 def build_plans(config: Config, vocab_size_padded: int, mesh: Mesh) -> list[LayerPlan]:
@@ -53,9 +64,10 @@ def build_plans(config: Config, vocab_size_padded: int, mesh: Mesh) -> list[Laye
     vocab_size_padded: rows of the word embedding and of the head.
     """
     model = config.model
-    blocks = DecoderBlocks(config, mesh.tp)
+    region = TensorRegion(mesh.tp, config.parallel.sequence_parallel, config.parallel.fp32_allreduce)
+    blocks = DecoderBlocks(config, region, mesh.cp)
     init = blocks.initializer(config.numerics.init_method)
-    table = (vocab_size_padded, model.hidden_size, mesh.tp, init)
+    table = (vocab_size_padded, model.hidden_size, region, init)
     tied = not model.no_weight_tying
     embedding, head = (TiedEmbedding, TiedEmbedding) if tied else (VocabParallelEmbedding, LanguageHead)
     share = _TIED if tied else None
@@ -63,7 +75,7 @@ def build_plans(config: Config, vocab_size_padded: int, mesh: Mesh) -> list[Laye
         LayerPlan("embedding.word_embeddings", partial(embedding, *table), share, call=_start_stream),
         *_position_plans(config, blocks),
         *[LayerPlan(f"layers.{layer}", partial(blocks.build, layer)) for layer in range(model.num_layers)],
-        LayerPlan("final_norm", partial(make_norm, model, (model.hidden_size,)), call=_norm_stream),
+        LayerPlan("final_norm", partial(make_norm, model), call=_norm_stream),
         LayerPlan("head", partial(head, *table), share),
     ]
 
@@ -72,17 +84,17 @@ def _position_plans(config: Config, blocks: DecoderBlocks) -> list[LayerPlan]:
     """Return what happens to the word embeddings before the first block."""
     model, numerics = config.model, config.numerics
     offset, multiplier = model.opt_pos_emb_offset, numerics.mup_rp_embedding_mult
-    init = blocks.initializer(numerics.init_method)
+    init, axes = blocks.initializer(numerics.init_method), (blocks.region, blocks.context)
     rows = model.max_position_embeddings + offset
     makers: dict[str, Callable[[], nn.Module]] = {
-        "learned": partial(LearnedPositions, rows, model.hidden_size, offset, multiplier, init),
-        "sinusoidal": partial(SinusoidalPositions, model.hidden_size, offset, multiplier),
+        "learned": partial(LearnedPositions, rows, model.hidden_size, offset, multiplier, init, *axes),
+        "sinusoidal": partial(SinusoidalPositions, model.hidden_size, offset, multiplier, *axes),
     }
     plans = []
     if model.pos_emb in makers:
         plans.append(LayerPlan("embedding.position_embeddings", makers[model.pos_emb]))
     if numerics.hidden_dropout:
-        plans.append(LayerPlan("embedding.dropout", partial(Dropout, numerics.hidden_dropout)))
+        plans.append(LayerPlan("embedding.dropout", partial(Dropout, numerics.hidden_dropout, blocks.region)))
     return plans
 
 

@@ -9,13 +9,15 @@ from torch import nn
 
 from megatron.config.schema.config import Config
 from megatron.model.accounting import layer_types, mlp_shape
+from megatron.model.across import make_across
 from megatron.model.attention import SelfAttention
 from megatron.model.block import ParallelBlock, PreNormBlock
 from megatron.model.init import make_initializer
 from megatron.model.mlp import MLP
-from megatron.model.norm import make_norm
-from megatron.model.positions import AttentionMask, RelativePositionBias, RotaryTables, make_slopes
+from megatron.model.norm import INSIDE, OUTSIDE, make_head_norm, make_norm
+from megatron.model.positions import ALONE, AttentionMask, RelativePositionBias, RotaryTables, make_slopes
 from megatron.ops.activations import make_activation
+from megatron.parallel.collectives import TensorRegion
 from megatron.parallel.layers import Initializer
 from megatron.parallel.mesh import Axis
 
@@ -24,11 +26,12 @@ from megatron.parallel.mesh import Axis
 class DecoderBlocks:
     """Makes the blocks of one model; what they share (tables, masks, the rpe table) is made once.
 
-    axis: the tensor axis of the mesh.
+    region: the tensor axis of the mesh, and how its ranks meet. context: the context axis.
     """
 
     config: Config
-    axis: Axis
+    region: TensorRegion
+    context: Axis = ALONE
 
     def initializer(self, method: str) -> Initializer:
         """Return the initializer of a method name for this model's width and depth."""
@@ -59,7 +62,7 @@ class DecoderBlocks:
             model.rpe_max_distance,
             model.num_attention_heads,
             self.head_dim**0.5,
-            self.axis,
+            self.region.axis,
             self.initializer("xavier_normal"),
         )
 
@@ -70,20 +73,22 @@ class DecoderBlocks:
         Where a model has "local" layers the window is theirs alone; otherwise it is every layer's.
         """
         model = self.config.model
-        slopes = make_slopes(model.num_attention_heads, self.axis) if model.pos_emb == "alibi" else None
+        slopes = make_slopes(model.num_attention_heads, self.region.axis) if model.pos_emb == "alibi" else None
         local = AttentionMask(model.sliding_window_width, slopes)
         return {"local": local, "global": AttentionMask(None, slopes) if "local" in layer_types(model) else local}
 
     def build(self, layer: int) -> nn.Module:
         """Return block number `layer`, counted from 0."""
         model = self.config.model
-        one_norm = model.gpt_j_residual and model.gpt_j_tied
-        return (ParallelBlock if model.gpt_j_residual else PreNormBlock)(
-            input_layernorm=make_norm(model, (model.hidden_size,)),
+        parallel = model.gpt_j_residual
+        spec = INSIDE if parallel else OUTSIDE
+        return (ParallelBlock if parallel else PreNormBlock)(
+            input_layernorm=make_norm(model, spec),
             attention=self._attention(layer),
-            post_attention_layernorm=None if one_norm else make_norm(model, (model.hidden_size,)),
+            post_attention_layernorm=None if parallel and model.gpt_j_tied else make_norm(model, spec),
             mlp=self._mlp(),
             dropout=self.config.numerics.hidden_dropout,
+            region=self.region,
         )
 
     def _attention(self, layer: int) -> SelfAttention:
@@ -93,7 +98,7 @@ class DecoderBlocks:
             hidden_size=model.hidden_size,
             num_heads=model.num_attention_heads,
             num_kv_heads=model.num_kv_heads or model.num_attention_heads,
-            axis=self.axis,
+            region=self.region,
             init=self.initializer(numerics.init_method),
             output_init=self.initializer(numerics.output_layer_init_method),
             bias=model.use_bias_in_attn_linear,
@@ -101,7 +106,8 @@ class DecoderBlocks:
             mask=self.masks[layer_types(model)[layer]],
             rotary=self.rotary,
             rpe=self.rpe,
-            qk_norm=make_norm(model, (model.num_attention_heads, self.head_dim)) if model.use_qk_layernorm else None,
+            qk_norm=make_head_norm(model, self.region) if model.use_qk_layernorm else None,
+            across=make_across(self.context, self.config.parallel.context_parallel_method),
             key_scaling=float(max(1, layer)) if numerics.apply_query_key_layer_scaling else 1.0,
         )
 
@@ -114,7 +120,7 @@ class DecoderBlocks:
             linear2_columns=columns,
             gated=gated,
             activation=make_activation(model.activation, tanh_gelu=numerics.bias_gelu_fusion),
-            axis=self.axis,
+            region=self.region,
             init=self.initializer(numerics.init_method),
             output_init=self.initializer(numerics.output_layer_init_method),
             bias=model.use_bias_in_mlp,

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.model.cache import KVCache
-from megatron.model.positions import Span
+from megatron.model.positions import ALONE, Span
 from megatron.model.stream import Stream
+from megatron.parallel.collectives import TensorRegion
 from megatron.parallel.layers import Initializer, make_parameter
 from megatron.parallel.mesh import Axis
 from megatron.parallel.sharding import ShardSpec
@@ -20,14 +21,26 @@ class LearnedPositions(nn.Module):
     offset: rows to skip at the start (2 in OPT). multiplier: of the looked-up rows.
     """
 
-    def __init__(self, num_positions: int, hidden_size: int, offset: int, multiplier: float, init: Initializer) -> None:
+    def __init__(
+        self,
+        num_positions: int,
+        hidden_size: int,
+        offset: int,
+        multiplier: float,
+        init: Initializer,
+        region: TensorRegion,
+        context: Axis = ALONE,
+    ) -> None:
         super().__init__()
         self.offset = offset
         self.multiplier = multiplier
-        self.weight = make_parameter((num_positions, hidden_size), ShardSpec(), Axis("replicated"), init)
+        self.region = region
+        self.context = context
+        spec = ShardSpec(sequence_partial=True)
+        self.weight = make_parameter((num_positions, hidden_size), spec, Axis("replicated"), init)
 
     def forward(self, stream: Stream, cache: KVCache | None = None) -> Stream:
-        positions = Span.of(stream.hidden.shape[1], cache).positions(stream.hidden.device) + self.offset
+        positions = _positions(stream.hidden, cache, self.region, self.context) + self.offset
         rows = F.embedding(positions, self.weight)
         rows = rows if self.multiplier == 1.0 else rows * self.multiplier
         return stream._replace(hidden=stream.hidden + rows)
@@ -36,14 +49,18 @@ class LearnedPositions(nn.Module):
 class SinusoidalPositions(nn.Module):
     """hidden + multiplier * [sin(p f), cos(p f)] with f_k = 10000^(-2 k / h) (Vaswani et al. 2017, in halves)."""
 
-    def __init__(self, hidden_size: int, offset: int, multiplier: float) -> None:
+    def __init__(
+        self, hidden_size: int, offset: int, multiplier: float, region: TensorRegion, context: Axis = ALONE
+    ) -> None:
         super().__init__()
         self.hidden_size = hidden_size
         self.offset = offset
         self.multiplier = multiplier
+        self.region = region
+        self.context = context
 
     def forward(self, stream: Stream, cache: KVCache | None = None) -> Stream:
-        positions = Span.of(stream.hidden.shape[1], cache).positions(stream.hidden.device) + self.offset
+        positions = _positions(stream.hidden, cache, self.region, self.context) + self.offset
         waves = sinusoids(positions, self.hidden_size) * self.multiplier
         return stream._replace(hidden=stream.hidden + waves.to(stream.hidden.dtype))
 
@@ -51,12 +68,20 @@ class SinusoidalPositions(nn.Module):
 class Dropout(nn.Module):
     """Dropout of the embedded tokens with `probability`."""
 
-    def __init__(self, probability: float) -> None:
+    def __init__(self, probability: float, region: TensorRegion) -> None:
         super().__init__()
         self.probability = probability
+        self.region = region
 
     def forward(self, stream: Stream, cache: KVCache | None = None) -> Stream:
-        return stream._replace(hidden=F.dropout(stream.hidden, self.probability, self.training))
+        return stream._replace(hidden=self.region.dropout(stream.hidden, self.probability, self.training))
+
+
+def _positions(hidden: Tensor, cache: KVCache | None, region: TensorRegion, context: Axis) -> Tensor:
+    """Return the position of each token of `hidden`, which is a part of the sequence under context parallelism, and a
+    part of that under sequence parallelism."""
+    length = hidden.shape[1] * (region.axis.size if region.splits_sequence else 1)
+    return region.tokens(Span.of(length, cache, context).positions(hidden.device))
 
 
 def sinusoids(positions: Tensor, hidden_size: int) -> Tensor:

@@ -7,30 +7,38 @@ from torch import Tensor, nn
 
 from megatron.model.stream import Stream
 from megatron.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_sum
+from megatron.parallel.collectives import TensorRegion
 from megatron.parallel.layers import Initializer, VocabParallelEmbedding, make_parameter
-from megatron.parallel.mesh import Axis
 from megatron.parallel.sharding import ShardSpec
+from megatron.parallel.vocab_loss import vocabulary_losses
 
 
-def vocabulary_output(hidden: Tensor, weight: Tensor, labels: Tensor | None, loss_mask: Tensor | None) -> Tensor:
+def vocabulary_output(
+    hidden: Tensor, weight: Tensor, labels: Tensor | None, loss_mask: Tensor | None, region: TensorRegion
+) -> Tensor:
     """Return logits [b, s, v]; with labels each token's loss [b, s] fp32; with a loss_mask besides, the scalar
-    sum(loss * loss_mask) in fp32. Losses never hold all logits."""
+    sum(loss * loss_mask) in fp32. Losses never hold all logits.
+
+    weight: this rank's rows [v/tp, h]. All ranks return the same.
+    """
+    hidden = region.enter(hidden)
     if labels is None:
-        return F.linear(hidden, weight)
+        return region.gather_features(F.linear(hidden, weight))
     if loss_mask is None:
-        return linear_cross_entropy(hidden, weight, labels)
-    return linear_cross_entropy_sum(hidden, weight, labels, loss_mask)
+        return linear_cross_entropy(hidden, weight, labels, vocabulary_losses(region))
+    return linear_cross_entropy_sum(hidden, weight, labels, loss_mask, vocabulary_losses(region))
 
 
 class LanguageHead(nn.Module):
     """The projection [v, h] onto the vocabulary, without bias."""
 
-    def __init__(self, num_tokens: int, hidden_size: int, axis: Axis, initializer: Initializer) -> None:
+    def __init__(self, num_tokens: int, hidden_size: int, region: TensorRegion, initializer: Initializer) -> None:
         super().__init__()
-        self.weight = make_parameter((num_tokens, hidden_size), ShardSpec(dim=0), axis, initializer)
+        self.region = region
+        self.weight = make_parameter((num_tokens, hidden_size), ShardSpec(dim=0), region.axis, initializer)
 
     def forward(self, stream: Stream, labels: Tensor | None = None, loss_mask: Tensor | None = None) -> Tensor:
-        return vocabulary_output(stream.hidden, self.weight, labels, loss_mask)
+        return vocabulary_output(stream.hidden, self.weight, labels, loss_mask, self.region)
 
 
 class TiedEmbedding(VocabParallelEmbedding):
@@ -41,5 +49,5 @@ class TiedEmbedding(VocabParallelEmbedding):
 
     def forward(self, inputs: Tensor | Stream, labels: Tensor | None = None, loss_mask: Tensor | None = None) -> Tensor:
         if isinstance(inputs, Stream):
-            return vocabulary_output(inputs.hidden, self.weight, labels, loss_mask)
+            return vocabulary_output(inputs.hidden, self.weight, labels, loss_mask, self.region)
         return super().forward(inputs)

@@ -72,7 +72,7 @@ def orthogonal(shape: tuple[int, ...], generator: torch.Generator, gain: float) 
 def initialize(module: nn.Module, prefix: str, seed: int, axis: Axis) -> None:
     """Fill every parameter of `module` in place.
 
-    prefix: the module's canonical name; parameter p is drawn under the name `<prefix>.<p>`.
+    prefix: the module's canonical name; parameter p is drawn under the name `<prefix>.<p>`, or `<p>` without a prefix.
     axis: the tensor axis, of which this rank takes its share.
     """
     for name, parameter in module.named_parameters():
@@ -80,6 +80,6 @@ def initialize(module: nn.Module, prefix: str, seed: int, axis: Axis) -> None:
         shape = list(parameter.shape)
         if spec.dim is not None:
             shape[spec.dim] *= axis.size
-        generator = torch.Generator(device="cpu").manual_seed(hash_seed(seed, f"{prefix}.{name}"))
+        generator = torch.Generator(device="cpu").manual_seed(hash_seed(seed, f"{prefix}.{name}" if prefix else name))
         full = get_initializer(parameter)(tuple(shape), generator)
         parameter.copy_(split(full, spec, axis.size, axis.rank))

@@ -9,12 +9,12 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from megatron.ops.activations import Activation
+from megatron.parallel.collectives import TensorRegion
 from megatron.parallel.layers import ColumnParallelLinear, Initializer, RowParallelLinear
-from megatron.parallel.mesh import Axis
 
 
 class MLP(nn.Module):
-    """x [b, s, h] -> [b, s, h].
+    """x [b, s, h] -> [b, s, h], between `TensorRegion.enter` and `leave`: what it returns is this rank's part.
 
     linear1_rows, linear2_columns: the two widths; a gated MLP has twice as many rows as columns.
     activation: maps linear1's output to linear2's input.
@@ -27,15 +27,15 @@ class MLP(nn.Module):
         linear2_columns: int,
         gated: bool,
         activation: Activation,
-        axis: Axis,
+        region: TensorRegion,
         init: Initializer,
         output_init: Initializer,
         bias: bool,
     ) -> None:
         super().__init__()
         self.activation = activation
-        self.linear1 = ColumnParallelLinear(hidden_size, linear1_rows, axis, init, bias, blocks=2 if gated else 1)
-        self.linear2 = RowParallelLinear(linear2_columns, hidden_size, axis, output_init, bias)
+        self.linear1 = ColumnParallelLinear(hidden_size, linear1_rows, region, init, bias, blocks=2 if gated else 1)
+        self.linear2 = RowParallelLinear(linear2_columns, hidden_size, region, output_init, bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.linear2(self.activation(self.linear1(hidden)))

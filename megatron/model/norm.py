@@ -4,39 +4,71 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from megatron.config.schema.model import ModelConfig
 from megatron.ops.norms import layer_norm, rms_norm, scale_norm
+from megatron.parallel.collectives import TensorRegion
 from megatron.parallel.layers import make_parameter, ones, zeros
 from megatron.parallel.mesh import Axis
 from megatron.parallel.sharding import ShardSpec
 
 _REPLICATED = Axis("replicated")
-_SPEC = ShardSpec(sequence_partial=True)
+
+OUTSIDE = ShardSpec(sequence_partial=True)
+"""Of a norm outside of the split layers: under sequence parallelism each rank uses it for tokens of its own."""
+
+INSIDE = ShardSpec(tensor_partial=True)
+"""Of a norm between `enter` and `leave`: each rank's gradient comes from its own heads and features."""
 
 
 class LayerNorm(nn.Module):
     """layer_norm over the last dims `shape`. affine: with a gain; bias: with an offset beside the gain."""
 
-    def __init__(self, shape: tuple[int, ...], eps: float, affine: bool, bias: bool) -> None:
+    def __init__(self, shape: tuple[int, ...], eps: float, affine: bool, bias: bool, spec: ShardSpec = OUTSIDE) -> None:
         super().__init__()
         self.shape = shape
         self.eps = eps
-        self.weight = make_parameter(shape, _SPEC, _REPLICATED, ones) if affine else None
-        self.bias = make_parameter(shape, _SPEC, _REPLICATED, zeros) if affine and bias else None
+        self.weight = make_parameter(shape, spec, _REPLICATED, ones) if affine else None
+        self.bias = make_parameter(shape, spec, _REPLICATED, zeros) if affine and bias else None
 
     def forward(self, inputs: Tensor) -> Tensor:
         return layer_norm(inputs, self.shape, self.weight, self.bias, self.eps)
 
 
-class RMSNorm(nn.Module):
-    """rms_norm over the last dim, with gains of `shape`."""
+class HeadLayerNorm(nn.Module):
+    """layer_norm over all heads together, [n, d], of which this rank has its own, with their gains: [..., n/tp, d]."""
 
-    def __init__(self, shape: tuple[int, ...], eps: float) -> None:
+    def __init__(self, shape: tuple[int, int], eps: float, affine: bool, bias: bool, region: TensorRegion) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = make_parameter(shape, _SPEC, _REPLICATED, ones)
+        self.region = region
+        self.count = shape[0] * shape[1]
+        self.weight = make_parameter(shape, ShardSpec(dim=0), region.axis, ones) if affine else None
+        self.bias = make_parameter(shape, ShardSpec(dim=0), region.axis, zeros) if affine and bias else None
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if not self.region.is_split:
+            return layer_norm(inputs, tuple(inputs.shape[-2:]), self.weight, self.bias, self.eps)
+        centred = inputs.float() - self._mean(inputs.float())
+        output = centred * torch.rsqrt(self._mean(centred.square()) + self.eps)
+        output = output if self.weight is None else output * self.weight.float()
+        output = output if self.bias is None else output + self.bias.float()
+        return output.to(inputs.dtype)
+
+    def _mean(self, values: Tensor) -> Tensor:
+        """Return the mean [..., 1, 1] over the heads of all ranks."""
+        return self.region.sum_for_all(values.sum((-2, -1), keepdim=True)) / self.count
+
+
+class RMSNorm(nn.Module):
+    """rms_norm over the last dim, with gains of `shape`, split over `axis` as `spec` says."""
+
+    def __init__(self, shape: tuple[int, ...], eps: float, spec: ShardSpec = OUTSIDE, axis: Axis = _REPLICATED) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = make_parameter(shape, spec, axis, ones)
 
     def forward(self, inputs: Tensor) -> Tensor:
         return rms_norm(inputs, self.weight, self.eps)
@@ -45,27 +77,44 @@ class RMSNorm(nn.Module):
 class ScaleNorm(nn.Module):
     """scale_norm over the last dim, with one scalar gain."""
 
-    def __init__(self, eps: float) -> None:
+    def __init__(self, eps: float, spec: ShardSpec = OUTSIDE) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = make_parameter((1,), _SPEC, _REPLICATED, ones)
+        self.weight = make_parameter((1,), spec, _REPLICATED, ones)
 
     def forward(self, inputs: Tensor) -> Tensor:
         return scale_norm(inputs, self.weight, self.eps)
 
 
-def make_norm(model: ModelConfig, shape: tuple[int, ...]) -> nn.Module:
-    """Return the norm that the config asks for, with gains of `shape`.
-
-    layernorm takes its statistics over all dims of `shape`, the others over the last one. Norms do not decay.
-    """
+def make_norm(model: ModelConfig, spec: ShardSpec = OUTSIDE) -> nn.Module:
+    """Return the norm of hidden states that the config asks for. Norms do not decay."""
+    shape = (model.hidden_size,)
     makers: dict[str, Callable[[], nn.Module]] = {
-        "layernorm": lambda: LayerNorm(shape, model.layernorm_epsilon, affine=True, bias=model.use_bias_in_norms),
+        "layernorm": lambda: LayerNorm(shape, model.layernorm_epsilon, True, model.use_bias_in_norms, spec),
         "non_parametric_layernorm": lambda: LayerNorm(shape, model.layernorm_epsilon, affine=False, bias=False),
-        "rmsnorm": lambda: RMSNorm(shape, model.rms_norm_epsilon),
-        "scalenorm": lambda: ScaleNorm(model.scalenorm_epsilon),
+        "rmsnorm": lambda: RMSNorm(shape, model.rms_norm_epsilon, spec),
+        "scalenorm": lambda: ScaleNorm(model.scalenorm_epsilon, spec),
     }
-    norm = makers[model.norm]()
+    return _without_decay(makers[model.norm]())
+
+
+def make_head_norm(model: ModelConfig, region: TensorRegion) -> nn.Module:
+    """Return the norm of queries and keys [..., n/tp, d] that the config asks for; gains are of each query head.
+
+    layernorm takes its statistics over all heads together, as GPT-NeoX does, the others head by head.
+    """
+    heads = model.num_attention_heads
+    shape = (heads, model.hidden_size // heads)
+    makers: dict[str, Callable[[], nn.Module]] = {
+        "layernorm": lambda: HeadLayerNorm(shape, model.layernorm_epsilon, True, model.use_bias_in_norms, region),
+        "non_parametric_layernorm": lambda: HeadLayerNorm(shape, model.layernorm_epsilon, False, False, region),
+        "rmsnorm": lambda: RMSNorm(shape, model.rms_norm_epsilon, ShardSpec(dim=0), region.axis),
+        "scalenorm": lambda: ScaleNorm(model.scalenorm_epsilon, INSIDE),
+    }
+    return _without_decay(makers[model.norm]())
+
+
+def _without_decay(norm: nn.Module) -> nn.Module:
     for parameter in norm.parameters():
         parameter.no_weight_decay = True  # type: ignore[attr-defined]
     return norm

@@ -25,3 +25,8 @@ class LayerPlan:
     build: Callable[[], nn.Module]
     share: str | None = None
     call: Callable[..., Any] | None = None
+
+
+def is_block(name: str) -> bool:
+    """Return whether the layer of this name is one of the repeated blocks."""
+    return name.startswith("layers.")

@@ -15,28 +15,43 @@ from torch import Tensor, nn
 from megatron.model.cache import KVCache
 from megatron.ops.relative import alibi_slopes, relative_buckets
 from megatron.ops.rotary import rotary_tables
+from megatron.parallel.context import local_positions
 from megatron.parallel.layers import Initializer, make_parameter
 from megatron.parallel.mesh import Axis
 from megatron.parallel.sharding import ShardSpec
 
+ALONE = Axis("cp")
+"""The context axis of one process."""
+
 
 @dataclass(frozen=True)
 class Span:
-    """The columns [start, end) of the tokens at hand; keys are columns [0, end). padding: as in KVCache."""
+    """The columns [start, end) of the tokens at hand; keys are columns [0, end). padding: as in KVCache.
+
+    context: the tokens at hand are this rank's on the context axis, a part of those columns.
+    """
 
     start: int
     end: int
     padding: Tensor | None = None
+    context: Axis = ALONE
 
     @classmethod
-    def of(cls, length: int, cache: KVCache | None) -> Span:
-        """Return the span of `length` tokens that follow what the cache holds."""
+    def of(cls, length: int, cache: KVCache | None, context: Axis = ALONE) -> Span:
+        """Return the span of `length` tokens that follow what the cache holds.
+
+        Raises ValueError for a cache on a context axis of several ranks: decoding is not divided along the sequence.
+        """
         if cache is None:
-            return cls(0, length)
+            return cls(0, length * context.size, context=context)
+        if context.size > 1:
+            raise ValueError("a KVCache needs a model with context_parallel_size 1")
         return cls(cache.length, cache.length + length, cache.padding)
 
     def positions(self, device: torch.device) -> Tensor:
         """Return the position of each token in its document: [s] int64, or [b, s] where rows are padded."""
+        if self.context.size > 1:
+            return local_positions(self.context, self.end, device)
         columns = torch.arange(self.start, self.end, device=device)
         if self.padding is None:
             return columns

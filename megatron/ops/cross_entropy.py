@@ -8,10 +8,14 @@ the loss of a language model is one weighted sum; it costs no recomputation. `li
 token's loss, whose gradient is not known in advance, and computes the logits again in the backward pass.
 
 A token's weight scales its row of x, never its row of logits, which is a hundred times longer.
+
+Where W holds a share of the vocabulary only, the caller gives another function for the losses of a block of logits
+(`megatron.parallel.vocab_loss`); everything else is the same, and the gradient of x is then the share's part of it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,21 +32,43 @@ FP16_SCALE = 1024.0
 """A softmax over a large vocabulary is below the least normal fp16 number, so fp16 gradients are kept times this."""
 
 
-def linear_cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor) -> Tensor:
+BlockLosses = Callable[[Tensor, Tensor, float | None], Tensor]
+"""(logits [r, v], labels [r], scale) -> losses [r] fp32. With a scale, the logits become their own gradients times it;
+without, they are lost."""
+
+
+def block_losses(logits: Tensor, labels: Tensor, scale: float | None) -> Tensor:
+    """The BlockLosses of a whole vocabulary."""
+    values = logits.float()
+    index = labels.unsqueeze(1)
+    target = values.gather(1, index)
+    maximum = values.amax(dim=1, keepdim=True)
+    probabilities = torch.softmax(values, dim=1, out=values)
+    # The largest probability is at least 1/v, so its logarithm is exact where the target's own may have underflowed.
+    losses = maximum - probabilities.amax(dim=1, keepdim=True).log() - target
+    if scale is not None:
+        probabilities.scatter_add_(1, index, torch.full_like(target, -1.0))
+        logits.copy_(probabilities if scale == 1.0 else probabilities.mul_(scale))
+    return losses.squeeze(1)
+
+
+def linear_cross_entropy_sum(
+    hidden: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor, losses: BlockLosses = block_losses
+) -> Tensor:
     """Return sum(loss * loss_mask) over all tokens, an fp32 scalar in nats.
 
     hidden [..., h], weight [v, h], labels [...] int64 in [0, v), loss_mask [...].
     """
     result: Tensor = _WeightedSum.apply(
-        hidden.flatten(0, -2), weight, labels.flatten(), loss_mask.flatten().float(), torch.is_grad_enabled()
+        hidden.flatten(0, -2), weight, labels.flatten(), loss_mask.flatten().float(), losses, torch.is_grad_enabled()
     )
     return result
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, losses: BlockLosses = block_losses) -> Tensor:
     """Return each token's loss [...] fp32 in nats; hidden [..., h], weight [v, h], labels [...] int64 in [0, v)."""
-    losses: Tensor = _PerToken.apply(hidden.flatten(0, -2), weight, labels.flatten())
-    return losses.view(labels.shape)
+    per_token: Tensor = _PerToken.apply(hidden.flatten(0, -2), weight, labels.flatten(), losses)
+    return per_token.view(labels.shape)
 
 
 def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -56,34 +82,41 @@ class _WeightedSum(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor, with_gradient: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        loss_mask: Tensor,
+        losses: BlockLosses,
+        with_gradient: bool,
     ) -> Tensor:
         gradients = _Gradients(hidden, weight) if with_gradient and any(ctx.needs_input_grad[:2]) else None
-        losses = _walk(hidden, weight, labels, loss_mask, gradients)
+        per_token = _walk(hidden, weight, labels, loss_mask, losses, gradients)
         ctx.gradients = gradients
-        return torch.dot(losses, loss_mask)
+        return torch.dot(per_token, loss_mask)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
-        return *gradients.finish(upstream[0]), None, None, None
+        return *gradients.finish(upstream[0]), None, None, None, None
 
 
 class _PerToken(torch.autograd.Function):
     """Each token's loss; the backward pass computes the logits again."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, losses: BlockLosses) -> Tensor:
         ctx.save_for_backward(hidden, weight, labels)
-        return _walk(hidden, weight, labels, torch.ones_like(labels, dtype=torch.float32), None)
+        ctx.losses = losses
+        return _walk(hidden, weight, labels, torch.ones_like(labels, dtype=torch.float32), losses, None)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, labels = ctx.saved_tensors
         largest = upstream[0].abs().max().clamp(min=1e-30)  # so that no factor leaves the range of fp16
         gradients = _Gradients(hidden, weight)
-        _walk(hidden, weight, labels, upstream[0] / largest, gradients)
-        return *gradients.finish(largest), None
+        _walk(hidden, weight, labels, upstream[0] / largest, ctx.losses, gradients)
+        return *gradients.finish(largest), None, None
 
 
 class _Gradients:
@@ -122,7 +155,14 @@ class _Gradients:
         return self.hidden.mul_(factor), weight
 
 
-def _walk(hidden: Tensor, weight: Tensor, labels: Tensor, factors: Tensor, gradients: _Gradients | None) -> Tensor:
+def _walk(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    factors: Tensor,
+    losses_of: BlockLosses,
+    gradients: _Gradients | None,
+) -> Tensor:
     """Return the losses [t] fp32, chunk by chunk; `gradients`, where given, takes each chunk's part."""
     size = -(-len(hidden) // -(-len(hidden) // _chunk(weight)))  # chunks of equal size
     buffer = torch.empty((size, len(weight)), dtype=hidden.dtype, device=hidden.device)
@@ -133,26 +173,10 @@ def _walk(hidden: Tensor, weight: Tensor, labels: Tensor, factors: Tensor, gradi
         for block in _blocks(logits):
             targets = labels[start : start + size][block]
             scale = gradients.scale if gradients else None
-            losses[start : start + size][block] = _losses(logits[block], targets, scale)
+            losses[start : start + size][block] = losses_of(logits[block], targets, scale)
         if gradients is not None:
             gradients.add(start, logits, rows, weight, factors[start : start + size])
     return losses
-
-
-def _losses(logits: Tensor, labels: Tensor, scale: float | None) -> Tensor:
-    """Return the losses [r] fp32 of logits [r, v]. With a scale, the logits become their own gradients times it;
-    without, they are lost."""
-    values = logits.float()
-    index = labels.unsqueeze(1)
-    target = values.gather(1, index)
-    maximum = values.amax(dim=1, keepdim=True)
-    probabilities = torch.softmax(values, dim=1, out=values)
-    # The largest probability is at least 1/v, so its logarithm is exact where the target's own may have underflowed.
-    losses = maximum - probabilities.amax(dim=1, keepdim=True).log() - target
-    if scale is not None:
-        probabilities.scatter_add_(1, index, torch.full_like(target, -1.0))
-        logits.copy_(probabilities if scale == 1.0 else probabilities.mul_(scale))
-    return losses.squeeze(1)
 
 
 def _chunk(weight: Tensor) -> int:

@@ -4,7 +4,9 @@
     Row:    y = x W^T + b, columns of W split; its input is a share of the features, b is whole.
     Vocabulary: rows of the table split.
 
-On an axis of size 1 each is the plain formula, with the ShardSpec attached to the parameter. Weights are made
+Column and row layers do not communicate: x has entered the region before (`TensorRegion.enter`), and the row layer's
+y is partial, to be summed once by `TensorRegion.leave`, together with other partial results where a block adds them
+up anyway. On an axis of size 1 each is the plain formula. The ShardSpec is attached to each parameter. Weights are made
 uninitialised, in torch's default dtype on its default device; each parameter carries the `Initializer` that
 `megatron.model.init` runs once its canonical name is known.
 """
@@ -17,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron.parallel.collectives import TensorRegion
 from megatron.parallel.mesh import Axis
 from megatron.parallel.sharding import ShardSpec, local_shape, set_spec
 
@@ -57,10 +60,16 @@ class ColumnParallelLinear(nn.Module):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, axis: Axis, initializer: Initializer, bias: bool, blocks: int = 1
+        self,
+        in_features: int,
+        out_features: int,
+        region: TensorRegion,
+        initializer: Initializer,
+        bias: bool,
+        blocks: int = 1,
     ) -> None:
         super().__init__()
-        spec = ShardSpec(dim=0, blocks=blocks)
+        spec, axis = ShardSpec(dim=0, blocks=blocks), region.axis
         self.weight = make_parameter((out_features, in_features), spec, axis, initializer)
         self.bias = make_parameter((out_features,), spec, axis, zeros) if bias else None
 
@@ -69,23 +78,36 @@ class ColumnParallelLinear(nn.Module):
 
 
 class RowParallelLinear(nn.Module):
-    """y [..., out] = x [..., in/tp] W^T + b, with W [out, in] split by columns and b [out] whole."""
+    """This rank's part of y [..., out] = x [..., in/tp] W^T + b, with W [out, in] split by columns and b [out] whole.
 
-    def __init__(self, in_features: int, out_features: int, axis: Axis, initializer: Initializer, bias: bool) -> None:
+    Each rank adds b / tp, so that the sum over ranks holds it once; each has the whole gradient of b.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, region: TensorRegion, initializer: Initializer, bias: bool
+    ) -> None:
         super().__init__()
-        self.weight = make_parameter((out_features, in_features), ShardSpec(dim=1), axis, initializer)
-        self.bias = make_parameter((out_features,), ShardSpec(sequence_partial=True), axis, zeros) if bias else None
+        self.region = region
+        self.weight = make_parameter((out_features, in_features), ShardSpec(dim=1), region.axis, initializer)
+        self.bias = make_parameter((out_features,), ShardSpec(), region.axis, zeros) if bias else None
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return F.linear(inputs, self.weight, self.bias)
+        bias = None if self.bias is None else self.region.once(self.bias)
+        return F.linear(inputs, self.weight, bias)
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Rows of a table [v, h], split by rows: tokens [b, s] int64 -> [b, s, h]."""
+    """Rows of a table [v, h], split by rows: tokens [b, s] int64 -> [b, s, h] ([b, s/tp, h], `TensorRegion.leave`)."""
 
-    def __init__(self, num_tokens: int, hidden_size: int, axis: Axis, initializer: Initializer) -> None:
+    def __init__(self, num_tokens: int, hidden_size: int, region: TensorRegion, initializer: Initializer) -> None:
         super().__init__()
-        self.weight = make_parameter((num_tokens, hidden_size), ShardSpec(dim=0), axis, initializer)
+        self.region = region
+        self.weight = make_parameter((num_tokens, hidden_size), ShardSpec(dim=0), region.axis, initializer)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return F.embedding(tokens, self.weight)
+        if not self.region.is_split:
+            return F.embedding(tokens, self.weight)
+        local = tokens - self.region.axis.rank * len(self.weight)
+        is_mine = (local >= 0) & (local < len(self.weight))
+        rows = F.embedding(local.clamp(0, len(self.weight) - 1), self.weight)
+        return self.region.leave(rows * is_mine.unsqueeze(-1))

@@ -23,11 +23,13 @@ class ShardSpec:
     blocks: equal parts of that dim that are split separately.
     sequence_partial: the gradient of a replicated parameter is partial where activations are split over the
         sequence, and must be summed over the tensor axis.
+    tensor_partial: it is partial in any case, since each rank uses the parameter for its own heads or features.
     """
 
     dim: int | None = None
     blocks: int = 1
     sequence_partial: bool = False
+    tensor_partial: bool = False
 
 
 REPLICATED = ShardSpec()
@@ -74,6 +76,14 @@ def local_shape(shape: Sequence[int], spec: ShardSpec, size: int) -> tuple[int, 
     if spec.dim is not None:
         local[spec.dim] //= size
     return tuple(local)
+
+
+def full_shape(shape: Sequence[int], spec: ShardSpec, size: int) -> tuple[int, ...]:
+    """Return the shape of the full tensor of which one rank's share has `shape`; the inverse of `local_shape`."""
+    full = list(shape)
+    if spec.dim is not None:
+        full[spec.dim] *= size
+    return tuple(full)
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,8 @@ def run_loop(run: Run, progress: Progress) -> Progress:
         run.monitor.log_step(progress.iteration, result)
         if result.num_tokens == 0:
             logger.warning("iteration %d trained on nothing: all labels of its batch are masked", progress.iteration)
+        if is_due(progress, run.training.check_replicas_interval or None):
+            run.engine.check_replicas()
         if is_due(progress, run.training.eval_interval) or progress.iteration == run.train_iters:
             validate(run, progress)
         save_if_due(run, progress)

@@ -86,7 +86,7 @@ class _Assembly:
     def engine(self, vocab_size: int, keeper: Keeper) -> tuple[Engine, Progress]:
         """Return the engine with the weights and the state that the run begins with, and its progress."""
         model = build_model(self.config, vocab_size, self.mesh, initialized=keeper.is_fresh)
-        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        shapes = model.full_shapes()
         engine = build_engine(self.config, self.mesh, model, build_objective())
         return engine, keeper.restore(engine, shapes)
 

@@ -13,7 +13,7 @@ from megatron.config import keys, reference
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("name", ["docs/configuration.md", "docs/config.schema.json"])
+@pytest.mark.parametrize("name", ["docs/configuration.md", "docs/config.schema.json", "docs/parallelism.md"])
 def test_pages_are_current(name: str) -> None:
     written = (ROOT / name).read_text(encoding="utf-8")
     assert written == reference.pages()[name], "run: python -m megatron.config.reference"

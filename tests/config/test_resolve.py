@@ -262,9 +262,18 @@ def test_old_offload_switch() -> None:
 def test_processes_must_fit_the_layout() -> None:
     said = problems(model_parallel_size=2, world=3)
     assert said == (
-        "model_parallel_size = 2: 3 processes cannot be divided into groups of 2 x pipe_parallel_size (1) = 2. Start a "
-        "multiple of 2 processes, or set both sizes to 1."
+        "model_parallel_size = 2: 3 processes cannot be divided into groups of 2. Start a multiple of 2 processes, or "
+        "set it to 1."
     )
+    said = problems(pipe_parallel_size=2, context_parallel_size=2, world=6)
+    assert said == (
+        "pipe_parallel_size = 2: 6 processes cannot be divided into groups of 2 x context_parallel_size (2) = 4. Start "
+        "a multiple of 4 processes, or set these sizes to 1."
+    )
+
+
+def test_processes_that_share_a_sequence_are_not_data_parallel() -> None:
+    assert resolve({**SMALL, "context_parallel_size": 2}, world_size=4).batch.train_batch_size == 2
     assert "global_num_gpus = 8: the launcher starts 2 processes." in problems(global_num_gpus=8, world=2)
 
 

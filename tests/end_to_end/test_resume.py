@@ -22,7 +22,10 @@ from tests.ranks import RankError, run_ranks
 
 def run(folder: Path, world_size: int = 1, **changes: Any) -> dict[str, int]:
     """Train the tiny run as one rank of `world_size`; returns its progress."""
-    return train(config(folder, world_size, **changes), Mesh.create()).as_dict()
+    tiny = config(folder, world_size, **changes)
+    sizes = tiny.parallel
+    mesh = Mesh.create(sizes.model_parallel_size, max(1, sizes.pipe_parallel_size), sizes.context_parallel_size)
+    return train(tiny, mesh).as_dict()
 
 
 def run_killed(folder: Path, at: int, **changes: Any) -> None:
@@ -98,6 +101,20 @@ def test_a_finished_run_says_so_and_another_order_of_samples_is_a_warning(
     assert "nothing left to train: the checkpoint is of iteration 1 and train_iters is 1" in said
     assert "changed since that checkpoint: seed: 1234 -> 5" in said
     assert "The training samples come in another order" in said
+
+
+def test_resume_with_divided_sequences_has_the_same_losses(folders: tuple[Path, Path]) -> None:
+    whole, broken = folders
+    changes = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "char_level_ppl": True}
+    run_ranks(1, lambda: run(whole, **changes))
+    run_ranks(2, lambda: run(broken, 2, exit_interval=4, **changes, context_parallel_size=2))
+    moved = {"context_parallel_size": 4, "context_parallel_method": "all_to_all", "zero_optimization": {"stage": 0}}
+    run_ranks(4, lambda: run(broken, 4, exit_interval=6, **changes, **moved))
+    run_ranks(1, lambda: run(broken, **changes))
+    for kind in ("step", "validation"):
+        assert losses(broken, kind).keys() == losses(whole, kind).keys()
+        for iteration, loss in losses(whole, kind).items():
+            assert losses(broken, kind)[iteration] == pytest.approx(loss, rel=1e-6)
 
 
 def test_nothing_is_overwritten_without_being_asked(folders: tuple[Path, Path]) -> None:

@@ -22,8 +22,8 @@ from megatron.data.loaders import build_loader  # noqa: E402
 from megatron.engine.build import build_engine  # noqa: E402
 from megatron.model.build import build_model  # noqa: E402
 from megatron.objectives.build import build_objective  # noqa: E402
-from megatron.parallel.mesh import Mesh  # noqa: E402
 from tests.model.test_golden import canonical_name  # noqa: E402
+from tests.parallel.matrix import make_mesh  # noqa: E402
 
 _NOT_OURS = ("global_num_gpus", "use_cpu_initialization", "data_path", "vocab_file", "num_workers", "data_types")
 _VOCAB = 512
@@ -43,12 +43,14 @@ RUNS = {
 }
 
 
-def follow(folder: Path, recorded: dict, weights: dict, stage: int, world_size: int) -> tuple:
-    keys = {key: value for key, value in recorded["config"].items() if key not in _NOT_OURS}
+def follow(
+    folder: Path, recorded: dict, weights: dict, stage: int, world_size: int, layout: dict | None = None
+) -> tuple:
+    keys = {key: value for key, value in recorded["config"].items() if key not in _NOT_OURS} | (layout or {})
     prefix = str(folder / "small_text_document")
     flat = {**keys, "zero_optimization": {"stage": stage}, "data_path": prefix, "num_workers": 0}
     config = resolve(flat, world_size=world_size)
-    mesh = Mesh.create() if world_size > 1 else Mesh.single()
+    mesh = make_mesh(config)
     model = build_model(config, _VOCAB, mesh)
     engine = build_engine(config, mesh, model, build_objective())
     engine.load_state(lambda name, kind: weights[name] if kind == "weight" else None, with_optimizer=False)
@@ -64,12 +66,46 @@ def weights_of(path: Path, prefix: str, num_layers: int) -> dict:
     return {canonical_name(name, num_layers): tensor.float() for name, tensor in tensors.items()}
 
 
+def recorded_run(golden: Path, name: str, folder: Path) -> dict:
+    """Return what GPT-NeoX recorded, with its data in `folder`."""
+    for suffix in (".bin", ".idx"):
+        (folder / f"small_text_document{suffix}").symlink_to(golden / "train/data" / f"small_text_document{suffix}")
+    return json.loads((golden / "train" / f"{name}.json").read_text())
+
+
+# GPT-NeoX's own norms at tensor parallel size 2 are those of one rank's share, and its parallel residual leaves the
+# norms' gradients unsummed there; one process is right.
+LAYOUTS = {
+    "tensor": ({"model_parallel_size": 2}, 0, 2),
+    "sequence": ({"model_parallel_size": 2, "sequence_parallel": True}, 1, 2),
+    "tensor and data, ZeRO 3": ({"model_parallel_size": 2}, 3, 4),
+}
+
+
+@pytest.mark.parametrize("run", ["serial_dp1", "pythia_dp1"])
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_tensor_parallel_ranks_follow_one_process_of_gpt_neox(golden, tmp_path, case, run):
+    layout, stage, world_size = LAYOUTS[case]
+    recorded = recorded_run(golden, run, tmp_path)
+    if world_size == 4:  # the two data-parallel ranks read what one rank reads in two micro-batches
+        layout = {**layout, "gradient_accumulation_steps": 1}
+    start = weights_of(golden / "train" / "pythia_dp1.safetensors", "init.", 2)  # all serial_* runs share it
+    results = run_ranks(world_size, follow, tmp_path, recorded, start, stage, world_size, layout)[0][0]
+    assert [r.loss for r in results] == pytest.approx(recorded["loss"], rel=2e-6)
+    assert [r.grad_norm for r in results] == pytest.approx([norm for norm, _ in recorded["gnorm"]], rel=2e-5)
+
+
+def test_tensor_parallel_loss_is_that_of_gpt_neox_at_the_same_size(golden, tmp_path):
+    recorded = recorded_run(golden, "serial_tp2", tmp_path)
+    start = weights_of(golden / "train" / "pythia_dp1.safetensors", "init.", 2)
+    results = run_ranks(2, follow, tmp_path, recorded, start, 0, 2)[0][0]
+    assert [r.loss for r in results] == pytest.approx(recorded["loss"], rel=2e-6)
+
+
 @pytest.mark.parametrize("case", RUNS)
 def test_the_trajectory_of_gpt_neox(golden, tmp_path, case):
     name, stage, world_size, loss_tolerance, norm_tolerance = RUNS[case]
-    recorded = json.loads((golden / "train" / f"{name}.json").read_text())
-    for suffix in (".bin", ".idx"):
-        (tmp_path / f"small_text_document{suffix}").symlink_to(golden / "train/data" / f"small_text_document{suffix}")
+    recorded = recorded_run(golden, name, tmp_path)
     stem = "gpt2_tied_linear_noclip" if name.startswith("gpt2") else "pythia_dp1"
     start = weights_of(golden / "train" / f"{stem}.safetensors", "init.", 2)
     ranks = run_ranks(world_size, follow, tmp_path, recorded, start, stage, world_size)

@@ -17,6 +17,7 @@ from megatron.config.schema.config import Config
 from megatron.data.batch import Batch
 from megatron.engine.build import build_engine
 from megatron.engine.local import LocalEngine
+from megatron.engine.pipeline import PipelineEngine
 from megatron.optim.schedules import learning_rate
 from megatron.parallel.mesh import Mesh
 
@@ -107,14 +108,15 @@ def capture_gradients(engine: Any) -> list[dict[str, Tensor]]:
         engine._reduced = recording_reduced
         return record
     live = engine._live
-    step = live.step
+    name = "_take_model_step" if isinstance(engine, PipelineEngine) else "step"
+    step = getattr(live, name)
 
-    def recording_step() -> None:
+    def recording_step(*settings: Any) -> None:
         if live.is_gradient_accumulation_boundary():
-            record.append({n: safe_get_full_grad(p).float().clone() for n, p in live.module.named_parameters()})
-        step()
+            record.append({n: safe_get_full_grad(p).float().clone() for n, p in engine.model.named_parameters()})
+        step(*settings)
 
-    live.step = recording_step
+    setattr(live, name, recording_step)
     return record
 
 

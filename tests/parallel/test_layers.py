@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from megatron.parallel.collectives import TensorRegion
 from megatron.parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -18,7 +19,7 @@ from megatron.parallel.layers import (
 from megatron.parallel.mesh import Axis
 from megatron.parallel.sharding import ShardSpec, get_spec, split
 
-ONE = Axis("tp")
+ONE = TensorRegion(Axis("tp"))
 
 
 def drawn(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -62,7 +63,7 @@ def test_each_parameter_knows_how_it_is_split() -> None:
     assert get_spec(column.weight) == ShardSpec(0, blocks=2)
     assert get_spec(column.bias) == ShardSpec(0, blocks=2)
     assert get_spec(row.weight) == ShardSpec(1)
-    assert get_spec(row.bias) == ShardSpec(sequence_partial=True)
+    assert get_spec(row.bias) == ShardSpec()
     assert get_spec(VocabParallelEmbedding(8, 4, ONE, drawn).weight) == ShardSpec(0)
 
 

@@ -22,7 +22,7 @@ def test_a_stream_depends_on_the_place_and_on_nothing_before_it() -> None:
 
 def test_each_place_has_its_own_stream() -> None:
     mesh = Mesh.single()
-    meshes = [mesh, replace(mesh, dp=Axis("dp", 2, 1)), replace(mesh, pp=Axis("pp", 2, 1))]
+    meshes = [mesh, replace(mesh, replicas=Axis("replicas", 2, 1)), replace(mesh, pp=Axis("pp", 2, 1))]
     places = [(seed, m, i, j) for seed in (1, 2) for m in meshes for i in (0, 1) for j in (0, 1)]
     draws = [draw(RngStreams(seed, m), i, j) for seed, m, i, j in places]
     assert len(set(draws)) == len(places)

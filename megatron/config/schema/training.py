@@ -65,6 +65,14 @@ class TrainingConfig(Section):
     exit_interval: int | None = setting(
         None, "Save (where `save` is set) and stop when the step is a multiple of this.", unit="optimizer steps", ge=1
     )
+    check_replicas_interval: int = setting(
+        1000,
+        "Steps between comparisons, bit by bit, of all that several processes hold a copy of: weights of data parallel "
+        "ranks, unsplit weights of tensor parallel ranks, tied weights of pipeline stages. A difference stops the run "
+        "and names the tensor. A comparison reads the weights once. 0 never compares.",
+        unit="optimizer steps",
+        ge=0,
+    )
     checkpoint_activations: bool = setting(
         False, "Compute the blocks' activations again in the backward pass instead of keeping them."
     )

@@ -1,0 +1,178 @@
+"""Pipeline stages under DeepSpeed's pipeline engine (1F1B) and ZeRO 1.
+
+DeepSpeed averages gradients over the M micro-batches and over the D ranks that hold the same parameters, so
+each micro-batch is back-propagated as sum * M * D / T to be divided by the trained tokens T of the whole step.
+
+A stage seeds its random stream before each forward pass with (iteration, micro-batch, replica, stage), and the backward
+pass of a recomputed layer brings the first pass's state back. So dropout masks depend on the number of stages, and
+not on the order in which the schedule interleaves micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.pipe.schedule import ReduceTiedGrads
+from torch import Tensor, nn
+
+from megatron.config.schema.config import Config
+from megatron.data.batch import Batch
+from megatron.engine import state, zero
+from megatron.engine.base import ReadTensor
+from megatron.engine.fragments import Holdings
+from megatron.engine.stage import Feed, PipelineStage, is_copy
+from megatron.engine.step import StepEngine, Update, diverged
+from megatron.errors import EngineError, Problem
+from megatron.logs import get_logger
+from megatron.model.stage import StageModel
+from megatron.objectives.build import Objective
+from megatron.parallel.mesh import Mesh
+from megatron.parallel.pipeline import bubble_fraction
+from megatron.parallel.sharding import StatePiece
+
+logger = get_logger(__name__)
+
+
+class PipelineEngine(StepEngine):
+    """The Engine of one stage; `engine.build.build_engine` makes it.
+
+    live: what deepspeed.initialize returned for `stage`.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh, live: Any, stage: PipelineStage, objective: Objective) -> None:
+        super().__init__(config, mesh, objective)
+        self._live = live
+        self._stage = stage
+        self._shape: tuple[int, ...] | None = None
+        self._take_model_step, live._take_model_step = live._take_model_step, self._show_and_step
+        live._INSTRUCTION_MAP = {**live._INSTRUCTION_MAP, ReduceTiedGrads: _sum_shared_gradients}
+        _require_same_layout(live.grid, mesh)
+        state.make_states(self._holdings())
+        _announce(stage.model, self._num_micro_batches)
+
+    @property
+    def model(self) -> nn.Module:
+        """This rank's stage of the model."""
+        return self._stage.model
+
+    def state_pieces(self) -> Iterator[StatePiece]:
+        """Yield what this rank owns, as views of the live tensors; save or copy them before the next step.
+
+        The first of the stages that share a parameter owns it."""
+        found = self._holdings()
+        owned = [fragment for fragment in found.owned if not is_copy(fragment.parameter)]
+        return state.pieces(replace(found, owned=owned), self._mesh)
+
+    def load_state(self, read: ReadTensor, with_optimizer: bool) -> None:
+        """Fill masters and optimizer state, then the weights from the masters; see `Engine.load_state`."""
+        problems = state.fill(self._holdings(), self._mesh, read, with_optimizer)
+        state.agree(problems, self._mesh)
+        zero.publish_masters(self._live.optimizer)
+        self.check_masters()
+
+    def read_back(self) -> dict[str, Any]:
+        """Return what the live engine does, under the names of the keys that asked for it; all ranks must call it."""
+        return zero.read_back(self._live, self._holdings(), self.model, self._mesh)
+
+    def _holdings(self) -> Holdings:
+        return zero.holdings(self._live.optimizer, self.model)
+
+    def _start(self, rate: float) -> float:
+        for group in self._live.optimizer.param_groups:
+            group["lr"] = rate
+        return float(getattr(self._live.optimizer, "loss_scale", 1.0))
+
+    def _accumulate(self, batches: Sequence[Batch], iteration: int, num_tokens: Tensor) -> Tensor:
+        """Run the whole schedule; the optimizer's step is its last instruction."""
+        feed = Feed(
+            batches,
+            scale=self._num_micro_batches * self._mesh.replicas.size / num_tokens,
+            before=lambda micro_batch: self._rng.start_micro_batch(iteration, micro_batch),
+            device=self._mesh.device,
+        )
+        try:
+            self._live.train_batch(self._iterate(feed, batches))
+        except Exception as error:
+            if "loss scale already at minimum" in str(error):
+                raise diverged() from error
+            raise
+        return self._from_last_stage(feed.losses)
+
+    def _losses(self, batches: Sequence[Batch]) -> Tensor:
+        one = torch.ones((), device=self._mesh.device)
+        feed = Feed(batches, scale=one, before=lambda micro_batch: None, device=self._mesh.device)
+        live = self._live
+        live.eval_batch(
+            self._iterate(feed, batches), reduce_output=None, bcast_loss=False, num_micro_batches=len(batches)
+        )
+        live.module.train()
+        return self._from_last_stage(feed.losses)
+
+    def _show_and_step(self, settings: Any) -> None:
+        """Show the reduced gradients before the optimizer's step, which is the last instruction of the schedule."""
+        self._show_gradients(zero.gradients(self.model), float(getattr(self._live.optimizer, "loss_scale", 1.0)))
+        self._take_model_step(settings)
+
+    def _update(self) -> Update:
+        return Update(float(self._live.get_global_grad_norm()), not self._live.was_step_applied())
+
+    def _iterate(self, feed: Feed, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Hand the stage its feed, and return what DeepSpeed loads itself: the tokens of the first stage."""
+        shape = tuple(batches[0].tokens.shape)
+        if shape != self._shape:
+            self._live.reset_activation_shape()
+            self._shape = shape
+        self._stage.feed = feed
+        return ((batch.tokens, batch.labels) for batch in batches)
+
+    def _from_last_stage(self, losses: Tensor) -> Tensor:
+        """Return the last stage's value on every stage; the others have 0."""
+        dist.all_reduce(losses, group=self._mesh.pp.group)
+        return losses
+
+
+def _sum_shared_gradients(live: Any) -> None:
+    """Sum the gradients of parameters that stages share over those stages.
+
+    In the place of DeepSpeed's instruction, which does not look where ZeRO 1 accumulates fp16 gradients in fp32.
+    """
+    for weight, group in live.module.get_tied_weights_and_groups():
+        places = (getattr(weight, "_hp_grad", None), getattr(weight, "grad_accum", None), weight.grad)
+        gradient = next(gradient for gradient in places if gradient is not None)
+        dist.all_reduce(gradient, group=group)
+
+
+def _require_same_layout(grid: Any, mesh: Mesh) -> None:
+    """Raise EngineError unless DeepSpeed places this rank where the mesh does."""
+    theirs = (grid.get_stage_id(), grid.get_data_parallel_id(), grid.get_slice_parallel_rank())
+    ours = (mesh.pp.rank, mesh.replicas.rank, mesh.tp.rank)
+    if theirs != ours:
+        raise EngineError(
+            Problem(
+                what=f"{mesh.describe()}",
+                why=f"DeepSpeed has it as stage {theirs[0]}, replica {theirs[1]}, share {theirs[2]}.",
+                fix="This is a defect of the engine: report it with the configuration.",
+            )
+        )
+
+
+def _announce(model: StageModel, micro_batches: int) -> None:
+    """Print what each stage holds, and how long the stages wait for each other."""
+    split = model.split
+    sizes = split.sizes()
+    for stage in range(split.stages):
+        layers = split.layers(stage)
+        share = sizes[stage] / sum(sizes)
+        first, last = split.titles[layers[0]], split.titles[layers[-1]]
+        logger.info(
+            "pipeline stage %d: %d layers (%s to %s), %s parameters (%.1f %%)",
+            *(stage, len(layers), first, last, f"{sizes[stage]:,}", 100 * share),
+        )
+    logger.info(
+        "pipeline bubble: %.1f %% of each step with %d micro-batches (gradient_accumulation_steps) over %d stages",
+        *(100 * bubble_fraction(split.stages, micro_batches), micro_batches, split.stages),
+    )

@@ -1,0 +1,95 @@
+"""Attention where each rank of the context axis holds a part of the sequence; `parallel/context.py` says how.
+
+Attention of one process is the twin: a layer has one of these methods only where the context axis has several ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from megatron.model.positions import AttentionMask, RelativePositionBias, Span
+from megatron.ops.attention import attention
+from megatron.parallel.context import Sight, heads_to_sequence, ring_attention, sequence_to_heads
+from megatron.parallel.mesh import Axis
+
+
+class AcrossRanks(Protocol):
+    """Attention of this rank's tokens over the tokens of all ranks of the context axis."""
+
+    @property
+    def axis(self) -> Axis:
+        """The context axis."""
+        ...
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        mask: AttentionMask,
+        segments: Tensor | None,
+        rpe: RelativePositionBias | None,
+        dropout: float,
+    ) -> Tensor:
+        """Return [b, n, s/C, d] from query [b, n, s/C, d], key and value [b, k, s/C, d].
+
+        mask, rpe: of this layer. segments: [b, s], of the whole sequence. dropout: of attention probabilities.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class RingAcrossRanks:
+    """Keys and values go round; the config's rules keep rpe and dropout away from it."""
+
+    axis: Axis
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        mask: AttentionMask,
+        segments: Tensor | None,
+        rpe: RelativePositionBias | None,
+        dropout: float,
+    ) -> Tensor:
+        if rpe is not None or dropout:
+            raise ValueError("ring attention has neither relative position biases nor dropout")
+        return ring_attention(query, key, value, Sight(scale, mask.window, mask.slopes, segments), self.axis)
+
+
+@dataclass(frozen=True)
+class HeadsAcrossRanks:
+    """Each rank computes a share of the heads over the whole sequence."""
+
+    axis: Axis
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        mask: AttentionMask,
+        segments: Tensor | None,
+        rpe: RelativePositionBias | None,
+        dropout: float,
+    ) -> Tensor:
+        query, key, value = (sequence_to_heads(each, self.axis) for each in (query, key, value))
+        bias = mask(Span(0, query.shape[2]), segments, rpe, query)
+        if bias is not None and bias.dim() >= 3 and bias.shape[-3] > 1:  # [n, s, s]: this rank's heads of it
+            bias = bias.chunk(self.axis.size, dim=-3)[self.axis.rank]
+        return heads_to_sequence(attention(query, key, value, scale, bias is None, bias, dropout), self.axis)
+
+
+def make_across(axis: Axis, method: str) -> AcrossRanks | None:
+    """Return the method of `context_parallel_method`, or None on an axis of one rank."""
+    methods: dict[str, Callable[[Axis], AcrossRanks]] = {"ring": RingAcrossRanks, "all_to_all": HeadsAcrossRanks}
+    return methods[method](axis) if axis.size > 1 else None

@@ -1,0 +1,158 @@
+"""One pipeline stage: the layers of the model that this rank holds, under the names they have in the whole model.
+
+    stages = StagePlan.of(plans, stages=4, method="parameters")      # from plans alone: no weights are made
+    model = StageModel(plans, stages, stage=1, device, dtype, seed)  # builds the layers of stage 1 only
+
+Which layer is where changes no name and no initial weight, so checkpoints know nothing of it. A parameter that layers
+of several stages use (tied embeddings, a shared table of positions) is a copy on each of them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron.errors import ConfigError, Problem
+from megatron.model.assemble import Names, build_modules, fill, full_shapes
+from megatron.model.plan import LayerPlan, is_block
+from megatron.model.recompute import Recompute
+from megatron.model.stream import Stream
+from megatron.parallel.mesh import Axis
+from megatron.parallel.pipeline import balanced_bounds
+
+_SINGLE = Axis("tp")
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """The split of a model over stages, the same on every rank.
+
+    titles: the name of each layer plan.
+    names: for each layer plan, its parameters: name within the layer -> canonical name.
+    shapes: canonical name -> full shape, of the whole model.
+    bounds: stage s holds the plans bounds[s] to bounds[s + 1].
+    """
+
+    titles: tuple[str, ...]
+    names: tuple[Names, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+    bounds: tuple[int, ...]
+
+    @classmethod
+    def of(cls, plans: Sequence[LayerPlan], stages: int, method: str, tensor_axis: Axis = _SINGLE) -> StagePlan:
+        """Split a model by `pipe_partition_method`. plans: are built without memory, and are of no use afterwards.
+
+        Raises ConfigError where there are fewer blocks than stages, or the method finds no layers.
+        """
+        root = nn.Module()
+        modules = build_modules(root, plans, "meta", torch.float32)
+        canonical = {id(parameter): name for name, parameter in root.named_parameters()}
+        names = tuple({name: canonical[id(p)] for name, p in module.named_parameters()} for module in modules)
+        sizes = [sum(parameter.numel() for parameter in module.parameters()) for module in modules]
+        weights = _weights(method, plans, modules, sizes)
+        titles = tuple(plan.name for plan in plans)
+        bounds = balanced_bounds(weights, stages, [is_block(title) for title in titles])
+        return cls(titles, names, full_shapes(root, tensor_axis.size), tuple(bounds))
+
+    @property
+    def stages(self) -> int:
+        """Number of stages."""
+        return len(self.bounds) - 1
+
+    def layers(self, stage: int) -> range:
+        """Return the indices of a stage's plans."""
+        return range(self.bounds[stage], self.bounds[stage + 1])
+
+    def held(self, stage: int) -> set[str]:
+        """Return the canonical names of the parameters that a stage holds."""
+        return {name for layer in self.layers(stage) for name in self.names[layer].values()}
+
+    def sizes(self) -> list[int]:
+        """Return the number of weights of each stage, over all tensor-parallel ranks."""
+        return [sum(math.prod(self.shapes[name]) for name in self.held(stage)) for stage in range(self.stages)]
+
+    def shared(self) -> dict[str, list[int]]:
+        """Return the parameters that several stages hold, by name, with those stages; the first of them owns it."""
+        holders = {name: [s for s in range(self.stages) if name in self.held(s)] for name in self.shapes}
+        return {name: stages for name, stages in sorted(holders.items()) if len(stages) > 1}
+
+
+class StageModel(nn.Module):
+    """The layers of one stage, built, with the weights that they have in the whole model.
+
+    plans: of the whole model; only this stage's are built.
+    device, dtype, seed, tensor_axis, recompute: as in `SequentialModel`.
+    """
+
+    def __init__(
+        self,
+        plans: Sequence[LayerPlan],
+        split: StagePlan,
+        stage: int,
+        device: str | torch.device,
+        dtype: torch.dtype,
+        seed: int | None = 1234,
+        tensor_axis: Axis = _SINGLE,
+        recompute: Recompute | None = None,
+    ) -> None:
+        super().__init__()
+        layers = split.layers(stage)
+        self.split = split
+        self.stage = stage
+        self.is_first, self.is_last = stage == 0, stage == split.stages - 1
+        self.plans = tuple(plans[index] for index in layers)
+        names = [split.names[index] for index in layers]
+        self._in_order = build_modules(self, self.plans, device, dtype, names)
+        fill(self, seed, tensor_axis)
+        middle = range(int(self.is_first), len(self.plans) - int(self.is_last))
+        self._chunks = (recompute or Recompute()).chunks([plan.name for plan in self.plans], middle)
+
+    def full_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the full shape of every weight of the whole model, by canonical name."""
+        return dict(self.split.shapes)
+
+    def forward(self, inputs: Any, segments: Tensor | None = None) -> Stream:
+        """Return the stream after this stage's layers, all but the head.
+
+        inputs: tokens [b, s] int64 on the first stage, else the stream of the stage before.
+        segments: [b, s] int64 document numbers of the tokens, or None.
+        """
+        stream: Stream = self._call(0, inputs, segments) if self.is_first else inputs
+        for chunk in self._chunks:
+            stream = chunk(self._call, stream, None)
+        return stream
+
+    def finish(self, stream: Stream, labels: Tensor | None = None, loss_mask: Tensor | None = None) -> Tensor:
+        """Return logits, losses or their sum, on the last stage, as `SequentialModel` does."""
+        output: Tensor = self._call(len(self.plans) - 1, stream, labels, loss_mask)
+        return output
+
+    def _call(self, index: int, *inputs: Any) -> Any:
+        module, call = self._in_order[index], self.plans[index].call
+        return module(*inputs) if call is None else call(module, *inputs)
+
+
+def _weights(method: str, plans: Sequence[LayerPlan], modules: Sequence[nn.Module], sizes: Sequence[int]) -> list[int]:
+    """Return the weight of each layer for the balance."""
+    if method == "parameters":
+        return list(sizes)
+    if method == "uniform":
+        return [1] * len(sizes)
+    pattern = method.removeprefix("type:")
+    kinds = [_kind(plan.name, module) for plan, module in zip(plans, modules, strict=True)]
+    found = [int(bool(re.search(pattern, kind, re.IGNORECASE))) for kind in kinds]
+    if not any(found):
+        why = f"no layer is called that; there are: {', '.join(dict.fromkeys(kinds))}."
+        raise ConfigError(Problem(f"pipe_partition_method = {method}", why, "Set pipe_partition_method: parameters"))
+    return found
+
+
+def _kind(name: str, module: nn.Module) -> str:
+    """Return what the expression of `type:` is searched in; blocks are found by GPT-NeoX's word for them as well."""
+    return f"{name} {type(module).__name__}" + (" transformer" if is_block(name) else "")
