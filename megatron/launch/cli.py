@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron.config.transport import pack
 from megatron.errors import DeepyError, LaunchError, Problem
-from megatron.launch import check, doctor
+from megatron.launch import check, doctor, parity
 from megatron.launch.arguments import Arguments, build_parser, parse_arguments
 from megatron.launch.command import (
     Layout,
@@ -31,6 +31,7 @@ from megatron.launch.supervise import run_ranks
 SINGLE_PROCESS = frozenset({"generate.py"})
 USAGE = """\
 ./deepy.py SCRIPT [-d DIR] CONFIG [CONFIG ...] [--set KEY=VALUE ...] [--check | --print]
+./deepy.py parity [-d DIR] CONFIG [CONFIG ...] [--set KEY=VALUE ...]
 ./deepy.py doctor
 
   ./deepy.py train.py configs/quickstart.yml                     train on this machine, on its GPUs or its CPU
@@ -39,6 +40,7 @@ USAGE = """\
   ./deepy.py train.py configs/125M.yml --check                   is the config sound? needs no GPU and no torch
   ./deepy.py train.py configs/125M.yml --print                   what would run, in a form to copy
   ./deepy.py generate.py configs/quickstart.yml -i prompts.txt   text from a checkpoint
+  ./deepy.py parity configs/20B.yml                              does its layout train as one process does?
   ./deepy.py doctor                                              what this machine has
 
 """
@@ -55,6 +57,8 @@ def main(argv: list[str]) -> int:
             return 0
         if argv[0] == "doctor":
             return doctor.main(argv[1:])
+        if argv[0] == "parity":
+            return parity.main(argv[1:])
         script = _find_script(argv[0])
         return _run(script, parse_arguments(argv[1:], f"./deepy.py {argv[0]}"))
     except DeepyError as error:
