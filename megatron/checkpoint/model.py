@@ -1,4 +1,7 @@
-"""A checkpoint as a model in one process: what generation, export and inspection start from."""
+"""A checkpoint as a model to call: what generation, export and inspection start from.
+
+In one process, whatever layout trained it; or on the tensor axis of a mesh, each rank with its share.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,8 @@ from megatron.config.schema.config import Config
 from megatron.config.schema.data import TokenizerConfig
 from megatron.model.build import build_model
 from megatron.model.sequential import SequentialModel
-from megatron.parallel.mesh import Mesh
+from megatron.parallel.mesh import Axis, Mesh
+from megatron.parallel.sharding import get_spec, split
 
 WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
 
@@ -24,30 +28,39 @@ def load_model(
     device: str | torch.device = "cpu",
     precision: str | None = None,
     read: Callable[[str], Tensor | None] | None = None,
+    mesh: Mesh | None = None,
 ) -> SequentialModel:
     """Return the checkpoint's model on one device, in evaluation mode.
 
     precision: "fp32", "fp16" or "bf16"; None keeps that of the training run.
     read: returns a weight by its canonical name; None reads the checkpoint's own.
+    mesh: instead of one device, the mesh whose tensor axis shares the model; all its ranks call this.
     Raises CheckpointError where the weights are not those of the stored config.
     """
     config = with_precision(stored_config(reader), precision)
     shape = reader.shapes.get(WORD_EMBEDDINGS)
     rows = shape[0] if shape else 0
-    model = build_model(config, rows, Mesh.single(device), initialized=False)
-    assert isinstance(model, SequentialModel)  # one process holds every stage
-    require_shapes(reader, {name: tuple(weight.shape) for name, weight in model.named_parameters()})
-    fill_parameters(model, read or reader.read)
+    mesh = mesh or Mesh.single(device)
+    model = build_model(_decoding(config), rows, mesh, initialized=False)
+    assert isinstance(model, SequentialModel), "a mesh with a pipeline trains only"
+    require_shapes(reader, model.full_shapes())
+    fill_parameters(model, read or reader.read, mesh.tp)
     return model.eval().requires_grad_(False)
 
 
-def fill_parameters(model: nn.Module, read: Callable[[str], Tensor | None]) -> None:
-    """Copy every parameter from `read(canonical name)`, one tensor in memory at a time."""
+def _decoding(config: Config) -> Config:
+    """Return the config without sequence parallelism, which needs more tokens at once than decoding has."""
+    parallel = config.parallel.model_copy(update={"sequence_parallel": False})
+    return config.model_copy(update={"parallel": parallel})
+
+
+def fill_parameters(model: nn.Module, read: Callable[[str], Tensor | None], axis: Axis) -> None:
+    """Copy this rank's share of every tensor `read(canonical name)`, one in memory at a time."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             values = read(name)
             assert values is not None, f"{name} has been checked to be there"
-            parameter.copy_(values)
+            parameter.copy_(split(values, get_spec(parameter), axis.size, axis.rank))
 
 
 def with_precision(config: Config, precision: str | None) -> Config:

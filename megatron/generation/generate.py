@@ -166,7 +166,8 @@ class _Cached:
         self.model = model
         self.device = parameter.device
         self.prompt = torch.tensor(rows, device=self.device)
-        self.cache = KVCache(shape, len(group), width + group[0].room, self.device, parameter.dtype)
+        room, dtype = width + group[0].room, parameter.dtype
+        self.cache = KVCache(shape, len(group), room, self.device, dtype, model.tensor_size)
         self.cache.set_padding(torch.tensor(padding))
 
     def next(self, tokens: Tensor | None) -> Tensor:

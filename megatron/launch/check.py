@@ -97,9 +97,9 @@ def _layout(config: Config) -> list[tuple[str, str]]:
     parallel = config.parallel
     tp, pp = parallel.model_parallel_size, max(1, parallel.pipe_parallel_size)
     stage = parallel.zero_optimization["stage"]
-    dp = parallel.world_size // (tp * pp)
+    cp = f" x context {parallel.context_parallel_size}" if parallel.context_parallel_size > 1 else ""
     return [
-        ("processes", f"{parallel.world_size} = data {dp} x tensor {tp} x pipeline {pp}"),
+        ("processes", f"{parallel.world_size} = data {parallel.data_parallel_size} x tensor {tp} x pipeline {pp}{cp}"),
         ("ZeRO", f"stage {stage}"),
         (
             "precision",
@@ -115,8 +115,7 @@ def _sums(config: Config) -> str:
 
 
 def _batch(config: Config) -> list[tuple[str, str]]:
-    batch, per_model = config.batch, config.parallel.model_parallel_size * max(1, config.parallel.pipe_parallel_size)
-    dp = config.parallel.world_size // per_model
+    batch, dp = config.batch, config.parallel.data_parallel_size
     product = f"{batch.train_micro_batch_size_per_gpu} x {batch.gradient_accumulation_steps} x {dp}"
     return [
         (

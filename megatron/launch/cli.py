@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron.config.transport import pack
 from megatron.errors import DeepyError, LaunchError, Problem
-from megatron.launch import check, doctor, plan
+from megatron.launch import check, doctor, parity, plan
 from megatron.launch.arguments import Arguments, build_parser, parse_arguments
 from megatron.launch.command import (
     Layout,
@@ -32,6 +32,7 @@ SINGLE_PROCESS = frozenset({"generate.py"})
 USAGE = """\
 ./deepy.py SCRIPT [-d DIR] CONFIG [CONFIG ...] [--set KEY=VALUE ...] [--check | --print]
 ./deepy.py plan CONFIG [CONFIG ...] [--gpus N] [--gpu-memory GIB] [--search]
+./deepy.py parity [-d DIR] CONFIG [CONFIG ...] [--set KEY=VALUE ...]
 ./deepy.py doctor
 
   ./deepy.py train.py configs/quickstart.yml                     train on this machine, on its GPUs or its CPU
@@ -41,6 +42,7 @@ USAGE = """\
   ./deepy.py train.py configs/125M.yml --print                   what would run, in a form to copy
   ./deepy.py generate.py configs/quickstart.yml -i prompts.txt   text from a checkpoint
   ./deepy.py plan configs/20B.yml --gpus 96 --gpu-memory 40      does it fit, how long does it take, what is better
+  ./deepy.py parity configs/20B.yml                              does its layout train as one process does?
   ./deepy.py doctor                                              what this machine has
 
 """
@@ -59,6 +61,8 @@ def main(argv: list[str]) -> int:
             return doctor.main(argv[1:])
         if argv[0] == "plan":
             return plan.main(argv[1:])
+        if argv[0] == "parity":
+            return parity.main(argv[1:])
         script = _find_script(argv[0])
         return _run(script, parse_arguments(argv[1:], f"./deepy.py {argv[0]}"))
     except DeepyError as error:

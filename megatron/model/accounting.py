@@ -7,6 +7,8 @@ L layers, s sequence, v padded vocabulary.
 
 from __future__ import annotations
 
+import math
+
 from megatron.config.attention import expand_attention
 from megatron.config.schema.model import ModelConfig
 from megatron.config.widths import mlp_widths
@@ -18,8 +20,12 @@ def layer_types(model: ModelConfig) -> list[str]:
 
 
 def padded_vocab_size(vocab_size: int, divisor: int, tensor_parallel_size: int) -> int:
-    """Return `vocab_size` (token ids) rounded up to a multiple of divisor * tensor_parallel_size, as GPT-NeoX does."""
-    multiple = divisor * tensor_parallel_size
+    """Return `vocab_size` (token ids) rounded up to a multiple of both.
+
+    GPT-NeoX rounds up to their product, so that the size of the model, its loss and its checkpoints depend on how many
+    processes share it; here they do not wherever tensor_parallel_size divides the divisor.
+    """
+    multiple = math.lcm(divisor, tensor_parallel_size)
     return -(-vocab_size // multiple) * multiple
 
 

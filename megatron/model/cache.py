@@ -20,13 +20,19 @@ from megatron.config.schema.model import ModelConfig
 class KVCache:
     """Room for `max_length` columns of every layer.
 
-    batch: rows. max_length: prompt and generated tokens together.
+    batch: rows. max_length: prompt and generated tokens together. shares: tensor-parallel ranks that share the heads.
     `length` is the number of columns filled; `padding` [b] int64 the leading columns of each row that are no tokens,
     or None where no row has any.
     """
 
     def __init__(
-        self, model: ModelConfig, batch: int, max_length: int, device: str | torch.device, dtype: torch.dtype
+        self,
+        model: ModelConfig,
+        batch: int,
+        max_length: int,
+        device: str | torch.device,
+        dtype: torch.dtype,
+        shares: int = 1,
     ) -> None:
         head_dim = model.hidden_size // model.num_attention_heads
         key_heads = value_heads = model.num_kv_heads or model.num_attention_heads
@@ -36,9 +42,9 @@ class KVCache:
         self.max_length = max_length
         self.length = 0
         self.padding: Tensor | None = None
-        shape = (model.num_layers, batch, key_heads, max_length, head_dim)
+        shape = (model.num_layers, batch, key_heads // shares, max_length, head_dim)
         self._keys = torch.empty(shape, device=device, dtype=dtype)
-        self._values = torch.empty((*shape[:2], value_heads, *shape[3:]), device=device, dtype=dtype)
+        self._values = torch.empty((*shape[:2], value_heads // shares, *shape[3:]), device=device, dtype=dtype)
 
     @property
     def num_bytes(self) -> int:

@@ -31,7 +31,8 @@ class SequentialModel(nn.Module):
 
     device, dtype: of all parameters.
     seed: of the initial weights; None makes them zeros, for a checkpoint to fill.
-    tensor_axis: the axis that the plans were made for; this rank takes its share of each initial tensor.
+    tensor_axis: the axis that the plans were made for; this rank takes its share of each initial tensor. The ranks of
+        the axis call the model together and all get the same result, whole.
     recompute: which activations are computed again in the backward pass; None keeps all.
 
     Parameters are named canonically: `named_parameters()` yields `<plan name>.<name in the module>`.
@@ -50,7 +51,7 @@ class SequentialModel(nn.Module):
         self.plans = tuple(plans)
         self._in_order = build_modules(self, self.plans, device, dtype)
         fill(self, seed, tensor_axis)
-        self._tensor_size = tensor_axis.size
+        self.tensor_size = tensor_axis.size
         names = [plan.name for plan in self.plans]
         self._chunks = (recompute or Recompute()).chunks(names, range(1, len(names) - 1))
 
@@ -77,7 +78,7 @@ class SequentialModel(nn.Module):
 
     def full_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the full shape of every weight, by canonical name."""
-        return full_shapes(self, self._tensor_size)
+        return full_shapes(self, self.tensor_size)
 
     def _call(self, index: int, *inputs: Any) -> Any:
         module, call = self._in_order[index], self.plans[index].call

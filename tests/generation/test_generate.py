@@ -82,6 +82,8 @@ def test_samples_depend_on_prompt_and_seed_not_on_order_or_batch():
 class EndsAfter:
     """Stands for a model that wants the document to end once `number` tokens are there."""
 
+    tensor_size = 1
+
     def __init__(self, model, eod, number):
         self.model, self.eod, self.number = model, eod, number
 

@@ -67,8 +67,14 @@ def test_what_is_missing_is_said() -> None:
     text = check.report(load_config(["20B"], CONFIGS, planning=True))
     assert "Before it can train:" in text
     assert "data_path: no training data is named." in text
-    assert "model_parallel_size = 2: tensor, sequence and pipeline parallelism are not built in this version." in text
     assert "a guess: the tokenizer's file is not here" in text
+
+
+def test_processes_that_share_a_sequence_are_told_apart() -> None:
+    sizes = ["global_num_gpus=8", "context_parallel_size=2", "model_parallel_size=2"]
+    text = " ".join(check.report(load_config(["125M"], CONFIGS, sizes, planning=True)).split())
+    assert "processes 8 = data 2 x tensor 2 x pipeline 1 x context 2" in text
+    assert "8 sequences = 4 x 1 x 2 (micro-batch x accumulation x data parallel)" in text
 
 
 def test_keys_at_their_defaults_are_not_repeated() -> None:

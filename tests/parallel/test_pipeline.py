@@ -72,6 +72,27 @@ def test_a_pipeline_equals_one_process(name, stages, replicas, accumulation, mor
     )
 
 
+COMBINED = [
+    ("tied, serial", 4, {"model_parallel_size": 2}),
+    ("rpe", 4, {"model_parallel_size": 2, "sequence_parallel": True, "checkpoint_activations": True}),
+    ("pythia", 4, {"context_parallel_size": 2}),
+    ("tied, serial", 8, {"model_parallel_size": 2, "context_parallel_size": 2, "sequence_parallel": True}),
+    ("gpt2", 8, {"model_parallel_size": 2, "sequence_parallel": True}),
+]
+
+
+@pytest.mark.parametrize(("name", "world_size", "more"), COMBINED)
+def test_pipelines_of_tensor_and_context_parallel_ranks_equal_one_process(name, world_size, more):
+    flat = layout(name, 2, 2, more)
+    assert_equal(run_layout(flat, world_size), run_reference(flat), 1e-5)
+
+
+@pytest.mark.parametrize("more", [{"model_parallel_size": 2, "sequence_parallel": True}, {"context_parallel_size": 2}])
+def test_combined_in_bf16(more):
+    flat = layout("tied, serial", 2, 2, {**more, "precision": "bf16"})
+    assert_equal(run_layout(flat, 4), run_reference(flat), 5e-2)
+
+
 def half_precision(flat: dict[str, Any], world_size: int) -> Trace:
     type(get_accelerator()).is_fp16_supported = lambda self: True  # DeepSpeed asks for fp16 instructions on the CPU
     config = make_config(flat, world_size)
@@ -160,11 +181,13 @@ def test_dropout_masks_are_those_of_stage_and_micro_batch_recomputed_or_not(reco
     assert all(found_loss == pytest.approx(loss, rel=1e-6) for found_loss, _ in ranks)
 
 
-def test_dropout_is_reproducible_bit_by_bit():
-    flat = layout("gpt2", 2, 4, DROPOUT)
-    first, second = (run_ranks(2, first_gradients, flat, 2) for _ in range(2))
-    recomputed = run_ranks(2, first_gradients, {**flat, "checkpoint_activations": True}, 2)
-    for rank in range(2):
+@pytest.mark.parametrize("more", [{}, {"model_parallel_size": 2}])
+def test_dropout_is_reproducible_bit_by_bit(more):
+    flat = layout("gpt2", 2, 4, {**DROPOUT, **more})
+    world_size = 2 * len(more) + 2
+    first, second = (run_ranks(world_size, first_gradients, flat, world_size) for _ in range(2))
+    recomputed = run_ranks(world_size, first_gradients, {**flat, "checkpoint_activations": True}, world_size)
+    for rank in range(world_size):
         for name, gradient in first[rank][1].items():
             assert torch.equal(gradient, second[rank][1][name])
             assert torch.equal(gradient, recomputed[rank][1][name])

@@ -6,8 +6,13 @@ from typing import Any
 
 import pytest
 
-from megatron.errors import ConfigError
-from tests.parallel.matrix import assert_equal, make_config, run_layout, run_reference
+from tests.parallel.matrix import assert_equal, make_config, run_layout, run_reference  # isort: skip
+
+from deepspeed.accelerator import get_accelerator
+
+from megatron.engine import local
+from megatron.errors import ConfigError, EngineError
+from megatron.parallel import grad_sync
 
 GPT_J = {"gpt_j_residual": True}
 
@@ -82,6 +87,22 @@ def test_bf16(layout: dict[str, Any], stage: int, exact: bool) -> None:
     model = {**MODELS["pythia"], "precision": "bf16"}
     trace = run_layout({**model, **layout, "stage": stage, "fp32_allreduce": exact}, 2)
     assert_equal(trace, run_reference(model), TOLERANCE["bf16"])
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_fp16(monkeypatch: pytest.MonkeyPatch, stage: int) -> None:
+    monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: True)
+    model = {**MODELS["gpt2"], "precision": "fp16", "fp16": {"initial_scale_power": 8}}
+    assert_equal(run_layout({**model, **SP, "stage": stage}, 2), run_reference(model), 1e-2)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.parametrize("name", ["gpt2", "pythia"])
+def test_a_partial_gradient_that_is_not_summed_is_seen(monkeypatch: pytest.MonkeyPatch, name: str, stage: int) -> None:
+    for module in (grad_sync, local):
+        monkeypatch.setattr(module, "is_partial", lambda parameter, region: False)
+    with pytest.raises((EngineError, AssertionError), match=r"copies must be alike|replicas of"):
+        run_layout({**MODELS[name], **SP, "stage": stage}, 2)
 
 
 def test_fewer_key_value_heads_than_ranks_are_refused() -> None:

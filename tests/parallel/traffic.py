@@ -1,7 +1,8 @@
 """Counts the bytes of every collective that runs inside a `with Traffic() as traffic:`.
 
-Counted are the whole tensors: what each rank brings to an all-reduce or reduce-scatter, and what each rank gets from
-an all-gather. On a ring of n ranks an all-reduce sends 2 (n-1)/n of that, the two others (n-1)/n each.
+Counted are the whole tensors: what each rank brings to an all-reduce, a reduce-scatter or an exchange of all with all,
+and what each rank gets from an all-gather. On a ring of n ranks an all-reduce sends 2 (n-1)/n of that, the others
+(n-1)/n each, and an exchange with the next rank alone all of it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ _OPERATIONS = {
     "_c10d_functional::all_reduce": ("all_reduce", 0),
     "_c10d_functional::all_gather_into_tensor": ("all_gather", -1),
     "_c10d_functional::reduce_scatter_tensor": ("reduce_scatter", 0),
+    "_c10d_functional::all_to_all_single": ("all_to_all", 0),
     "c10d::allreduce_": ("all_reduce", 0),
     "c10d::_allgather_base_": ("all_gather", 0),
     "c10d::allgather_": ("all_gather", 0),

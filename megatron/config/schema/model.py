@@ -98,5 +98,9 @@ class ModelConfig(Section):
         ge=1,
     )
     make_vocab_size_divisible_by: int = setting(
-        128, "The vocabulary is padded to a multiple of this times model_parallel_size.", unit="token ids", ge=1
+        128,
+        "The vocabulary is padded to a multiple of this and of model_parallel_size. GPT-NeoX pads to a multiple of "
+        "their product: write that here to load weights that were trained so.",
+        unit="token ids",
+        ge=1,
     )

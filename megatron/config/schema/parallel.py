@@ -44,6 +44,12 @@ class ParallelConfig(Section):
         "nothing and is the fastest on one process. The arithmetic is the same.",
     )
 
+    @property
+    def data_parallel_size(self) -> int:
+        """Groups of processes that read different samples; each group computes a model's whole step on its own."""
+        stages = max(1, self.pipe_parallel_size)
+        return self.world_size // (self.model_parallel_size * stages * self.context_parallel_size)
+
 
 class BatchConfig(Section):
     """The batch triangle, whole after resolution:

@@ -1,0 +1,1 @@
+"""The proof package; ARCHITECTURE.md says what lives here."""

@@ -1,0 +1,42 @@
+"""A whole run that is stopped and continued at other tensor parallel sizes is the run of one process."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.end_to_end.test_resume import run, tensors
+from tests.end_to_end.tiny import losses, write_corpus
+from tests.ranks import run_ranks
+
+MODEL = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "gpt_j_residual": True}
+TENSOR = {"model_parallel_size": 2, "zero_optimization": {"stage": 1}}
+SEQUENCE = {"model_parallel_size": 2, "sequence_parallel": True, "zero_optimization": {"stage": 0}}
+
+
+def test_a_run_that_changes_its_layout_is_the_run_that_does_not(tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for folder in (whole, broken):
+        write_corpus(folder / "corpus")
+    run_ranks(1, lambda: run(whole, **MODEL))
+    halved = {"gradient_accumulation_steps": 1}
+    layouts: list[tuple[int, int, dict[str, Any]]] = [
+        (2, 2, SEQUENCE),
+        (1, 3, {}),
+        (4, 5, {**TENSOR, **halved, "zero_optimization": {"stage": 3}}),
+        (4, 6, {**TENSOR, "pipe_parallel_size": 2, "sequence_parallel": True}),
+        (2, 8, TENSOR),
+    ]
+    for world_size, last, changes in layouts:
+        run_ranks(world_size, functools.partial(run, broken, world_size, exit_interval=last, **MODEL, **changes))
+    assert losses(broken).keys() == losses(whole).keys()
+    for kind in ("step", "validation"):
+        for iteration, loss in losses(whole, kind).items():
+            assert losses(broken, kind)[iteration] == pytest.approx(loss, rel=1e-5), (kind, iteration)
+    expected, found = tensors(whole), tensors(broken)
+    assert expected.keys() == found.keys()
+    for key, tensor in expected.items():
+        assert (found[key] - tensor).norm() <= 1e-3 * tensor.norm() + 1e-6, key
