@@ -40,7 +40,7 @@ def prepare(script: str) -> None:
     # loading the compiler for that costs 0.7 s.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     # OpenMP threads that spin while they wait take the cores from whoever has work: on two cores that were shared with
-    # other processes, training ran at 390 to 530 tokens/s with spinning threads and at 2,200 to 2,400 with sleeping ones.
+    # other processes, training ran at 390 to 530 tokens/s with spinning threads, at 2,200 to 2,400 with sleeping ones.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Importing torch and DeepSpeed creates a million objects that stay; collecting between them costs 0.1 to 0.2 s.
     # megatron.launch.entry switches the collector on again.

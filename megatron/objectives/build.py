@@ -10,7 +10,7 @@ from megatron.data.batch import Batch
 from megatron.objectives.language import language_loss
 
 Objective = Callable[[Callable[..., Tensor], Batch], tuple[Tensor, Tensor]]
-"""objective(model, batch) -> (sum of the losses of the micro-batch, an fp32 scalar with gradient; its trained tokens)."""
+"""(model, batch) -> (sum of the losses of the micro-batch, an fp32 scalar with gradient; its trained tokens)."""
 
 _OBJECTIVES: dict[str, Objective] = {"normal": language_loss}
 

@@ -54,9 +54,7 @@ class Mesh:
         return cls(**axes, device=torch.device(device))
 
     @classmethod
-    def create(
-        cls, tp: int = 1, pp: int = 1, cp: int = 1, device: str | torch.device = "cpu", *, ep: int = 1
-    ) -> Mesh:
+    def create(cls, tp: int = 1, pp: int = 1, cp: int = 1, device: str | torch.device = "cpu", *, ep: int = 1) -> Mesh:
         """Build the groups of every axis; every rank must call it, with torch.distributed initialised.
 
         tp, pp, cp: sizes of the tensor, pipeline and context axes; the data axis takes the remaining factor.
