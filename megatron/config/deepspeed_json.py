@@ -62,8 +62,8 @@ def _filled(model: type[Block], given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _pipeline(config: Config) -> dict[str, Any]:
-    """Return the block of DeepSpeed's pipeline, where there is one. Recomputation is ours, of the same layers as without
-    a pipeline, and stages exchange whole tensors."""
+    """Return the block of DeepSpeed's pipeline, where there is one. Recomputation is ours, of the same layers as
+    without a pipeline, and stages exchange whole tensors."""
     if config.parallel.pipe_parallel_size <= 1:
         return {}
     settings = {"activation_checkpoint_interval": 0, "use_reentrant": False}

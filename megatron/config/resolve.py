@@ -23,7 +23,6 @@ from megatron.config.values import canonical_fields, parts, validate
 from megatron.config.yaml_reader import Setting, canonical_key
 from megatron.errors import ConfigError, Problem
 
-
 _AXES = ("model", "pipe", "context")
 
 

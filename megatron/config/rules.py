@@ -332,7 +332,8 @@ def addresses_hold_no_password(d: Draft) -> Iterator[Problem]:
 RULES: tuple[Rule, ...] = (
     heads_divide_hidden, kv_heads_divide_heads, heads_divide_over_processes, sequence_divides_over_processes,
     mlp_divides_over_processes, tokens_divide_over_processes, context_parallel_attention, stages_have_layers,
-    rotary_is_even, positions_cover_sequence, one_mlp_width, attention_pattern_fits, tied_norm_needs_parallel_residual, fused_gelu_needs_gelu, split_is_possible,
+    rotary_is_even, positions_cover_sequence, one_mlp_width, attention_pattern_fits, tied_norm_needs_parallel_residual,
+    fused_gelu_needs_gelu, split_is_possible,
     one_source_of_data, lists_match, one_length_of_training, learning_rate_is_a_range,
     optimizer_takes_params, combinations_are_allowed, engine_decides_alone, saving_needs_a_time,
     steps_are_not_negative, addresses_hold_no_password,

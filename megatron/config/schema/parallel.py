@@ -13,8 +13,8 @@ class ParallelConfig(Section):
     pipe_parallel_size: int = setting(0, "Pipeline stages; 0 and 1 both mean no pipeline.", unit="stages", ge=0)
     pipe_partition_method: str = setting(
         "parameters",
-        "How layers are shared out over pipeline stages. parameters: equal numbers of weights; uniform: equal numbers of "
-        "layers; type:<regular expression>: equal numbers of the layers whose name or class it finds.",
+        "How layers are shared out over pipeline stages. parameters: equal numbers of weights; uniform: equal numbers "
+        "of layers; type:<regular expression>: equal numbers of the layers whose name or class it finds.",
     )
     model_parallel_size: int = setting(
         1, "Processes that share each layer (tensor parallelism).", unit="processes", ge=1
