@@ -67,6 +67,10 @@ def _more_than_one(value: Any) -> bool:
     return isinstance(value, int) and value > 1
 
 
+def _positive(value: Any) -> bool:
+    return isinstance(value, float) and value > 0
+
+
 _STAGE = "zero_optimization.stage"
 
 USES: dict[str, Use] = {
@@ -78,6 +82,8 @@ USES: dict[str, Use] = {
     "tensor": Use("model_parallel_size", _more_than_one, "each layer's matrices are divided"),
     "sequence": Use("sequence_parallel", _is(True), "norms and dropout are divided along the sequence"),
     "context": Use("context_parallel_size", _more_than_one, "each sequence is divided"),
+    "attention dropout": Use("attention_dropout", _positive, "some attention probabilities are dropped"),
+    "rpe": Use("pos_emb", _is("rpe"), "learned biases of relative positions"),
     "fp32": Use("precision", _is("fp32"), "everything in fp32"),
     "bf16": Use("precision", _is("bf16"), "fp32 masters, accumulation and reduction"),
     "fp16": Use("precision", _is("fp16"), "the same, with a loss scale"),
@@ -98,8 +104,8 @@ USES: dict[str, Use] = {
 
 # The uses that the documentation crosses with one another.
 SHOWN = (
-    "ZeRO 0", "ZeRO 1", "ZeRO 2", "ZeRO 3", "pipeline", "tensor", "sequence", "context", "fp32", "bf16",
-    "fp16", "optimizer offload", "parameter offload", "sm3", "cpu_adam",
+    "ZeRO 0", "ZeRO 1", "ZeRO 2", "ZeRO 3", "pipeline", "tensor", "sequence", "context",
+    "attention dropout", "rpe", "fp32", "bf16", "fp16", "optimizer offload", "parameter offload", "sm3", "cpu_adam",
 )  # fmt: skip
 
 _ON_DISK = "checkpoints cannot read state from there."
@@ -128,6 +134,7 @@ LINES: tuple[Line, ...] = (
 )  # fmt: skip
 
 NOTES: tuple[Note, ...] = (
+    *(Note("context", use, "needs context_parallel_method: all_to_all") for use in ("attention dropout", "rpe")),
     Note("ZeRO 0", "pipeline", "served by ZeRO 1, whose arithmetic is the same"),
 )  # fmt: skip
 

@@ -25,6 +25,8 @@ ASKED: dict[str, dict[str, Any]] = {
     "tensor": {"model_parallel_size": 2},
     "context": {"context_parallel_size": 2},
     "sequence": {"sequence_parallel": True},
+    "attention dropout": {"attention_dropout": 0.1, "context_parallel_method": "all_to_all"},
+    "rpe": {"pos_emb": "rpe", "context_parallel_method": "all_to_all"},
     **{kind: {"precision": kind} for kind in ("fp32", "bf16", "fp16")},
     "optimizer offload": {"zero_optimization.offload_optimizer": {"device": "cpu"}},
     "parameter offload": {"zero_optimization.offload_param": {"device": "cpu"}},

@@ -79,15 +79,17 @@ LAYOUTS = {
     "tensor": ({"model_parallel_size": 2}, 0, 2),
     "sequence": ({"model_parallel_size": 2, "sequence_parallel": True}, 1, 2),
     "tensor and data, ZeRO 3": ({"model_parallel_size": 2}, 3, 4),
+    "pipeline": ({"pipe_parallel_size": 2}, 1, 2),
+    "pipeline of tensor parallel ranks": ({"pipe_parallel_size": 2, "model_parallel_size": 2}, 1, 4),
 }
 
 
 @pytest.mark.parametrize("run", ["serial_dp1", "pythia_dp1"])
 @pytest.mark.parametrize("case", LAYOUTS)
-def test_tensor_parallel_ranks_follow_one_process_of_gpt_neox(golden, tmp_path, case, run):
+def test_ranks_of_every_layout_follow_one_process_of_gpt_neox(golden, tmp_path, case, run):
     layout, stage, world_size = LAYOUTS[case]
     recorded = recorded_run(golden, run, tmp_path)
-    if world_size == 4:  # the two data-parallel ranks read what one rank reads in two micro-batches
+    if "data" in case:  # the two data-parallel ranks read what one rank reads in two micro-batches
         layout = {**layout, "gradient_accumulation_steps": 1}
     start = weights_of(golden / "train" / "pythia_dp1.safetensors", "init.", 2)  # all serial_* runs share it
     results = run_ranks(world_size, follow, tmp_path, recorded, start, stage, world_size, layout)[0][0]
@@ -100,6 +102,15 @@ def test_tensor_parallel_loss_is_that_of_gpt_neox_at_the_same_size(golden, tmp_p
     start = weights_of(golden / "train" / "pythia_dp1.safetensors", "init.", 2)
     results = run_ranks(2, follow, tmp_path, recorded, start, 0, 2)[0][0]
     assert [r.loss for r in results] == pytest.approx(recorded["loss"], rel=2e-6)
+
+
+def test_a_pipeline_with_tied_embeddings_follows_one_process_of_gpt_neox(golden, tmp_path):
+    recorded = recorded_run(golden, "gpt2_tied_linear_noclip", tmp_path)
+    start = weights_of(golden / "train" / "gpt2_tied_linear_noclip.safetensors", "init.", 2)
+    layout = {"pipe_parallel_size": 2, "checkpoint_activations": True}
+    results = run_ranks(2, follow, tmp_path, recorded, start, 1, 2, layout)[0][0]
+    assert [r.loss for r in results] == pytest.approx(recorded["loss"], rel=2e-6)
+    assert [r.grad_norm for r in results] == pytest.approx([norm for norm, _ in recorded["gnorm"]], rel=2e-5)
 
 
 @pytest.mark.parametrize("case", RUNS)
