@@ -75,7 +75,7 @@ def _block(model: ModelConfig, layer: int) -> Iterator[Parameter]:
     yield from _linear(f"{name}.attention.query_key_value", rows, hidden, 0, model.use_bias_in_attn_linear)
     yield from _linear(f"{name}.attention.dense", hidden, hidden, 1, model.use_bias_in_attn_linear)
     if model.use_qk_layernorm:
-        yield from _norm(model, f"{name}.attention.qk_norm", (heads, width))
+        yield from _norm(model, f"{name}.attention.qk_norm", (heads, width), 0)
     if model.pos_emb == "rpe" and layer == 0:  # all layers share one table
         yield Parameter(f"{name}.attention.rpe.weight", (model.rpe_num_buckets, heads), 1)
     if not (model.gpt_j_residual and model.gpt_j_tied):
@@ -90,9 +90,12 @@ def _linear(name: str, rows: int, columns: int, dim: int, bias: bool) -> Iterato
         yield Parameter(f"{name}.bias", (rows,), 0 if dim == 0 else None)
 
 
-def _norm(model: ModelConfig, name: str, shape: tuple[int, ...]) -> Iterator[Parameter]:
+def _norm(model: ModelConfig, name: str, shape: tuple[int, ...], split: int | None = None) -> Iterator[Parameter]:
     if model.norm == "non_parametric_layernorm":
         return
-    yield Parameter(f"{name}.weight", (1,) if model.norm == "scalenorm" else shape)
+    if model.norm == "scalenorm":
+        yield Parameter(f"{name}.weight", (1,))
+        return
+    yield Parameter(f"{name}.weight", shape, split)
     if model.norm == "layernorm" and model.use_bias_in_norms:
-        yield Parameter(f"{name}.bias", shape)
+        yield Parameter(f"{name}.bias", shape, split)

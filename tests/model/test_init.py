@@ -10,6 +10,7 @@ import torch
 from megatron.config.schema.numerics import InitMethod
 from megatron.model.build import build_model
 from megatron.model.init import initialize, make_initializer
+from megatron.parallel.collectives import TensorRegion
 from megatron.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.parallel.mesh import Axis, Mesh
 from megatron.parallel.sharding import get_spec, merge
@@ -49,7 +50,7 @@ def test_shares_of_two_ranks_make_the_whole() -> None:
     for kind in (ColumnParallelLinear, RowParallelLinear):
         shares = []
         for axis in (Axis("tp"), Axis("tp", 2, 0), Axis("tp", 2, 1)):
-            layer = kind(8, 12, axis, draw, True)
+            layer = kind(8, 12, TensorRegion(axis), draw, True)
             initialize(layer, "layers.0.part", 1234, axis)
             shares.append(layer)
         for name, parameter in shares[0].named_parameters():

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron.data.batch import Batch
 from megatron.model.build import build_model, build_plans
+from megatron.model.norm import INSIDE, OUTSIDE
 from megatron.model.sequential import SequentialModel
 from megatron.objectives.language import language_loss
 from megatron.parallel.mesh import Mesh
@@ -82,14 +83,15 @@ def test_plans_are_named_in_the_order_of_the_model() -> None:
     assert plans[0].share == plans[-1].share is not None
 
 
-def test_specs_of_a_block() -> None:
-    model = small_model(activation="swiglu")
+@pytest.mark.parametrize(("parallel_residual", "norm"), [(False, OUTSIDE), (True, INSIDE)])
+def test_specs_of_a_block(parallel_residual: bool, norm: ShardSpec) -> None:
+    model = small_model(activation="swiglu", gpt_j_residual=parallel_residual)
     specs = {name.split(".", 2)[2]: get_spec(p) for name, p in model.named_parameters() if name.startswith("layers.0")}
     assert specs["attention.query_key_value.weight"] == ShardSpec(0)
     assert specs["attention.dense.weight"] == ShardSpec(1)
     assert specs["mlp.linear1.weight"] == ShardSpec(0, blocks=2)
-    assert specs["mlp.linear2.bias"] == ShardSpec(sequence_partial=True)
-    assert specs["input_layernorm.weight"] == ShardSpec(sequence_partial=True)
+    assert specs["mlp.linear2.bias"] == ShardSpec()
+    assert specs["input_layernorm.weight"] == norm
 
 
 @pytest.mark.parametrize("tied", [True, False])
