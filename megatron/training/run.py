@@ -95,7 +95,7 @@ class _Assembly:
             flops_per_token=flops_per_token(config.model, vocab_size, causal=False),
             causal_flops_per_token=flops_per_token(config.model, vocab_size, causal=True),
             peak_tflops=config.monitor.peak_theoretical_tflops or _known_peak(self.mesh.device),
-            recomputes=config.training.checkpoint_activations,
+            recomputes=config.training.checkpoint_activations and config.training.checkpoint_operations is None,
         )
         monitor = build_monitor(config, work, world.rank == 0, config.training.train_iters or 0, progress.iteration)
         self.stack.callback(monitor.close)
@@ -134,6 +134,8 @@ def _with_length(config: Config, train_iters: int) -> Config:
     """Return the config of a run whose length in steps is known, which train_epochs alone does not say."""
     if train_iters < 1:
         why = "the training data set has fewer samples than one global batch."
-        raise DataError(Problem(f"train_epochs = {config.training.train_epochs}", why, "Use a smaller batch or more data."))
+        raise DataError(
+            Problem(f"train_epochs = {config.training.train_epochs}", why, "Use a smaller batch or more data.")
+        )
     training = config.training.model_copy(update={"train_iters": train_iters})
     return config.model_copy(update={"training": training})
