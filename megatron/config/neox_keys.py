@@ -11,7 +11,8 @@ from typing import Any
 
 OWN_KEYS = frozenset(
     {
-        "check_replicas_interval", "context_parallel_method", "context_parallel_size", "data_index_dir", "neox_compat",
+        "check_replicas_interval", "checkpoint_first_layers", "checkpoint_operations", "context_parallel_method",
+        "context_parallel_size", "data_index_dir", "neox_compat",
         "resume", "run_name", "runs_dir", "wsd_decay_fraction", "wsd_decay_shape",
     }
 )  # fmt: skip

@@ -163,6 +163,13 @@ def _method_problem(method: str) -> str | None:
     return None
 
 
+def recomputed_whole_or_in_part(d: Draft) -> Iterator[Problem]:
+    """Blocks are recomputed whole, or single operations of them are."""
+    if d.checkpoint_operations is not None and d.checkpoint_num_layers > 1:
+        why = "checkpoint_operations recomputes parts of blocks, and never several blocks together."
+        yield d.problem("checkpoint_num_layers", d.checkpoint_num_layers, why, "Keep one of the two.")
+
+
 def one_mlp_width(d: Draft) -> Iterator[Problem]:
     """intermediate_size and expansion_factor are two ways to say one thing."""
     if d.intermediate_size is not None and d.expansion_factor is not None:
@@ -324,7 +331,7 @@ def addresses_hold_no_password(d: Draft) -> Iterator[Problem]:
 RULES: tuple[Rule, ...] = (
     heads_divide_hidden, kv_heads_divide_heads, heads_divide_over_processes, sequence_divides_over_processes,
     mlp_divides_over_processes, tokens_divide_over_processes, context_parallel_attention, stages_have_layers,
-    rotary_is_even, positions_cover_sequence, one_mlp_width, attention_pattern_fits,
+    recomputed_whole_or_in_part, rotary_is_even, positions_cover_sequence, one_mlp_width, attention_pattern_fits,
     tied_norm_needs_parallel_residual, fused_gelu_needs_gelu, split_is_possible,
     one_source_of_data, lists_match, one_length_of_training, learning_rate_is_a_range,
     optimizer_takes_params, combinations_are_allowed, engine_decides_alone, saving_needs_a_time,
@@ -348,6 +355,8 @@ _EFFECT: dict[str, tuple[str, tuple[Any, ...]]] = {
     "weighted_sampler_alpha": ("weight_by_num_documents", (True,)),
     "gradient_predivide_factor": ("prescale_gradients", (True,)),
     "checkpoint_num_layers": ("checkpoint_activations", (True,)),
+    "checkpoint_operations": ("checkpoint_activations", (True,)),
+    "checkpoint_first_layers": ("checkpoint_activations", (True,)),
     "allow_chopped": ("pack_impl", ("pack_until_overflow", "unpacked")),
 }
 

@@ -49,7 +49,8 @@ class PipelineEngine(StepEngine):
         self._stage = stage
         self._shape: tuple[int, ...] | None = None
         self._take_model_step, live._take_model_step = live._take_model_step, self._show_and_step
-        live._INSTRUCTION_MAP = {**live._INSTRUCTION_MAP, ReduceTiedGrads: _sum_shared_gradients}
+        instead = {ReduceTiedGrads: lambda live: _sum_shared_gradients(live, mesh)}
+        live._INSTRUCTION_MAP = {**live._INSTRUCTION_MAP, **instead}
         _require_same_layout(live.grid, mesh)
         state.make_states(self._holdings())
         _announce(stage.model, self._num_micro_batches)
@@ -135,15 +136,22 @@ class PipelineEngine(StepEngine):
         return losses
 
 
-def _sum_shared_gradients(live: Any) -> None:
-    """Sum the gradients of parameters that stages share over those stages.
+def _sum_shared_gradients(live: Any, mesh: Mesh) -> None:
+    """Sum the gradients of parameters that stages share over those stages, alike to the last bit.
 
-    In the place of DeepSpeed's instruction, which does not look where ZeRO 1 accumulates fp16 gradients in fp32.
+    In the place of DeepSpeed's instruction, which does not look where ZeRO 1 accumulates fp16 gradients in fp32. The
+    sum over replicas, which DeepSpeed does next, adds in an order that depends on a gradient's place in a buffer, and
+    stages have different buffers. So where order matters, it is done here, and DeepSpeed is left with a sum of which
+    one replica brings all and the others nothing.
     """
     for weight, group in live.module.get_tied_weights_and_groups():
         places = (getattr(weight, "_hp_grad", None), getattr(weight, "grad_accum", None), weight.grad)
         gradient = next(gradient for gradient in places if gradient is not None)
+        if mesh.replicas.size > 2:
+            dist.all_reduce(gradient, group=mesh.replicas.group)
         dist.all_reduce(gradient, group=group)
+        if mesh.replicas.size > 2 and mesh.replicas.rank > 0:
+            gradient.zero_()
 
 
 def _require_same_layout(grid: Any, mesh: Mesh) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from megatron.model.across import AcrossRanks
 from megatron.model.cache import KVCache
 from megatron.model.positions import ALONE, AttentionMask, RelativePositionBias, RotaryTables, Span
+from megatron.model.recompute import recomputed
 from megatron.ops.attention import attention
 from megatron.ops.rotary import rotate
 from megatron.parallel.collectives import TensorRegion
@@ -30,6 +31,7 @@ class SelfAttention(nn.Module):
     qk_norm: one norm of this rank's query heads [n/tp, d] for queries and keys, or None.
     rotary: tables, or None. mask: what is seen and any alibi bias. rpe: relative position bias, or None.
     across: how tokens see those of the other ranks of the context axis; None where this rank has all of them.
+    recompute: compute scores and what follows from them again in the backward pass.
     """
 
     def __init__(
@@ -49,9 +51,11 @@ class SelfAttention(nn.Module):
         qk_norm: nn.Module | None = None,
         key_scaling: float = 1.0,
         across: AcrossRanks | None = None,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         self.layer = layer
+        self.recompute = recompute
         self.head_dim = hidden_size // num_heads
         self.group_size = num_heads // num_kv_heads
         self.num_groups = num_kv_heads // region.axis.size
@@ -74,16 +78,22 @@ class SelfAttention(nn.Module):
             key, value = cache.update(self.layer, key, value)
         if self.key_scaling != 1.0:
             query = query / self.key_scaling
+        if self.recompute:
+            context = recomputed(self._attend, query, key, value, segments, span)
+        else:
+            context = self._attend(query, key, value, segments, span)
+        return self.dense(context.transpose(1, 2).flatten(2))
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, segments: Tensor | None, span: Span) -> Tensor:
+        """Return what each query sees of the values, [b, n, s, d]."""
         scale = self.key_scaling / math.sqrt(self.head_dim)
         dropout = self.dropout if self.training else 0.0
-        with self.region.own_stream(hidden.device) if dropout else nullcontext():
+        with self.region.own_stream(query.device) if dropout else nullcontext():
             if self.across is not None:
-                context = self.across(query, key, value, scale, self.mask, segments, self.rpe, dropout)
-            else:
-                mask = self.mask(span, segments, self.rpe, hidden)
-                causal = mask is None and span.end - span.start > 1
-                context = attention(query, key, value, scale, causal, mask, dropout)
-        return self.dense(context.transpose(1, 2).flatten(2))
+                return self.across(query, key, value, scale, self.mask, segments, self.rpe, dropout)
+            mask = self.mask(span, segments, self.rpe, query)
+            causal = mask is None and span.end - span.start > 1
+            return attention(query, key, value, scale, causal, mask, dropout)
 
     def _project(self, hidden: Tensor, span: Span) -> tuple[Tensor, Tensor, Tensor]:
         """Return query [b, n, s, d], key and value [b, k, s, d], normed and turned."""

@@ -42,14 +42,13 @@ def build_model(
 
     initialized: draw the initial weights; False makes them zeros, for a checkpoint to fill.
     """
-    training = config.training
     plans = build_plans(config, vocab_size_padded, mesh)
     settings: dict[str, Any] = {
         "device": mesh.device,
         "dtype": DTYPES[config.numerics.precision],
         "seed": config.numerics.seed if initialized else None,
         "tensor_axis": mesh.tp,
-        "recompute": Recompute(training.checkpoint_num_layers if training.checkpoint_activations else 0),
+        "recompute": Recompute.of(config.training),
     }
     if mesh.pp.size == 1:
         return SequentialModel(plans, **settings)

@@ -16,6 +16,7 @@ from megatron.model.init import make_initializer
 from megatron.model.mlp import MLP
 from megatron.model.norm import INSIDE, OUTSIDE, make_head_norm, make_norm
 from megatron.model.positions import ALONE, AttentionMask, RelativePositionBias, RotaryTables, make_slopes
+from megatron.model.recompute import recomputed_operations
 from megatron.ops.activations import make_activation
 from megatron.parallel.collectives import TensorRegion
 from megatron.parallel.layers import Initializer
@@ -86,7 +87,7 @@ class DecoderBlocks:
             input_layernorm=make_norm(model, spec),
             attention=self._attention(layer),
             post_attention_layernorm=None if parallel and model.gpt_j_tied else make_norm(model, spec),
-            mlp=self._mlp(),
+            mlp=self._mlp(layer),
             dropout=self.config.numerics.hidden_dropout,
             region=self.region,
         )
@@ -109,9 +110,10 @@ class DecoderBlocks:
             qk_norm=make_head_norm(model, self.region) if model.use_qk_layernorm else None,
             across=make_across(self.context, self.config.parallel.context_parallel_method),
             key_scaling=float(max(1, layer)) if numerics.apply_query_key_layer_scaling else 1.0,
+            recompute="attention" in recomputed_operations(self.config.training, layer),
         )
 
-    def _mlp(self) -> MLP:
+    def _mlp(self, layer: int) -> MLP:
         model, numerics = self.config.model, self.config.numerics
         rows, columns, gated = mlp_shape(model)
         return MLP(
@@ -124,4 +126,5 @@ class DecoderBlocks:
             init=self.initializer(numerics.init_method),
             output_init=self.initializer(numerics.output_layer_init_method),
             bias=model.use_bias_in_mlp,
+            recompute="activation" in recomputed_operations(self.config.training, layer),
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from megatron.model.recompute import recomputed
 from megatron.ops.activations import Activation
 from megatron.parallel.collectives import TensorRegion
 from megatron.parallel.layers import ColumnParallelLinear, Initializer, RowParallelLinear
@@ -17,7 +18,7 @@ class MLP(nn.Module):
     """x [b, s, h] -> [b, s, h], between `TensorRegion.enter` and `leave`: what it returns is this rank's part.
 
     linear1_rows, linear2_columns: the two widths; a gated MLP has twice as many rows as columns.
-    activation: maps linear1's output to linear2's input.
+    activation: maps linear1's output to linear2's input. recompute: compute it again in the backward pass.
     """
 
     def __init__(
@@ -31,11 +32,17 @@ class MLP(nn.Module):
         init: Initializer,
         output_init: Initializer,
         bias: bool,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         self.activation = activation
+        self.recompute = recompute
         self.linear1 = ColumnParallelLinear(hidden_size, linear1_rows, region, init, bias, blocks=2 if gated else 1)
         self.linear2 = RowParallelLinear(linear2_columns, hidden_size, region, output_init, bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.linear2(self.activation(self.linear1(hidden)))
+        wide = self.linear1(hidden)
+        return recomputed(self._narrow, wide) if self.recompute else self._narrow(wide)
+
+    def _narrow(self, wide: Tensor) -> Tensor:
+        return self.linear2(self.activation(wide))

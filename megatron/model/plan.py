@@ -27,6 +27,12 @@ class LayerPlan:
     call: Callable[..., Any] | None = None
 
 
+def block_number(name: str) -> int | None:
+    """Return the number of the repeated block whose layer has this name, or None for any other layer."""
+    prefix, _, number = name.partition(".")
+    return int(number) if prefix == "layers" else None
+
+
 def is_block(name: str) -> bool:
     """Return whether the layer of this name is one of the repeated blocks."""
-    return name.startswith("layers.")
+    return block_number(name) is not None

@@ -2,6 +2,12 @@
 
 One behaviour for every engine and every stage of a pipeline: the same layers are recomputed, with the random numbers
 of the first pass (torch.utils.checkpoint keeps the generators' states, so dropout draws the same masks).
+
+Either whole blocks (`Chunk`), or within each block single operations (`recomputed`), each together with what keeps its
+result for the backward pass: recomputation ends once that has it again, so no product with weights is repeated.
+
+    attention    scores, softmax and dropout, from queries, keys and values
+    activation   of the MLP, from the output of its first linear map
 """
 
 from __future__ import annotations
@@ -11,14 +17,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from megatron.config.schema.training import TrainingConfig
 from megatron.model.cache import KVCache
-from megatron.model.plan import is_block
+from megatron.model.plan import block_number
 from megatron.model.stream import Stream
 
 CallLayer = Callable[..., Any]
 """call(index, stream, cache) -> the stream after layer number `index`."""
+
+
+def recomputed(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """Return function(*inputs), of which only the inputs are kept for the backward pass."""
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    output: Tensor = checkpoint(function, *inputs, use_reentrant=False)
+    return output
 
 
 @dataclass(frozen=True)
@@ -43,9 +59,21 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Recompute:
-    """What is recomputed. layers: consecutive blocks of which only the first one's input is kept; 0 keeps all."""
+    """Which blocks are recomputed whole.
 
-    layers: int = 0
+    together: consecutive blocks of which only the first one's input is kept; 0 keeps all.
+    first: as many blocks from the model's start; None is all of them.
+    """
+
+    together: int = 0
+    first: int | None = None
+
+    @classmethod
+    def of(cls, training: TrainingConfig) -> Recompute:
+        """Return what the config asks for."""
+        if not training.checkpoint_activations or training.checkpoint_operations is not None:
+            return cls()
+        return cls(training.checkpoint_num_layers, training.checkpoint_first_layers)
 
     def chunks(self, names: Sequence[str], span: range) -> list[Chunk]:
         """Return the layers of `span` in chunks. names: of all layers; only blocks are recomputed."""
@@ -53,9 +81,21 @@ class Recompute:
         index = span.start
         while index < span.stop:
             end = index + 1
-            recomputed = self.layers > 0 and is_block(names[index])
-            while recomputed and end < span.stop and end - index < self.layers and is_block(names[end]):
+            recomputed = self._includes(names[index])
+            while recomputed and end < span.stop and end - index < self.together and self._includes(names[end]):
                 end += 1
             chunks.append(Chunk(range(index, end), recomputed))
             index = end
         return chunks
+
+    def _includes(self, name: str) -> bool:
+        number = block_number(name)
+        return self.together > 0 and number is not None and (self.first is None or number < self.first)
+
+
+def recomputed_operations(training: TrainingConfig, layer: int) -> frozenset[str]:
+    """Return the operations of block number `layer` that are recomputed by themselves."""
+    first = training.checkpoint_first_layers
+    if not training.checkpoint_activations or (first is not None and layer >= first):
+        return frozenset()
+    return frozenset(training.checkpoint_operations or ())

@@ -101,7 +101,7 @@ class _Assembly:
             flops_per_token=flops_per_token(config.model, vocab_size, causal=False),
             causal_flops_per_token=flops_per_token(config.model, vocab_size, causal=True),
             peak_tflops=config.monitor.peak_theoretical_tflops or _known_peak(self.mesh.device),
-            recomputes=config.training.checkpoint_activations,
+            recomputes=config.training.checkpoint_activations and config.training.checkpoint_operations is None,
         )
         monitor = build_monitor(config, work, world.rank == 0, config.training.train_iters or 0, progress.iteration)
         self.stack.callback(monitor.close)

@@ -45,6 +45,10 @@ CASES: list[tuple[dict[str, Any], str]] = [
         "pipe_parallel_size = 5: each stage needs a layer, and num_layers = 4. Set pipe_parallel_size to 4 or less.",
     ),
     (
+        {"checkpoint_activations": True, "checkpoint_operations": ["attention"], "checkpoint_num_layers": 2},
+        "checkpoint_num_layers = 2: checkpoint_operations recomputes parts of blocks, and never several blocks together.",
+    ),
+    (
         {"pipe_partition_method": "layers"},
         'pipe_partition_method = "layers": there is no such method. Set pipe_partition_method: parameters (or uniform',
     ),

@@ -52,10 +52,16 @@ CASES = [
     ("gpt2", 2, 2, 2, {"stage": 0}),
     ("gpt2", 2, 1, 4, {"checkpoint_activations": True}),
     ("tied, serial", 2, 1, 2, {"checkpoint_activations": True, "checkpoint_num_layers": 2}),
+    ("llama", 2, 2, 2, {"checkpoint_activations": True, "checkpoint_operations": ["attention", "activation"]}),
+    ("pythia", 2, 1, 2, {"checkpoint_activations": True, "checkpoint_first_layers": 1}),
+    ("gpt2", 2, 2, 2, {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}),
     ("pythia", 2, 1, 2, {"pipe_partition_method": "uniform"}),
     ("pythia", 2, 1, 2, {"pipe_partition_method": "type:transformer|mlp"}),
     ("pythia", 2, 2, 2, {"gradient_clipping": 0.0, "weight_decay": 0.0}),
 ]
+
+
+CHANGES = {"num_layers", "gradient_clipping", "weight_decay"}  # of the keys above, those that change the numbers
 
 
 def layout(name: str, stages: int, accumulation: int, more: dict[str, Any]) -> dict[str, Any]:

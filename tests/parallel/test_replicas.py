@@ -30,6 +30,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2, dp2": (4, {"model_parallel_size": 2}),
     "tp2, dp2, ZeRO 3": (4, {"model_parallel_size": 2, "stage": 3}),
     "pp2, tied": (2, {"pipe_parallel_size": 2, "no_weight_tying": False, "stage": 1}),
+    "pp2, dp4, tied": (8, {"pipe_parallel_size": 2, "no_weight_tying": False, "stage": 1}),
+    "pp2, dp4, tied, bf16": (
+        8, {"pipe_parallel_size": 2, "no_weight_tying": False, "stage": 1, "precision": "bf16"}
+    ),
     "pp2, tp2, tied": (4, {"pipe_parallel_size": 2, "model_parallel_size": 2, "no_weight_tying": False, "stage": 1}),
 }  # fmt: skip
 

@@ -79,6 +79,14 @@ class TrainingConfig(Section):
     checkpoint_num_layers: int = setting(
         1, "Blocks that are recomputed together under checkpoint_activations.", unit="layers", ge=1
     )
+    checkpoint_operations: list[Literal["attention", "activation"]] | None = setting(
+        None,
+        "Recompute only these operations of each block, and not whole blocks: attention (scores, softmax and dropout), "
+        "activation (of the MLP). No product with weights is computed twice.",
+    )
+    checkpoint_first_layers: int | None = setting(
+        None, "Recompute in this many blocks from the model's start only. Unset: in all.", unit="layers", ge=0
+    )
     eod_mask_loss: bool = setting(
         False, "Give no loss to the token after an end-of-document token, which belongs to another document."
     )
