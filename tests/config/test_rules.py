@@ -46,7 +46,8 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"checkpoint_activations": True, "checkpoint_operations": ["attention"], "checkpoint_num_layers": 2},
-        "checkpoint_num_layers = 2: checkpoint_operations recomputes parts of blocks, and never several blocks together.",
+        "checkpoint_num_layers = 2: checkpoint_operations recomputes parts of blocks, and never several blocks "
+        "together.",
     ),
     (
         {"pipe_partition_method": "layers"},
