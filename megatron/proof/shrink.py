@@ -86,6 +86,10 @@ def shrink(config: Config, on_cpu: bool = True) -> Trial:
         notes.append("optimizer cpu_adam is replaced by adam, whose formula is the same and which needs no compiler.")
     if config.numerics.hidden_dropout or config.numerics.attention_dropout:
         notes.append("dropout is off, since one process draws other masks.")
+    if flat.get("checkpoint_first_layers") is not None:
+        small["checkpoint_first_layers"] = -(
+            -flat["checkpoint_first_layers"] * small["num_layers"] // flat["num_layers"]
+        )
     values = {**flat, **small, **_SCHEDULE, **_SILENT}
     values["optimizer"] = {**values["optimizer"], "params": {**values["optimizer"]["params"], "lr": _RATE}}
     dp = 2
