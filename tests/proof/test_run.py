@@ -78,7 +78,18 @@ RIGHT: dict[str, dict[str, Any]] = {
         "context_parallel_size": 2, "context_parallel_method": "all_to_all", "sliding_window_width": 256,
         "attention_config": [[["global", "local"], "all"]],
     },
-    "offload": {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+    "offload, context": {
+        "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}, "context_parallel_size": 2
+    },
+    "offload, pipeline": {
+        "zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}, "pipe_parallel_size": 2
+    },
+    "offload of parameters too, tensor, sequence": {
+        "zero_optimization": {
+            "stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}
+        },
+        "model_parallel_size": 2, "sequence_parallel": True,
+    },
 }  # fmt: skip
 
 
