@@ -50,9 +50,9 @@ def main(argv: list[str]) -> int:
     limit = gpu.memory * GIBIBYTE
     best = search(planner, now.layout, limit) if words["search"] else []
     ways = changes(planner, now, limit) if now.peak > limit and not words["search"] else []
-    guess = "" if is_known else f" (vocabulary of {vocab_size:,}, a guess: the tokenizer's file is not here)"
-    print(f"{' + '.join(str(file) for file in settings.files)} on {now.layout.gpus} x {_name(gpu)}{guess}")
-    print("\n".join([*(f"[note] {notice}" for notice in resolution.notices), report.describe(now.layout)]))
+    print(f"{' + '.join(str(file) for file in settings.files)} on {now.layout.gpus} x {_name(gpu)}")
+    guess = [] if is_known else [f"a vocabulary of {vocab_size:,} is a guess: the tokenizer's file is not here."]
+    print("\n".join([*(f"[note] {notice}" for notice in [*resolution.notices, *guess]), report.describe(now.layout)]))
     print("\n".join(_sections(planner, now, limit, ways, best, words["search"])))
     if words["json"]:
         _write(Path(words["json"]), _data(config, planner, now, limit, ways, best))
