@@ -45,14 +45,14 @@ def train(config: Config, mesh: Mesh, config_files: Mapping[str, str] | None = N
     tokenizer = build_tokenizer(config.tokenizer)
     data = _open_data(config, mesh, tokenizer)
     config = _with_length(config, data.train_iters)
-    vocab_size = padded_vocab_size(
-        tokenizer.vocab_size, config.model.make_vocab_size_divisible_by, config.parallel.model_parallel_size
-    )
+    tensor_parallel_size = config.parallel.model_parallel_size
+    new_size = padded_vocab_size(tokenizer.vocab_size, config.model.make_vocab_size_divisible_by, tensor_parallel_size)
     with ExitStack() as stack:
         keeper = Keeper(config, mesh, tokenizer, {"train_order": data.train_order, "config_files": config_files})
         stack.callback(keeper.close)
         _tell_obstacles(config)
         assembly = _Assembly(config, mesh, tokenizer, stack)
+        vocab_size = keeper.vocabulary(new_size, tensor_parallel_size)
         engine, progress = assembly.engine(vocab_size, keeper)
         monitor = assembly.monitor(vocab_size, progress)
         for summary in data.summaries:
