@@ -18,6 +18,7 @@ from megatron.config.blocks import OPTIMIZERS
 from megatron.config.draft import Draft, show
 from megatron.config.schema.config import Config
 from megatron.config.split import split_shares
+from megatron.config.values import choices
 from megatron.config.widths import mlp_widths
 from megatron.errors import ConfigError, Problem
 
@@ -339,6 +340,7 @@ RULES: tuple[Rule, ...] = (
 )  # fmt: skip
 
 
+_TOKENIZERS = choices(keys.fields()["tokenizer_type"][1].annotation)
 _EFFECT: dict[str, tuple[str, tuple[Any, ...]]] = {
     # key that is set: (the key that it depends on, the values under which it has an effect)
     "rotary_pct": ("pos_emb", ("rotary",)),
@@ -357,6 +359,7 @@ _EFFECT: dict[str, tuple[str, tuple[Any, ...]]] = {
     "checkpoint_num_layers": ("checkpoint_activations", (True,)),
     "checkpoint_operations": ("checkpoint_activations", (True,)),
     "checkpoint_first_layers": ("checkpoint_activations", (True,)),
+    "vocab_file": ("tokenizer_type", tuple(kind for kind in _TOKENIZERS if kind != "CharLevelTokenizer")),
     "allow_chopped": ("pack_impl", ("pack_until_overflow", "unpacked")),
 }
 

@@ -104,8 +104,7 @@ class _Assembly:
             recomputes=config.training.checkpoint_activations and config.training.checkpoint_operations is None,
         )
         monitor = build_monitor(config, work, world.rank == 0, config.training.train_iters or 0, progress.iteration)
-        self.stack.callback(monitor.close)
-        return monitor
+        return self.stack.enter_context(monitor)
 
     def loader(self, dataset: SampleReader, consumed_samples: int) -> BatchLoader:
         """Return this rank's loader at its position; its threads end with the run."""
