@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megatron.config.rules import require_ready
+from megatron.config.readiness import require_ready
 from megatron.config.schema.config import Config
 from megatron.data.build import DataSets, build_datasets
 from megatron.data.gpt import SampleReader
