@@ -64,10 +64,14 @@ def test_a_killed_worker_is_known_at_once(victim: str) -> None:
 
     answers = ordered(answer, range(8), 2)
     begin = time.monotonic()
-    with pytest.raises(WorkerDiedError):
+
+    def read_and_kill() -> None:
         for _ in answers:
             time.sleep(0.2)
             os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
+
+    with pytest.raises(WorkerDiedError):
+        read_and_kill()
     assert time.monotonic() - begin < 20
     assert not multiprocessing.active_children()
 
