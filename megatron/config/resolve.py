@@ -17,6 +17,7 @@ from megatron.config.batch import Contradiction, complete
 from megatron.config.blocks import BLOCKS, Block
 from megatron.config.classify import classify
 from megatron.config.draft import Draft, UnavailableError
+from megatron.config.idle import without_effect
 from megatron.config.precision import derive_precision
 from megatron.config.schema.config import Config
 from megatron.config.values import canonical_fields, parts, validate
@@ -72,7 +73,7 @@ def resolve_settings(
             continue
     if draft.problems:
         raise ConfigError(*_in_order(_without_model(draft)))
-    draft.notices.extend(rules.without_effect(draft))
+    draft.notices.extend(without_effect(draft))
     return Resolution(Config.model_validate(sections), tuple(draft.notices))
 
 

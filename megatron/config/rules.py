@@ -339,41 +339,6 @@ RULES: tuple[Rule, ...] = (
 )  # fmt: skip
 
 
-_EFFECT: dict[str, tuple[str, tuple[Any, ...]]] = {
-    # key that is set: (the key that it depends on, the values under which it has an effect)
-    "rotary_pct": ("pos_emb", ("rotary",)),
-    "rotary_emb_base": ("pos_emb", ("rotary",)),
-    "rpe_num_buckets": ("pos_emb", ("rpe",)),
-    "rpe_max_distance": ("pos_emb", ("rpe",)),
-    "opt_pos_emb_offset": ("pos_emb", ("learned",)),
-    "mup_rp_embedding_mult": ("pos_emb", ("learned", "sinusoidal")),
-    "rms_norm_epsilon": ("norm", ("rmsnorm",)),
-    "scalenorm_epsilon": ("norm", ("scalenorm",)),
-    "layernorm_epsilon": ("norm", ("layernorm", "non_parametric_layernorm")),
-    "wsd_decay_fraction": ("lr_decay_style", ("wsd",)),
-    "wsd_decay_shape": ("lr_decay_style", ("wsd",)),
-    "weighted_sampler_alpha": ("weight_by_num_documents", (True,)),
-    "gradient_predivide_factor": ("prescale_gradients", (True,)),
-    "checkpoint_num_layers": ("checkpoint_activations", (True,)),
-    "checkpoint_operations": ("checkpoint_activations", (True,)),
-    "checkpoint_first_layers": ("checkpoint_activations", (True,)),
-    "allow_chopped": ("pack_impl", ("pack_until_overflow", "unpacked")),
-}
-
-
-def without_effect(draft: Draft) -> Iterator[str]:
-    """Yield a sentence for each key that is set away from its default, and that another key makes idle."""
-    for key, (condition, values) in _EFFECT.items():
-        if draft.given(key) and draft.values[key] != keys.default(key) and draft.values[condition] not in values:
-            place = f"{draft.where(key)}: " if draft.where(key) else ""
-            needed = _either([f"{condition}: {_text(value)}" for value in values])
-            yield f"{place}{key} has no effect without {needed}."
-
-
-def _text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
 def runnable(config: Config) -> list[Problem]:
     """Return why this version cannot start the config on its mesh; such a config can still be checked and planned."""
     return [

@@ -23,6 +23,7 @@ from megatron.launch.command import (
     unsent_secrets,
 )
 from megatron.launch.devices import torch_has_cuda
+from megatron.launch.port import hold_port
 from megatron.launch.prelude import PAYLOAD_FLAG
 from megatron.launch.read_config import read_launcher, read_settings, resolve_for
 from megatron.launch.supervise import run_ranks
@@ -101,15 +102,16 @@ def _run(script: str, arguments: Arguments) -> int:
             print(shlex.join(command))
             return 0
         return _run_runner(command, unsent_secrets(launcher, os.environ))
-    environments = local_environments(layout, launcher, os.environ)
     if arguments.show:
-        print(_show_local(script, arguments, layout, environments))
+        print(_show_local(script, arguments, layout, local_environments(layout, launcher, os.environ)))
         return 0
     if not layout.gpus and _has_unused_gpus():
         print(
             "[warning] This machine has a GPU, but torch was built without CUDA: running on the CPU.", file=sys.stderr
         )
-    return run_ranks(lambda local_rank: _run_script(script, payload), environments)
+    with hold_port(launcher.master_port) as held:
+        environments = local_environments(layout, launcher, os.environ, held)
+        return run_ranks(lambda local_rank: _run_script(script, payload), environments)
 
 
 def _has_unused_gpus() -> bool:

@@ -15,8 +15,8 @@ from megatron.config.schema.config import Config
 from megatron.config.transport import pack
 from megatron.errors import DataError, Problem
 from megatron.launch.board import Board
-from megatron.launch.command import free_port
 from megatron.launch.entry import run_worker
+from megatron.launch.port import free_port
 from megatron.launch.prelude import PAYLOAD_FLAG
 from megatron.parallel.mesh import Mesh
 from tests.end_to_end.tiny import settings

@@ -1,0 +1,61 @@
+"""Keys that are set and change nothing, because of what another key says: each is a notice, and never silent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from megatron.config import keys
+from megatron.config.draft import Draft
+
+_NEEDS_VALUE: dict[str, tuple[str, tuple[Any, ...]]] = {
+    # key that is set: (the key that it depends on, the values under which it has an effect)
+    "rotary_pct": ("pos_emb", ("rotary",)),
+    "rotary_emb_base": ("pos_emb", ("rotary",)),
+    "rpe_num_buckets": ("pos_emb", ("rpe",)),
+    "rpe_max_distance": ("pos_emb", ("rpe",)),
+    "opt_pos_emb_offset": ("pos_emb", ("learned",)),
+    "mup_rp_embedding_mult": ("pos_emb", ("learned", "sinusoidal")),
+    "rms_norm_epsilon": ("norm", ("rmsnorm",)),
+    "scalenorm_epsilon": ("norm", ("scalenorm",)),
+    "layernorm_epsilon": ("norm", ("layernorm", "non_parametric_layernorm")),
+    "wsd_decay_fraction": ("lr_decay_style", ("wsd",)),
+    "wsd_decay_shape": ("lr_decay_style", ("wsd",)),
+    "weighted_sampler_alpha": ("weight_by_num_documents", (True,)),
+    "gradient_predivide_factor": ("prescale_gradients", (True,)),
+    "checkpoint_num_layers": ("checkpoint_activations", (True,)),
+    "checkpoint_operations": ("checkpoint_activations", (True,)),
+    "checkpoint_first_layers": ("checkpoint_activations", (True,)),
+    "allow_chopped": ("pack_impl", ("pack_until_overflow", "unpacked")),
+}
+
+_NEEDS_PROCESSES = {
+    # key that is set: the size that must be 2 or more for it to have an effect
+    "context_parallel_method": "context_parallel_size",
+    "sequence_parallel": "model_parallel_size",
+    "fp32_allreduce": "model_parallel_size",
+    "pipe_partition_method": "pipe_parallel_size",
+}
+
+
+def without_effect(draft: Draft) -> Iterator[str]:
+    """Yield a sentence for each key that is set away from its default, and that another key makes idle."""
+    for key, (condition, values) in _NEEDS_VALUE.items():
+        if _is_set(draft, key) and draft.values[condition] not in values:
+            yield _sentence(draft, key, " or ".join(f"{condition}: {_text(value)}" for value in values))
+    for key, size in _NEEDS_PROCESSES.items():
+        if _is_set(draft, key) and draft.values[size] < 2:
+            yield _sentence(draft, key, f"{size}: 2 or more")
+
+
+def _is_set(draft: Draft, key: str) -> bool:
+    return draft.given(key) and draft.values[key] != keys.default(key)
+
+
+def _sentence(draft: Draft, key: str, needed: str) -> str:
+    place = f"{draft.where(key)}: " if draft.where(key) else ""
+    return f"{place}{key} has no effect without {needed}."
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
