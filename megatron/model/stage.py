@@ -10,7 +10,6 @@ of several stages use (tied embeddings, a shared table of positions) is a copy o
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,13 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron.errors import ConfigError, Problem
 from megatron.model.assemble import Names, build_modules, fill, full_shapes
 from megatron.model.plan import LayerPlan, is_block
 from megatron.model.recompute import Recompute
 from megatron.model.stream import Stream
 from megatron.parallel.mesh import Axis
-from megatron.parallel.pipeline import balanced_bounds
+from megatron.parallel.pipeline import balanced_bounds, layer_kind, layer_weights
 
 _SINGLE = Axis("tp")
 
@@ -55,9 +53,10 @@ class StagePlan:
         canonical = {id(parameter): name for name, parameter in root.named_parameters()}
         names = tuple({name: canonical[id(p)] for name, p in module.named_parameters()} for module in modules)
         sizes = [sum(parameter.numel() for parameter in module.parameters()) for module in modules]
-        weights = _weights(method, plans, modules, sizes)
         titles = tuple(plan.name for plan in plans)
-        bounds = balanced_bounds(weights, stages, [is_block(title) for title in titles])
+        classes = [type(module).__name__ for module in modules]
+        kinds = [layer_kind(title, name, is_block(title)) for title, name in zip(titles, classes, strict=True)]
+        bounds = balanced_bounds(layer_weights(method, kinds, sizes), stages, [is_block(title) for title in titles])
         return cls(titles, names, full_shapes(root, tensor_axis.size), tuple(bounds))
 
     @property
@@ -136,23 +135,3 @@ class StageModel(nn.Module):
     def _call(self, index: int, *inputs: Any) -> Any:
         module, call = self._in_order[index], self.plans[index].call
         return module(*inputs) if call is None else call(module, *inputs)
-
-
-def _weights(method: str, plans: Sequence[LayerPlan], modules: Sequence[nn.Module], sizes: Sequence[int]) -> list[int]:
-    """Return the weight of each layer for the balance."""
-    if method == "parameters":
-        return list(sizes)
-    if method == "uniform":
-        return [1] * len(sizes)
-    pattern = method.removeprefix("type:")
-    kinds = [_kind(plan.name, module) for plan, module in zip(plans, modules, strict=True)]
-    found = [int(bool(re.search(pattern, kind, re.IGNORECASE))) for kind in kinds]
-    if not any(found):
-        why = f"no layer is called that; there are: {', '.join(dict.fromkeys(kinds))}."
-        raise ConfigError(Problem(f"pipe_partition_method = {method}", why, "Set pipe_partition_method: parameters"))
-    return found
-
-
-def _kind(name: str, module: nn.Module) -> str:
-    """Return what the expression of `type:` is searched in; blocks are found by GPT-NeoX's word for them as well."""
-    return f"{name} {type(module).__name__}" + (" transformer" if is_block(name) else "")
