@@ -69,9 +69,9 @@ def find_layout(launcher: LauncherConfig, environ: Mapping[str, str]) -> Layout:
     return _on_this_machine(hosts[0].slots, environ, path)
 
 
-def single_layout(environ: Mapping[str, str]) -> Layout:
-    """Return the layout of one process on this machine, whatever hostfile there is."""
-    return _on_this_machine((0,), environ)
+def single_layout(environ: Mapping[str, str], count: int = 1) -> Layout:
+    """Return the layout of `count` processes on this machine, whatever hostfile there is."""
+    return _on_this_machine(tuple(range(count)), environ)
 
 
 def _local_layout(launcher: LauncherConfig, environ: Mapping[str, str]) -> Layout:
