@@ -17,14 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron.model.assemble import Names, build_modules, fill, full_shapes
+from megatron.model.assemble import Names, build_modules, full_shapes
 from megatron.model.plan import LayerPlan, is_block
+from megatron.model.planned import SINGLE, PlannedModel
 from megatron.model.recompute import Recompute
 from megatron.model.stream import Stream
 from megatron.parallel.mesh import Axis
 from megatron.parallel.pipeline import balanced_bounds, layer_kind, layer_weights
-
-_SINGLE = Axis("tp")
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class StagePlan:
     bounds: tuple[int, ...]
 
     @classmethod
-    def of(cls, plans: Sequence[LayerPlan], stages: int, method: str, tensor_axis: Axis = _SINGLE) -> StagePlan:
+    def of(cls, plans: Sequence[LayerPlan], stages: int, method: str, tensor_axis: Axis = SINGLE) -> StagePlan:
         """Split a model by `pipe_partition_method`. plans: are built without memory, and are of no use afterwards.
 
         Raises ConfigError where there are fewer blocks than stages, or the method finds no layers.
@@ -82,11 +81,10 @@ class StagePlan:
         return {name: stages for name, stages in sorted(holders.items()) if len(stages) > 1}
 
 
-class StageModel(nn.Module):
+class StageModel(PlannedModel):
     """The layers of one stage, built, with the weights that they have in the whole model.
 
-    plans: of the whole model; only this stage's are built.
-    device, dtype, seed, tensor_axis, recompute: as in `SequentialModel`.
+    plans: of the whole model; only this stage's are built. The other arguments are as in `PlannedModel`.
     """
 
     def __init__(
@@ -97,20 +95,16 @@ class StageModel(nn.Module):
         device: str | torch.device,
         dtype: torch.dtype,
         seed: int | None = 1234,
-        tensor_axis: Axis = _SINGLE,
+        tensor_axis: Axis = SINGLE,
         recompute: Recompute | None = None,
     ) -> None:
-        super().__init__()
-        layers = split.layers(stage)
+        is_first, is_last = stage == 0, stage == split.stages - 1
+        held = [plans[index] for index in split.layers(stage)]
+        names = [split.names[index] for index in split.layers(stage)]
+        super().__init__(held, device, dtype, seed, tensor_axis, recompute, is_first, is_last, names)
         self.split = split
         self.stage = stage
-        self.is_first, self.is_last = stage == 0, stage == split.stages - 1
-        self.plans = tuple(plans[index] for index in layers)
-        names = [split.names[index] for index in layers]
-        self._in_order = build_modules(self, self.plans, device, dtype, names)
-        fill(self, seed, tensor_axis)
-        middle = range(int(self.is_first), len(self.plans) - int(self.is_last))
-        self._chunks = (recompute or Recompute()).chunks([plan.name for plan in self.plans], middle)
+        self.is_first, self.is_last = is_first, is_last
 
     def full_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the full shape of every weight of the whole model, by canonical name."""
@@ -131,7 +125,3 @@ class StageModel(nn.Module):
         """Return logits, losses or their sum, on the last stage, as `SequentialModel` does."""
         output: Tensor = self._call(len(self.plans) - 1, stream, labels, loss_mask)
         return output
-
-    def _call(self, index: int, *inputs: Any) -> Any:
-        module, call = self._in_order[index], self.plans[index].call
-        return module(*inputs) if call is None else call(module, *inputs)
