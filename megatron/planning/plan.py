@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from megatron.config.schema.config import Config
 from megatron.model.accounting import mlp_shape, padded_vocab_size
-from megatron.planning import schedule
+from megatron.parallel.pipeline import bubble_fraction
 from megatron.planning.communication import Traffic, traffic
 from megatron.planning.layout import Layout
 from megatron.planning.memory import RESERVE, StageMemory, stage_memory
@@ -77,7 +77,7 @@ class Planner:
         sizes = [stage.num_parameters for stage in memory]
         sent = [tuple(traffic(self.config, layout, parts, index)) for index in range(len(parts))]
         time = speed(self.config, layout, parts, sent, sizes, vocab_size, self.assumptions, simulate)
-        bubble = schedule.bubble(layout.pp, layout.accumulation)
+        bubble = bubble_fraction(layout.pp, layout.accumulation)
         return Plan(layout, tuple(memory), tuple(sent), time, bubble)
 
     def is_possible(self, layout: Layout) -> bool:
