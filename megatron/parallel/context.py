@@ -252,36 +252,28 @@ def sequence_to_heads(tokens: Tensor, axis: Axis) -> Tensor:
     """
     if tokens.shape[1] % axis.size:
         raise ValueError(f"{tokens.shape[1]} heads do not split over {axis.size} ranks (context_parallel_size)")
-    result: Tensor = _SequenceToHeads.apply(tokens, axis)
+    result: Tensor = _Exchange.apply(tokens, axis, True)
     return result
 
 
 def heads_to_sequence(heads: Tensor, axis: Axis) -> Tensor:
     """Return all heads of this rank's tokens: [b, n/C, s, d] -> [b, n, s/C, d]; the inverse of `sequence_to_heads`."""
-    result: Tensor = _HeadsToSequence.apply(heads, axis)
+    result: Tensor = _Exchange.apply(heads, axis, False)
     return result
 
 
-class _SequenceToHeads(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tokens: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return _to_heads(tokens, axis)
+class _Exchange(torch.autograd.Function):
+    """One of the two exchanges; the other one is its gradient."""
 
     @staticmethod
-    def backward(ctx: Any, *gradient: Tensor) -> tuple[Tensor, None]:
-        return _to_sequence(gradient[0], ctx.axis), None
-
-
-class _HeadsToSequence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, heads: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return _to_sequence(heads, axis)
+    def forward(ctx: Any, tensor: Tensor, axis: Axis, to_heads: bool) -> Tensor:
+        ctx.axis, ctx.to_heads = axis, to_heads
+        return _to_heads(tensor, axis) if to_heads else _to_sequence(tensor, axis)
 
     @staticmethod
-    def backward(ctx: Any, *gradient: Tensor) -> tuple[Tensor, None]:
-        return _to_heads(gradient[0], ctx.axis), None
+    def backward(ctx: Any, *gradient: Tensor) -> tuple[Tensor, None, None]:
+        back = _to_sequence if ctx.to_heads else _to_heads
+        return back(gradient[0], ctx.axis), None, None
 
 
 def _to_heads(tokens: Tensor, axis: Axis) -> Tensor:
