@@ -104,6 +104,14 @@ def test_a_partial_gradient_that_is_not_summed_is_seen(monkeypatch: pytest.Monke
         run_layout({**MODELS[name], **SP, "stage": stage}, 2)
 
 
+@pytest.mark.parametrize("more", [{"overlap_comm": True}, {"offload_optimizer": {"device": "cpu"}}], ids=str)
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_partial_gradients_however_zero_reduces(stage: int, more: dict[str, Any]) -> None:
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 50, **more}
+    flat = {**MODELS["pythia"], **SP, "gradient_accumulation_steps": 4, "zero_optimization": zero}
+    assert_equal(run_layout(flat, 2), run_reference(MODELS["pythia"]), TOLERANCE["fp32"])
+
+
 def test_fewer_key_value_heads_than_ranks_are_refused() -> None:
     with pytest.raises(ConfigError, match="num_kv_heads = 1: it cannot be split over model_parallel_size = 2"):
         make_config({"num_kv_heads": 1, **TP}, 2)
