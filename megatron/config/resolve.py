@@ -17,7 +17,7 @@ from megatron.config.batch import Contradiction, complete
 from megatron.config.blocks import BLOCKS, Block
 from megatron.config.classify import classify
 from megatron.config.draft import Draft, UnavailableError
-from megatron.config.idle import without_effect
+from megatron.config.effects import without_effect
 from megatron.config.precision import derive_precision
 from megatron.config.schema.config import Config
 from megatron.config.values import canonical_fields, parts, validate

@@ -1,8 +1,7 @@
 """Rules across keys: each a small function that yields a Problem for what cannot stand.
 
 A rule reads values as attributes of the draft; where one of them is itself wrong the rule is skipped, so that
-nothing is reported twice. `RULES` must hold for every config; `runnable` says what this version cannot start yet,
-and `trainable` what training needs beyond a model.
+nothing is reported twice. They hold for every config; `readiness` says what a run needs besides.
 """
 
 from __future__ import annotations
@@ -10,16 +9,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from megatron.config import combinations, keys
 from megatron.config.attention import expand_attention
 from megatron.config.blocks import OPTIMIZERS
-from megatron.config.draft import Draft, show
-from megatron.config.schema.config import Config
+from megatron.config.draft import Draft, either
 from megatron.config.split import split_shares
 from megatron.config.widths import mlp_widths
-from megatron.errors import ConfigError, Problem
+from megatron.errors import Problem
 
 TRIANGLE = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 Rule = Callable[[Draft], Iterator[Problem]]
@@ -27,8 +24,7 @@ Rule = Callable[[Draft], Iterator[Problem]]
 
 def _divisors(number: int, most: int = 12) -> str:
     """Return the divisors of a number as "1, 2 or 4"; the largest ones where there are many."""
-    found = [str(candidate) for candidate in range(1, number + 1) if number % candidate == 0][-most:]
-    return " or ".join(filter(None, (", ".join(found[:-1]), found[-1])))
+    return either([candidate for candidate in range(1, number + 1) if number % candidate == 0][-most:])
 
 
 def heads_divide_hidden(d: Draft) -> Iterator[Problem]:
@@ -37,13 +33,8 @@ def heads_divide_hidden(d: Draft) -> Iterator[Problem]:
     if hidden % heads:
         why = f"hidden_size = {hidden} cannot be divided among it ({hidden} % {heads} = {hidden % heads})."
         near = sorted((n for n in range(1, hidden + 1) if hidden % n == 0), key=lambda n: abs(n - heads))[:4]
-        fix = f"Set num_attention_heads to {_either(sorted(near))}."
+        fix = f"Set num_attention_heads to {either(sorted(near))}."
         yield d.problem("num_attention_heads", heads, why, fix)
-
-
-def _either(values: list[Any]) -> str:
-    texts = [str(value) for value in values]
-    return " or ".join(filter(None, (", ".join(texts[:-1]), texts[-1])))
 
 
 def kv_heads_divide_heads(d: Draft) -> Iterator[Problem]:
@@ -72,7 +63,7 @@ def sequence_divides_over_processes(d: Draft) -> Iterator[Problem]:
     if cp > 1 and length % (2 * cp):
         why = f"context_parallel_size = {cp} cuts it into {2 * cp} chunks ({length} % {2 * cp} = {length % (2 * cp)})."
         below = length // (2 * cp) * 2 * cp
-        fix = f"Set seq_length to {_either([n for n in (below, below + 2 * cp) if n])}, or use fewer processes."
+        fix = f"Set seq_length to {either([n for n in (below, below + 2 * cp) if n])}, or use fewer processes."
         yield d.problem("seq_length", length, why, fix)
 
 
@@ -274,7 +265,7 @@ def optimizer_takes_params(d: Draft) -> Iterator[Problem]:
     takes = OPTIMIZERS[kind]
     for name, value in d.optimizer["params"].items():
         if name != "lr" and name not in takes:
-            fix = f"Remove it; {kind} takes {_either(['lr', *sorted(takes)])}."
+            fix = f"Remove it; {kind} takes {either(['lr', *sorted(takes)])}."
             yield d.problem(f"optimizer.params.{name}", value, f"optimizer {kind} does not take it.", fix)
     betas = d.optimizer["params"].get("betas", [])
     if any(not 0 <= beta < 1 for beta in betas):
@@ -337,45 +328,3 @@ RULES: tuple[Rule, ...] = (
     optimizer_takes_params, combinations_are_allowed, engine_decides_alone, saving_needs_a_time,
     steps_are_not_negative, addresses_hold_no_password,
 )  # fmt: skip
-
-
-def runnable(config: Config) -> list[Problem]:
-    """Return why this version cannot start the config on its mesh; such a config can still be checked and planned."""
-    return [
-        Problem(f"{refusal.key} = {show(refusal.value)}", refusal.why, refusal.fix)
-        for refusal in combinations.refusals(config.flat(), built=False)
-    ]
-
-
-def require_ready(config: Config) -> None:
-    """Raise ConfigError, before anything is built, where the config cannot be trained here."""
-    missing = [*runnable(config), *trainable(config)]
-    if missing:
-        raise ConfigError(*missing)
-
-
-def trainable(config: Config) -> list[Problem]:
-    """Return what training needs and the config lacks: a length, data, and the tokenizer that made the data."""
-    problems = []
-    if config.training.train_iters is None and config.training.train_epochs is None:
-        problems.append(Problem("train_iters", "nothing says how long to train.", "Add train_iters: 1000"))
-    if not config.data.data_path and not config.data.train_data_paths:
-        fix = "Add data_path: data/quickstart/python_text_document (or give configs/local_setup.yml as well)."
-        problems.append(Problem("data_path", "no training data is named.", fix))
-    return problems + tokenizer_files(config)
-
-
-def tokenizer_files(config: Config) -> list[Problem]:
-    """Return the files that the kind of tokenizer needs and the config does not name."""
-    needs = {
-        "GPT2BPETokenizer": ("vocab_file", "merge_file"),
-        "HFTokenizer": ("vocab_file",),
-        "SPMTokenizer": ("vocab_file",),
-        "TiktokenTokenizer": ("vocab_file",),
-    }
-    kind = config.tokenizer.tokenizer_type
-    return [
-        Problem(key, f"tokenizer_type {kind} needs it.", f"Add {key}: <path>")
-        for key in needs.get(kind, ())
-        if not getattr(config.tokenizer, key)
-    ]

@@ -114,6 +114,6 @@ def _require_precision(config: Config, mesh: Mesh) -> None:
             Problem(
                 what='precision = "fp16"',
                 why=f"DeepSpeed does not run it on this machine's {get_accelerator().device_name()}.",
-                fix="Set precision: bf16, or fp32. Where an fp16 block stands in the YAML, remove it.",
+                fix="Set precision: bf16 or fp32 and remove an fp16 block, or set zero_optimization.stage: 0.",
             )
         )

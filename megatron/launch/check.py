@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron.config import keys, rules
+from megatron.config import keys, readiness, rules
 from megatron.config.classify import Overrides
 from megatron.config.corpus import Corpus, read_corpus, train_fraction
 from megatron.config.draft import show
@@ -51,7 +51,7 @@ def report(config: Config, notices: Iterable[str] = ()) -> str:
     """Return what a person should know before the run starts: notices, what differs from the defaults, what follows
     from it, and what is still missing."""
     told = [f"[note] {notice}" for notice in notices]
-    missing = [*rules.runnable(config), *rules.trainable(config)]
+    missing = [*readiness.runnable(config), *readiness.trainable(config)]
     sections = [
         *told,
         "",

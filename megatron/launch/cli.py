@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import runpy
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -32,6 +33,7 @@ from megatron.launch.supervise import run_ranks
 
 # Scripts that need no more processes than hold the model, all on this machine, whatever layout the config trains with.
 DECODING = frozenset({"generate.py"})
+_HOME = Path(__file__).resolve().parents[2]  # where deepy.py and the scripts lie
 USAGE = """\
 ./deepy.py SCRIPT [-d DIR] CONFIG [CONFIG ...] [--set KEY=VALUE ...] [--check | --print]
 ./deepy.py plan CONFIG [CONFIG ...] [--gpus N] [--gpu-memory GIB] [--search]
@@ -71,18 +73,22 @@ def main(argv: list[str]) -> int:
     except DeepyError as error:
         print(error, file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # the reader of our output has seen enough, as in `./deepy.py plan ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
 
 
 def _find_script(name: str) -> str:
-    """Return the script to run. Raises LaunchError where there is none of that name."""
-    for candidate in (name, f"{name}.py"):
+    """Return the script to run, of this folder or else of deepy.py's own. Raises LaunchError where there is none."""
+    for candidate in (name, f"{name}.py", str(_HOME / name), str(_HOME / f"{name}.py")):
         if Path(candidate).is_file() and candidate.endswith(".py"):
             return candidate
     if Path(name).suffix in (".yml", ".yaml", ".json"):
         why, fix = "is a config; the script comes first.", f"Write: ./deepy.py train.py {name}"
     else:
         why = "is no script here." if not Path(name).exists() else "is not a Python script."
-        fix = f"The scripts are: {', '.join(sorted(path.name for path in Path().glob('*.py')) or ['(none)'])}."
+        scripts = {path.name for folder in (Path(), _HOME) for path in folder.glob("*.py")} - {"deepy.py"}
+        fix = f"The scripts are: {', '.join(sorted(scripts))}."
     error = LaunchError(Problem(name, why, fix))
     error.exit_code = 2
     raise error

@@ -129,7 +129,8 @@ def _name(gpu: Gpu) -> str:
 
 
 def _assumptions(config: Config, gpu: Gpu, vocab_size: int, words: dict[str, Any]) -> Any:
-    padded = padded_vocab_size(vocab_size, config.model.make_vocab_size_divisible_by, 1)
+    divisor, tensor_parallel_size = config.model.make_vocab_size_divisible_by, config.parallel.model_parallel_size
+    padded = padded_vocab_size(vocab_size, divisor, tensor_parallel_size)
     return assume(gpu, num_parameters(config.model, padded), words["mfu"], words["node"])
 
 

@@ -7,8 +7,6 @@ L layers, s sequence, v padded vocabulary.
 
 from __future__ import annotations
 
-import math
-
 from megatron.config.attention import expand_attention
 from megatron.config.schema.model import ModelConfig
 from megatron.config.widths import mlp_widths
@@ -20,12 +18,11 @@ def layer_types(model: ModelConfig) -> list[str]:
 
 
 def padded_vocab_size(vocab_size: int, divisor: int, tensor_parallel_size: int) -> int:
-    """Return `vocab_size` (token ids) rounded up to a multiple of both.
+    """Return `vocab_size` (token ids) rounded up to a multiple of the product of both, as GPT-NeoX does.
 
-    GPT-NeoX rounds up to their product, so that the size of the model, its loss and its checkpoints depend on how many
-    processes share it; here they do not wherever tensor_parallel_size divides the divisor.
+    That is the size of a new model; one that begins from a checkpoint keeps the checkpoint's (`Keeper.vocabulary`).
     """
-    multiple = math.lcm(divisor, tensor_parallel_size)
+    multiple = divisor * tensor_parallel_size
     return -(-vocab_size // multiple) * multiple
 
 

@@ -1,12 +1,11 @@
 """The monitor of a run: one object that the loop tells everything, and that tells people and files.
 
-    monitor = build_monitor(config, work, is_first_rank=mesh.world.rank == 0, total_iterations=1000)
-    monitor.log_validation(0, loss)
-    monitor.start_step(1)                  # iterations count from 1: updates done, this one included
-    with monitor.timers.measure("batch"): ...
-    monitor.log_step(1, result)
-    monitor.log_checkpoint(1, folder)
-    monitor.close()
+    with build_monitor(config, work, is_first_rank=mesh.world.rank == 0, total_iterations=1000) as monitor:
+        monitor.log_validation(0, loss)
+        monitor.start_step(1)              # iterations count from 1: updates done, this one included
+        with monitor.timers.measure("batch"): ...
+        monitor.log_step(1, result)
+        monitor.log_checkpoint(1, folder)
 
 On ranks other than the first it keeps quiet and writes nothing.
 """
@@ -19,7 +18,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 from megatron import logs
 from megatron.config.schema.config import Config
@@ -193,8 +192,14 @@ class Monitor:
             logger.warning(f"no loss plot: {type(error).__name__}: {error}")
         return image if image.exists() else None
 
-    def close(self) -> None:
-        """Draw the plot, leave the screen tidy, and close all files and sinks."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(failed=kind is not None)
+
+    def close(self, failed: bool = False) -> None:
+        """Draw the plot, leave the screen tidy, and close all files and sinks. failed: the run ended by an error."""
         self._display.close()
         if self._record is None:
             return
@@ -202,7 +207,7 @@ class Monitor:
         if image is not None:
             logger.info(f"loss plot: {image}")
         for sink in self._record.sinks:
-            sink.close()
+            sink.close(failed)
         self._record.metrics.close()
 
 

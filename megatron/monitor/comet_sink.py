@@ -26,6 +26,8 @@ class CometSink:
         """Record the numbers of an iteration."""
         self._experiment.log_metrics(dict(scalars), step=iteration)
 
-    def close(self) -> None:
-        """Send what is left and end the experiment."""
+    def close(self, failed: bool = False) -> None:
+        """Send what is left and end the experiment, with a tag where the run failed."""
+        if failed:
+            self._experiment.add_tag("failed")
         self._experiment.end()

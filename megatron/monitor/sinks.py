@@ -20,8 +20,8 @@ class Sink(Protocol):
         """Record the numbers of an iteration."""
         ...
 
-    def close(self) -> None:
-        """Send what is left and close."""
+    def close(self, failed: bool = False) -> None:
+        """Send what is left and close. failed: the run ended by an error."""
         ...
 
 
@@ -56,13 +56,13 @@ class GuardedSink:
         except Exception as error:
             self._give_up(error)
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         """Send what is left and close."""
         sink, self._sink = self._sink, None
         if sink is None:
             return
         try:
-            sink.close()
+            sink.close(failed)
         except Exception as error:
             self._give_up(error)
 

@@ -29,6 +29,6 @@ class TensorBoardSink:
         event = self._event(wall_time=time.time(), step=iteration, summary=self._summary(value=values))
         self._writer.add_event(event)
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         """Flush and close the event file."""
         self._writer.close()

@@ -61,9 +61,9 @@ class WandbSink:
         """Record the numbers of an iteration."""
         self._run.log(dict(scalars), step=iteration)
 
-    def close(self) -> None:
-        """Send what is left and end the run."""
-        self._run.finish()
+    def close(self, failed: bool = False) -> None:
+        """Send what is left and end the run, which its page shows as failed or finished."""
+        self._run.finish(exit_code=int(failed))
 
 
 def _run_id(folder: Path) -> str:

@@ -122,13 +122,15 @@ class _PerToken(torch.autograd.Function):
 class _Gradients:
     """The gradients of x [t, h] and W [v, h], filled chunk by chunk, times `scale`.
 
-    The gradient of W is summed in fp32 over chunks; a single chunk needs no sum.
+    The gradient of W is summed in fp32 over chunks; a single chunk needs no sum. In fp16 it is fp32 from the first
+    product on: the many gradients of a frequent label add up beyond fp16's range before any factor makes them small.
     """
 
     def __init__(self, hidden: Tensor, weight: Tensor) -> None:
         self.scale = FP16_SCALE if hidden.dtype == torch.float16 else 1.0
         self.hidden = torch.empty_like(hidden)
-        self.weight = torch.empty_like(weight, dtype=torch.float32 if len(hidden) > _chunk(weight) else weight.dtype)
+        needs_sum = len(hidden) > _chunk(weight) or weight.dtype == torch.float16
+        self.weight = torch.empty_like(weight, dtype=torch.float32 if needs_sum else weight.dtype)
         self._dtype = weight.dtype
 
     def add(self, start: int, logits_gradient: Tensor, hidden: Tensor, weight: Tensor, factors: Tensor) -> None:
@@ -141,7 +143,7 @@ class _Gradients:
             torch.addmm(self.weight, logits_gradient.t(), weighted, beta=1 if start else 0, out=self.weight)
             return
         for block in _blocks(self.weight):
-            part = torch.mm(logits_gradient[:, block].t(), weighted)
+            part = _product(logits_gradient[:, block].t(), weighted)
             self.weight[block] = self.weight[block] + part if start else part
 
     def finish(self, factor: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,6 +155,15 @@ class _Gradients:
         for block in _blocks(self.weight):
             weight[block] = self.weight[block].mul_(factor)
         return self.hidden.mul_(factor), weight
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """Return the matrix product in the dtype of both, and of fp16 in fp32."""
+    if left.dtype != torch.float16:
+        return torch.mm(left, right)
+    if left.device.type == "cuda":
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return torch.mm(left.float(), right.float())
 
 
 def _walk(

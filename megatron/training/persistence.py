@@ -16,6 +16,7 @@ from megatron.checkpoint.compatible import changed_settings, require_same_model,
 from megatron.checkpoint.layout import foreign_steps, loadable_steps
 from megatron.checkpoint.load import CheckpointReader, find_checkpoint
 from megatron.checkpoint.lock import FolderLock
+from megatron.checkpoint.model import WORD_EMBEDDINGS
 from megatron.checkpoint.retention import save_iterations
 from megatron.checkpoint.save import save_checkpoint
 from megatron.config.schema.config import Config
@@ -50,6 +51,10 @@ def find_source(config: CheckpointConfig) -> Source | None:
         raise _foreign(config, foreign)
     if config.resume == "auto" and save and saved:
         return Source(find_checkpoint(save, config.iteration), is_own=True)
+    if config.load is not None and save and not saved and Path(config.load).resolve() == save.resolve():
+        why = "it is the folder that this run saves to, and it holds no checkpoint yet."
+        fix = "Write resume: auto instead of load: a run then begins anew where there is none, and else goes on."
+        raise CheckpointError(Problem(f"load = {config.load}", why, fix))
     folder = find_checkpoint(config.load, config.iteration) if config.load is not None else None
     is_own = folder is not None and save is not None and folder.resolve().parent == save.resolve()
     if saved and (not is_own or config.finetune):
@@ -102,6 +107,29 @@ class Keeper:
     def is_fresh(self) -> bool:
         """Whether the run begins from initial weights, so that drawing them is not in vain."""
         return self._reader is None
+
+    def vocabulary(self, planned: int, tensor_parallel_size: int) -> int:
+        """Return the rows of the word embedding: the checkpoint's where there is one, so that no layout changes them.
+
+        planned: the rows that a new model would have, padding included.
+        Raises CheckpointError where the checkpoint's rows cannot be shared by the tensor parallel ranks.
+        """
+        rows = self._reader.shapes.get(WORD_EMBEDDINGS, (planned,))[0] if self._reader else planned
+        if self._reader is None or rows == planned or rows < self._tokenizer.vocab_size:
+            return planned  # where it is too small, `restore` refuses it by name
+        if rows % tensor_parallel_size:
+            raise CheckpointError(
+                Problem(
+                    f"model_parallel_size = {tensor_parallel_size}",
+                    f"The checkpoint's vocabulary of {rows:,} rows cannot be divided by it.",
+                    f"Set model_parallel_size to a divisor of {rows:,}.",
+                    str(self._reader.folder),
+                )
+            )
+        logger.info(
+            "the vocabulary keeps the checkpoint's %s rows; a new model would have %s", f"{rows:,}", f"{planned:,}"
+        )
+        return rows
 
     def restore(self, engine: Engine, shapes: dict[str, tuple[int, ...]]) -> Progress:
         """Fill the engine from the checkpoint, if there is one, and return how far that run had come.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megatron.config.rules import require_ready
+from megatron.config.readiness import require_ready
 from megatron.config.schema.config import Config
 from megatron.data.build import DataSets, build_datasets
 from megatron.data.gpt import SampleReader
@@ -45,14 +45,14 @@ def train(config: Config, mesh: Mesh, config_files: Mapping[str, str] | None = N
     tokenizer = build_tokenizer(config.tokenizer)
     data = _open_data(config, mesh, tokenizer)
     config = _with_length(config, data.train_iters)
-    vocab_size = padded_vocab_size(
-        tokenizer.vocab_size, config.model.make_vocab_size_divisible_by, config.parallel.model_parallel_size
-    )
+    tensor_parallel_size = config.parallel.model_parallel_size
+    new_size = padded_vocab_size(tokenizer.vocab_size, config.model.make_vocab_size_divisible_by, tensor_parallel_size)
     with ExitStack() as stack:
         keeper = Keeper(config, mesh, tokenizer, {"train_order": data.train_order, "config_files": config_files})
         stack.callback(keeper.close)
         _tell_obstacles(config)
         assembly = _Assembly(config, mesh, tokenizer, stack)
+        vocab_size = keeper.vocabulary(new_size, tensor_parallel_size)
         engine, progress = assembly.engine(vocab_size, keeper)
         monitor = assembly.monitor(vocab_size, progress)
         for summary in data.summaries:
@@ -104,8 +104,7 @@ class _Assembly:
             recomputes=config.training.checkpoint_activations and config.training.checkpoint_operations is None,
         )
         monitor = build_monitor(config, work, world.rank == 0, config.training.train_iters or 0, progress.iteration)
-        self.stack.callback(monitor.close)
-        return monitor
+        return self.stack.enter_context(monitor)
 
     def loader(self, dataset: SampleReader, consumed_samples: int) -> BatchLoader:
         """Return this rank's loader at its position; its threads end with the run."""

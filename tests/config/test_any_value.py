@@ -9,8 +9,8 @@ import pytest
 from megatron.config import keys
 from megatron.config.blocks import BLOCKS, OptimizerParams
 from megatron.config.deepspeed_json import deepspeed_config
+from megatron.config.readiness import runnable
 from megatron.config.resolve import resolve
-from megatron.config.rules import runnable
 from megatron.config.schema.config import Config
 from megatron.config.transport import pack, unpack
 from megatron.errors import ConfigError

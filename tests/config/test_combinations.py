@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron.config import combinations, keys, rules
+from megatron.config import combinations, keys, readiness
 from megatron.config.combinations import LINES, NOTES, SHOWN, USES, Line
 from megatron.config.resolve import resolve
 from megatron.errors import ConfigError
@@ -59,7 +59,7 @@ def said(values: dict[str, Any]) -> list[str]:
         config = resolve(values, world_size=4)
     except ConfigError as error:
         return [str(problem) for problem in error.problems]
-    return [str(problem) for problem in rules.runnable(config)]
+    return [str(problem) for problem in readiness.runnable(config)]
 
 
 def test_every_use_can_be_asked_for() -> None:

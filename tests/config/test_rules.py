@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron.config import rules
+from megatron.config import readiness, rules
 from megatron.config.resolve import resolve, resolve_settings
 from megatron.config.yaml_reader import Setting
 from tests.config.small import SMALL, problems
@@ -219,11 +219,13 @@ def test_ignored_keys_are_said_with_their_reason() -> None:
 
 def test_one_stage_and_every_zero_stage_run() -> None:
     for stage in range(4):
-        assert not rules.runnable(resolve({**SMALL, "pipe_parallel_size": 1, "zero_optimization": {"stage": stage}}))
+        assert not readiness.runnable(
+            resolve({**SMALL, "pipe_parallel_size": 1, "zero_optimization": {"stage": stage}})
+        )
 
 
 def test_what_training_needs() -> None:
-    found = [problem.what for problem in rules.trainable(resolve(SMALL))]
+    found = [problem.what for problem in readiness.trainable(resolve(SMALL))]
     assert found == ["train_iters", "data_path", "vocab_file", "merge_file"]
     complete = {"train_iters": 1, "data_path": "x", "tokenizer_type": "CharLevelTokenizer"}
-    assert rules.trainable(resolve({**SMALL, **complete})) == []
+    assert readiness.trainable(resolve({**SMALL, **complete})) == []

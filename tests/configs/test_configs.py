@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.config import rules
+from megatron.config import readiness
 from megatron.config.load import load_config, read
 from megatron.config.schema.config import Config
 from megatron.model.accounting import num_parameters, padded_vocab_size
@@ -167,14 +167,14 @@ def test_a_fragment_loads_on_a_model(name: str) -> None:
 def test_local_setup_goes_with_every_model(name: str) -> None:
     more = ["llama/train_config"] if name.startswith(("llama", "mistral")) else []
     config = load(name, "local_setup", *more)
-    assert rules.trainable(config) == []
+    assert readiness.trainable(config) == []
 
 
 def test_the_newcomers_commands_can_run() -> None:
     for names in (["quickstart"], ["125M", "local_setup"]):
         config = load(*names, world_size=1)
-        assert rules.trainable(config) == []
-        assert rules.runnable(config) == []
+        assert readiness.trainable(config) == []
+        assert readiness.runnable(config) == []
         assert config.numerics.precision in ("fp32", "bf16"), "fp16 does not run on a CPU"
 
 

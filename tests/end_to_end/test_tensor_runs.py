@@ -12,7 +12,8 @@ from tests.end_to_end.test_resume import run, tensors
 from tests.end_to_end.tiny import losses, write_corpus
 from tests.ranks import run_ranks
 
-MODEL = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "gpt_j_residual": True}
+# 512 ids make 540 rows in one process; a new model would have 720 on two tensor parallel ranks.
+MODEL = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "gpt_j_residual": True, "make_vocab_size_divisible_by": 180}
 TENSOR = {"model_parallel_size": 2, "zero_optimization": {"stage": 1}}
 SEQUENCE = {"model_parallel_size": 2, "sequence_parallel": True, "zero_optimization": {"stage": 0}}
 
@@ -24,8 +25,8 @@ def test_a_run_that_changes_its_layout_is_the_run_that_does_not(tmp_path: Path) 
     run_ranks(1, lambda: run(whole, **MODEL))
     halved = {"gradient_accumulation_steps": 1}
     layouts: list[tuple[int, int, dict[str, Any]]] = [
-        (2, 2, SEQUENCE),
-        (1, 3, {}),
+        (1, 2, {}),
+        (2, 3, SEQUENCE),
         (4, 5, {**TENSOR, **halved, "zero_optimization": {"stage": 3}}),
         (4, 6, {**TENSOR, "pipe_parallel_size": 2, "sequence_parallel": True}),
         (2, 8, TENSOR),
@@ -37,6 +38,14 @@ def test_a_run_that_changes_its_layout_is_the_run_that_does_not(tmp_path: Path) 
         for iteration, loss in losses(whole, kind).items():
             assert losses(broken, kind)[iteration] == pytest.approx(loss, rel=1e-5), (kind, iteration)
     expected, found = tensors(whole), tensors(broken)
+    assert found["weight", "embedding.word_embeddings.weight"].shape[0] == 540
     assert expected.keys() == found.keys()
     for key, tensor in expected.items():
         assert (found[key] - tensor).norm() <= 1e-3 * tensor.norm() + 1e-6, key
+
+
+def test_a_vocabulary_that_the_ranks_cannot_share_is_refused(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "corpus")
+    run_ranks(1, lambda: run(tmp_path, exit_interval=2, **{**MODEL, "make_vocab_size_divisible_by": 171}))
+    with pytest.raises(Exception, match="vocabulary of 513 rows cannot be divided by it"):
+        run_ranks(2, lambda: run(tmp_path, 2, **{**MODEL, **TENSOR, "make_vocab_size_divisible_by": 171}))

@@ -33,7 +33,7 @@ def at_root(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ([], 2, "Which script, and which configs?\n\n./deepy.py SCRIPT"),
         (["configs/125M.yml"], 2, "the script comes first. Write: ./deepy.py train.py configs/125M.yml"),
-        (["tran.py", "x.yml"], 2, "tran.py: is no script here. The scripts are: deepy.py, generate.py, train.py."),
+        (["tran.py", "x.yml"], 2, "tran.py: is no script here. The scripts are: generate.py, train.py."),
         (["Makefile", "x.yml"], 2, "Makefile: is not a Python script."),
         (["train.py"], 2, "./deepy.py train.py: needs at least one config file."),
         (["doctor", "x"], 2, "./deepy.py doctor takes no arguments."),
@@ -105,3 +105,11 @@ def test_two_ranks_train_from_the_command_line(config: str, tmp_path: Path) -> N
     assert events.count("step") == 1
     assert (run / "loss.png").stat().st_size > 1000
     assert yaml.safe_load((run / "config.yml").read_text())["world_size"] == 2
+
+
+def test_a_script_is_found_from_any_folder(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train.py", "tiny.yml", "--print"]) == 0
+    assert f"{ROOT / 'train.py'} tiny.yml" in capsys.readouterr().out

@@ -128,8 +128,8 @@ def test_mlp_widths_are_gpt_neox_s_where_its_two_numbers_agree() -> None:
 def test_vocabulary_padding() -> None:
     assert accounting.padded_vocab_size(50257, 128, 1) == 50304
     assert accounting.padded_vocab_size(50304, 128, 1) == 50304
-    assert {accounting.padded_vocab_size(50277, 128, tp) for tp in (1, 2, 4, 8)} == {50304}
-    assert {accounting.padded_vocab_size(50277, 256, tp) for tp in (1, 2, 4, 8)} == {50432}  # GPT-NeoX-20B's rows
+    published = {1: 50304, 2: 50432, 4: 50688}  # Pythia 1.4B; GPT-NeoX-20B and Pythia 6.9B; Pythia 12B
+    assert {tp: accounting.padded_vocab_size(50277, 128, tp) for tp in published} == published
     assert accounting.padded_vocab_size(1, 128, 3) == 384
     assert accounting.padded_vocab_size(32000, 1, 8) == 32000
 

@@ -106,7 +106,7 @@ def test_sinks_get_the_names_that_dashboards_know(tmp_path: Path, monkeypatch: p
         def write(self, scalars: dict[str, float], iteration: int) -> None:
             sent.update(scalars)
 
-        def close(self) -> None:
+        def close(self, failed: bool = False) -> None:
             sent["closed"] = 1
 
     monkeypatch.setattr(build, "_open_sinks", lambda *_: [Sink()])

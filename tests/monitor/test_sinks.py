@@ -33,7 +33,7 @@ class Recorder:
             raise ConnectionError("the network is down")
         self.written.append(iteration)
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         self.written.append(-1)
 
 
@@ -99,8 +99,8 @@ class FakeWandb(types.ModuleType):
     def log(self, scalars: dict[str, float], step: int) -> None:
         self.logged.append((scalars, step))
 
-    def finish(self) -> None:
-        self.logged.append(({}, -1))
+    def finish(self, exit_code: int) -> None:
+        self.logged.append(({}, -1 - exit_code))
 
 
 def test_wandb_gets_project_group_name_and_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +115,8 @@ def test_wandb_gets_project_group_name_and_numbers(tmp_path: Path, monkeypatch: 
     assert fake.started["settings"]["base_url"] == "https://w.example"
     assert fake.logged == [({"train/lm_loss": 1.0}, 3), ({}, -1)]
     first = fake.started["id"]
-    WandbSink(monitor, "run", tmp_path, {})
+    WandbSink(monitor, "run", tmp_path, {}).close(failed=True)
+    assert fake.logged[-1] == ({}, -2), "a run that failed is shown as failed"
     assert fake.started["id"] == first, "a resumed run is the same run"
 
 

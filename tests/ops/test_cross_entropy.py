@@ -123,3 +123,14 @@ def test_memory_is_bounded_by_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     with Watch():
         linear_cross_entropy_sum(hidden, weight, torch.zeros(512, dtype=torch.long), torch.ones(512)).backward()
     assert largest <= max(hidden.numel(), 8 * VOCABULARY)
+
+
+def test_fp16_gradients_of_a_frequent_label_do_not_overflow() -> None:
+    """2,000 tokens of one label: the sum of their gradients, before it is divided by their number, is beyond fp16."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = (3 + torch.randn(1, 2000, HIDDEN, generator=generator)).half().requires_grad_()
+    weight = (0.1 * torch.randn(VOCABULARY, HIDDEN, generator=generator)).half().requires_grad_()
+    labels, weights = torch.full((1, 2000), 5), torch.ones(1, 2000)
+    _, gradients = exact_gradients(hidden.detach(), weight.detach(), labels, weights)
+    (linear_cross_entropy_sum(hidden, weight, labels, weights) * (1 / 2000)).backward()
+    check_gradients([hidden, weight], [gradient / 2000 for gradient in gradients], torch.float16)

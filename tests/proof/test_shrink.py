@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from megatron.config.load import read
+from megatron.config.readiness import runnable
 from megatron.config.resolve import resolve
-from megatron.config.rules import runnable
 from megatron.config.schema.config import Config
 from megatron.errors import ConfigError
 from megatron.model.accounting import layer_types, mlp_shape

@@ -99,8 +99,8 @@ class ModelConfig(Section):
     )
     make_vocab_size_divisible_by: int = setting(
         128,
-        "The vocabulary is padded to a multiple of this and of model_parallel_size. GPT-NeoX pads to a multiple of "
-        "their product: write that here to load weights that were trained so.",
+        "The vocabulary of a new model is padded to a multiple of this times model_parallel_size. A run that begins "
+        "from a checkpoint keeps the checkpoint's size, at any model_parallel_size that divides it.",
         unit="token ids",
         ge=1,
     )

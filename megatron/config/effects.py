@@ -1,4 +1,4 @@
-"""Keys that are set and change nothing, because of what another key says: each is a notice, and never silent."""
+"""Keys that another key makes idle: nothing that a person sets may be without effect unseen."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron.config import keys
-from megatron.config.draft import Draft
+from megatron.config.draft import Draft, either
+from megatron.config.values import choices
 
-_NEEDS_VALUE: dict[str, tuple[str, tuple[Any, ...]]] = {
+_TOKENIZERS = choices(keys.fields()["tokenizer_type"][1].annotation)
+_EFFECT: dict[str, tuple[str, tuple[Any, ...]]] = {
     # key that is set: (the key that it depends on, the values under which it has an effect)
     "rotary_pct": ("pos_emb", ("rotary",)),
     "rotary_emb_base": ("pos_emb", ("rotary",)),
@@ -26,8 +28,10 @@ _NEEDS_VALUE: dict[str, tuple[str, tuple[Any, ...]]] = {
     "checkpoint_num_layers": ("checkpoint_activations", (True,)),
     "checkpoint_operations": ("checkpoint_activations", (True,)),
     "checkpoint_first_layers": ("checkpoint_activations", (True,)),
+    "vocab_file": ("tokenizer_type", tuple(kind for kind in _TOKENIZERS if kind != "CharLevelTokenizer")),
     "allow_chopped": ("pack_impl", ("pack_until_overflow", "unpacked")),
 }
+
 
 _NEEDS_PROCESSES = {
     # key that is set: the size that must be 2 or more for it to have an effect
@@ -40,9 +44,9 @@ _NEEDS_PROCESSES = {
 
 def without_effect(draft: Draft) -> Iterator[str]:
     """Yield a sentence for each key that is set away from its default, and that another key makes idle."""
-    for key, (condition, values) in _NEEDS_VALUE.items():
+    for key, (condition, values) in _EFFECT.items():
         if _is_set(draft, key) and draft.values[condition] not in values:
-            yield _sentence(draft, key, " or ".join(f"{condition}: {_text(value)}" for value in values))
+            yield _sentence(draft, key, either([f"{condition}: {_text(value)}" for value in values]))
     for key, size in _NEEDS_PROCESSES.items():
         if _is_set(draft, key) and draft.values[size] < 2:
             yield _sentence(draft, key, f"{size}: 2 or more")
