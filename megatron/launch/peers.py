@@ -24,6 +24,7 @@ from megatron.config.schema.config import Config
 from megatron.errors import LaunchError, Problem
 from megatron.launch.failure import Failure
 from megatron.launch.place import Place
+from megatron.launch.port import take_inherited
 
 CHECK_IN_SECONDS = 120.0
 _FAILURE, _COUNT, _SHOWN = "deepy/failure", "deepy/failures", "deepy/shown"
@@ -33,8 +34,12 @@ logger = logs.get_logger(__name__)
 def open_store(place: Place, seconds: float = CHECK_IN_SECONDS) -> dist.Store:
     """Return the store of the run, which rank 0 (or torchrun) holds; the environment says where, as `place` does.
 
+    Rank 0 serves it at the socket that our launcher holds for it, where that is who started it.
     Raises LaunchError where it cannot be reached, or opened, within `seconds`."""
+    inherited = take_inherited(os.environ)
     try:
+        if inherited is not None:
+            return _serve(place, inherited, seconds)
         store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
     except (RuntimeError, dist.DistError) as error:
         where = f"{place.master_addr}:{place.master_port}"
@@ -46,6 +51,18 @@ def open_store(place: Place, seconds: float = CHECK_IN_SECONDS) -> dist.Store:
             )
         ) from error
     return store
+
+
+def _serve(place: Place, descriptor: int, seconds: float) -> dist.Store:
+    return dist.TCPStore(
+        place.master_addr,
+        place.master_port,
+        place.world_size,
+        is_master=True,
+        timeout=timedelta(seconds=seconds),
+        multi_tenant=True,
+        master_listen_fd=descriptor,
+    )
 
 
 def _first_line(error: Exception) -> str:
