@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron.ops.linear import product_into
+
 CHUNK_BYTES = 104 * 2**20
 """Bytes of a chunk's logits: with fewer, the fp32 gradient of W is read and written too often."""
 
@@ -134,7 +136,7 @@ class _Gradients:
     def add(self, start: int, logits_gradient: Tensor, hidden: Tensor, weight: Tensor, factors: Tensor) -> None:
         """Take a chunk: gradient of the unweighted losses [c, v], x [c, h] and the weights of its tokens [c] fp32."""
         rows = self.hidden[start : start + len(hidden)]
-        torch.mm(logits_gradient, weight, out=rows)
+        product_into(rows, logits_gradient, weight)
         rows.mul_(factors.unsqueeze(1))
         weighted = (hidden * factors.unsqueeze(1)).to(hidden.dtype)
         if self.weight.dtype == weighted.dtype:
@@ -169,7 +171,7 @@ def _walk(
     losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
     for start in range(0, len(hidden), size):
         rows = hidden[start : start + size]
-        logits = torch.mm(rows, weight.t(), out=buffer[: len(rows)])
+        logits = product_into(buffer[: len(rows)], rows, weight.t())
         for block in _blocks(logits):
             targets = labels[start : start + size][block]
             scale = gradients.scale if gradients else None
