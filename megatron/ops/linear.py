@@ -99,7 +99,9 @@ def _is_faster_by_onednn(left: Tensor, right: Tensor) -> bool:
     if left.numel() * columns < SMALLEST:
         return False
     is_transposed = left.dim() == 2 and left.stride(0) == 1 and left.shape[1] > 1
-    return (columns >= NARROWEST or not is_transposed) and torch.backends.mkldnn.enabled and onednn_wins()
+    if is_transposed and columns < NARROWEST:
+        return False
+    return bool(torch.backends.mkldnn.enabled) and onednn_wins()
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Linear maps by oneDNN equal PyTorch's, gradients included; which library computes follows from shape and dtype alone."""
+"""Linear maps by oneDNN equal PyTorch's, gradients included; dtype and shape alone say which of them computes."""
 
 from __future__ import annotations
 
