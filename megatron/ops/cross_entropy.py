@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron.ops.linear import product_into
+from megatron.ops.memory import keep, take, take_gradient
 
 CHUNK_BYTES = 104 * 2**20
 """Bytes of a chunk's logits: with fewer, the fp32 gradient of W is read and written too often."""
@@ -130,8 +131,9 @@ class _Gradients:
     def __init__(self, hidden: Tensor, weight: Tensor) -> None:
         self.scale = FP16_SCALE if hidden.dtype == torch.float16 else 1.0
         self.hidden = torch.empty_like(hidden)
-        self.weight = torch.empty_like(weight, dtype=torch.float32 if len(hidden) > _chunk(weight) else weight.dtype)
-        self._dtype = weight.dtype
+        is_one_sum = len(hidden) <= _chunk(weight) or weight.dtype == torch.float32
+        self.weight = take_gradient(weight) if is_one_sum else take(weight, "sum", weight.shape, torch.float32)
+        self._parameter = weight
 
     def add(self, start: int, logits_gradient: Tensor, hidden: Tensor, weight: Tensor, factors: Tensor) -> None:
         """Take a chunk: gradient of the unweighted losses [c, v], x [c, h] and the weights of its tokens [c] fp32."""
@@ -149,11 +151,12 @@ class _Gradients:
     def finish(self, factor: Tensor) -> tuple[Tensor, Tensor]:
         """Return both gradients times an fp32 scalar, in the parameters' dtype."""
         factor = factor / self.scale
-        if self.weight.dtype == self._dtype:
+        if self.weight.dtype == self._parameter.dtype:
             return self.hidden.mul_(factor), self.weight.mul_(factor)
-        weight = torch.empty_like(self.weight, dtype=self._dtype)
+        weight = take_gradient(self._parameter)
         for block in _blocks(self.weight):
             weight[block] = self.weight[block].mul_(factor)
+        keep(self._parameter, "sum", self.weight)
         return self.hidden.mul_(factor), weight
 
 
@@ -167,7 +170,7 @@ def _walk(
 ) -> Tensor:
     """Return the losses [t] fp32, chunk by chunk; `gradients`, where given, takes each chunk's part."""
     size = -(-len(hidden) // -(-len(hidden) // _chunk(weight)))  # chunks of equal size
-    buffer = torch.empty((size, len(weight)), dtype=hidden.dtype, device=hidden.device)
+    buffer = take(weight, "logits", (size, len(weight)), hidden.dtype)
     losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
     for start in range(0, len(hidden), size):
         rows = hidden[start : start + size]
@@ -178,6 +181,7 @@ def _walk(
             losses[start : start + size][block] = losses_of(logits[block], targets, scale)
         if gradients is not None:
             gradients.add(start, logits, rows, weight, factors[start : start + size])
+    keep(weight, "logits", buffer)
     return losses
 
 
