@@ -5,9 +5,10 @@ For queries i of a block and the keys j <= i:
     P = softmax(scale * q k^T)        o = P v
     dv = P^T do      dP = do v^T      dS = P (dP - sum_j dP P)      dq = scale * dS k      dk = scale * dS^T q
 
-Only P of one block is held at a time, and the backward pass computes it again. PyTorch's own CPU kernel does the same
-sums with products too small for the matrix units: 4 x 8 heads of 64 features at 512 positions, forward and backward on
-one EPYC (Zen 4) core, take 102 ms there and 58 ms here in bf16, 100 ms and 85 ms in fp32.
+Of long sequences only P of one block is held at a time, and the backward pass computes it again. PyTorch's own CPU
+kernel does the same sums with products too small for the matrix units: 4 x 8 heads of 64 features at 512 positions,
+forward and backward on one EPYC (Zen 4) core, take 102 ms there and 58 ms here in bf16, 100 ms and 85 ms in fp32, with
+P computed twice.
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ from torch import Tensor
 
 BLOCK = 128
 """Queries of a block; smaller blocks waste less of the triangle, larger ones make better products."""
+
+LONGEST_KEPT = 512
+"""Tokens of the longest sequence whose P is kept for the backward pass: with heads of 64 features that is at most a
+third more memory than a block keeps anyway, and saves a seventh of attention's products and its softmax."""
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -44,24 +49,28 @@ class _Causal(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         batch, groups, heads, length, dim = query.shape
         output = query.new_empty(batch, length, groups, heads, dim).permute(0, 2, 3, 1, 4)
+        kept: list[Tensor] = []
         for block in _blocks(query):
-            part = torch.bmm(_probabilities(query, key, block, scale), value[:, : block.stop])
+            probabilities = _probabilities(query, key, block, scale)
+            part = torch.bmm(probabilities, value[:, : block.stop])
             output[:, :, :, block] = part.view(output[:, :, :, block].shape)
-        ctx.save_for_backward(query, key, value)
+            if length <= LONGEST_KEPT:
+                kept.append(probabilities)
+        ctx.save_for_backward(query, key, value, *kept)
         ctx.scale = scale
         return output
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value = ctx.saved_tensors
+        query, key, value, *kept = ctx.saved_tensors
         query_gradient = torch.empty_like(query, memory_format=torch.contiguous_format)
         # Sums over blocks are fp32, whatever the dtype of the products.
         key_gradient = torch.zeros_like(key, dtype=torch.float32)
         value_gradient = torch.zeros_like(value, dtype=torch.float32)
-        for block in _blocks(query):
+        for index, block in enumerate(_blocks(query)):
             seen = slice(block.stop)
             rows, gradient = _rows(query, block), _rows(upstream[0], block)
-            probabilities = _probabilities(query, key, block, ctx.scale)
+            probabilities = kept[index] if kept else _probabilities(query, key, block, ctx.scale)
             value_gradient[:, seen] += torch.bmm(probabilities.transpose(1, 2), gradient)
             scores = torch.bmm(gradient, value[:, seen].transpose(1, 2))
             scores = torch._softmax_backward_data(scores, probabilities, -1, scores.dtype)

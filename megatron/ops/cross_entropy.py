@@ -26,7 +26,8 @@ from megatron.ops.linear import product_into
 from megatron.ops.memory import keep, take, take_gradient
 
 CHUNK_BYTES = 104 * 2**20
-"""Bytes of a chunk's logits: with fewer, the fp32 gradient of W is read and written too often."""
+"""Bytes of a chunk's logits: with fewer, the fp32 gradient of W is read and written too often. On a CPU, which has the
+memory and less speed to read it with, an fp32 chunk has as many tokens as one of bf16."""
 
 BLOCK_BYTES = 6 * 2**20
 """Bytes of fp32 logits that are turned into gradients at once on a CPU, so that they stay in its cache."""
@@ -187,7 +188,8 @@ def _walk(
 
 def _chunk(weight: Tensor) -> int:
     """Return how many tokens' logits make a chunk."""
-    return max(1, CHUNK_BYTES // (weight.element_size() * len(weight)))
+    element = 2 if weight.device.type == "cpu" else weight.element_size()
+    return max(1, CHUNK_BYTES // (element * len(weight)))
 
 
 def _blocks(matrix: Tensor) -> list[slice]:
