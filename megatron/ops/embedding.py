@@ -14,7 +14,8 @@ from megatron.ops.memory import take_gradient
 
 def embedding(tokens: Tensor, weight: Tensor) -> Tensor:
     """Return W[tokens] [..., h] from tokens [...] int64 and W [v, h]. On a CPU the gradient's memory is used again."""
-    if weight.device.type != "cpu" or not (torch.is_grad_enabled() and weight.requires_grad):
+    trained = torch.is_grad_enabled() and weight.requires_grad
+    if weight.device.type != "cpu" or not trained or torch.compiler.is_compiling():
         return F.embedding(tokens, weight)
     rows: Tensor = _Rows.apply(tokens, weight)
     return rows

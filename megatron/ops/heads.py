@@ -24,7 +24,7 @@ def split_heads(groups: Tensor, cos: Tensor, sin: Tensor) -> Heads:
 
     The tables get no gradient.
     """
-    if groups.device.type != "cpu":
+    if groups.device.type != "cpu" or torch.compiler.is_compiling():
         return split_heads_reference(groups, cos, sin)
     heads: Heads = _SplitHeads.apply(groups, _beside_heads(cos), _beside_heads(sin))
     return heads

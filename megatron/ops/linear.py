@@ -93,7 +93,7 @@ def _by_onednn(left: Tensor, transposed: Tensor, bias: Tensor | None = None) -> 
 
 def _is_faster_by_onednn(left: Tensor, right: Tensor) -> bool:
     """Return whether oneDNN computes left [..., k] @ right [k, m] faster than PyTorch's own choice."""
-    if left.device.type != "cpu" or not left.dtype == right.dtype == torch.float32:
+    if left.device.type != "cpu" or not left.dtype == right.dtype == torch.float32 or torch.compiler.is_compiling():
         return False
     columns = right.shape[1]
     if left.numel() * columns < SMALLEST:

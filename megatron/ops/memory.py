@@ -2,7 +2,7 @@
 
 Memory beyond 32 MB, glibc's limit, comes from the kernel at each allocation, and the kernel clears each of its pages
 when it is first touched: 2 microseconds for 4 KB, 60 ms for the gradient of a table of 50304 x 512 in fp32. On a GPU
-PyTorch's allocator keeps memory by itself.
+PyTorch's allocator keeps memory by itself, and compiled code plans its own.
 
 A buffer belongs to the parameter that it serves, and goes with it. Whoever takes one is its only owner until they keep
 it for the next: two uses at a time get two buffers.
@@ -21,6 +21,8 @@ _GRADIENT = "gradient"
 
 def take(parameter: Tensor, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Return uninitialised memory on the parameter's device: what was kept under this name if it fits, else new."""
+    if torch.compiler.is_compiling():
+        return torch.empty(shape, dtype=dtype, device=parameter.device)
     kept: Tensor | None = parameter.__dict__.setdefault(_KEPT, {}).pop(name, None)
     if kept is None or kept.dtype != dtype or kept.shape != torch.Size(shape):
         with torch.inference_mode(False):  # what is made while evaluating must serve training too
@@ -30,7 +32,7 @@ def take(parameter: Tensor, name: str, shape: Sequence[int], dtype: torch.dtype)
 
 def keep(parameter: Tensor, name: str, buffer: Tensor) -> None:
     """Hand back what was taken; only a CPU's is kept."""
-    if buffer.device.type == "cpu":
+    if buffer.device.type == "cpu" and not torch.compiler.is_compiling():
         parameter.__dict__.setdefault(_KEPT, {})[name] = buffer
 
 
