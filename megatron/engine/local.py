@@ -23,6 +23,7 @@ from megatron.engine.fragments import Fragment, Holdings
 from megatron.engine.loss_scale import LossScale
 from megatron.engine.step import MicroBatchEngine, Update
 from megatron.objectives.build import Objective
+from megatron.ops.memory import release_gradient
 from megatron.parallel.collectives import TensorRegion
 from megatron.parallel.grad_sync import is_partial
 from megatron.parallel.mesh import Mesh
@@ -105,7 +106,8 @@ class LocalEngine(MicroBatchEngine):
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         if self._gradients is None:
-            self._optimizer.zero_grad(set_to_none=True)
+            for parameter in self._trained.values():
+                release_gradient(parameter)
         else:
             self._gradients.start()
         return self._scaler.cur_scale if self._scaler else 1.0
@@ -127,11 +129,22 @@ class LocalEngine(MicroBatchEngine):
         if overflow:
             return Update(float("inf"), skipped=True)
         shrink = max(1.0, (norm + 1e-6) / self._clip) if self._clip > 0 else 1.0
-        if shrink * scale != 1.0:
-            torch._foreach_mul_(gradients, 1.0 / (shrink * scale))
-        self._optimizer.step()
+        self._step(gradients, shrink * scale)
         self._publish()
         return Update(norm, skipped=False)
+
+    def _step(self, gradients: list[Tensor], divisor: float) -> None:
+        """Apply the gradients divided by `divisor`, which torch's fused optimizers do as they read them."""
+        if divisor == 1.0:
+            self._optimizer.step()
+        elif getattr(self._optimizer, "_step_supports_amp_scaling", False):
+            optimizer: Any = self._optimizer
+            optimizer.grad_scale = torch.full((), divisor, dtype=torch.float32, device=self._mesh.device)
+            optimizer.step()
+            del optimizer.grad_scale
+        else:
+            torch._foreach_mul_(gradients, 1.0 / divisor)
+            self._optimizer.step()
 
     def _reduced(self) -> list[Tensor]:
         """Return the gradient of the whole step, summed over the ranks, as few fp32 tensors."""
@@ -229,7 +242,7 @@ class GradientBuffer:
             else:
                 self._views[index].copy_(parameter.grad)
                 self._written[index] = True
-            parameter.grad = None
+            release_gradient(parameter)
 
         return add
 

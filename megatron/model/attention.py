@@ -17,7 +17,7 @@ from megatron.model.cache import KVCache
 from megatron.model.positions import ALONE, AttentionMask, RelativePositionBias, RotaryTables, Span
 from megatron.model.recompute import recomputed
 from megatron.ops.attention import attention
-from megatron.ops.rotary import rotate
+from megatron.ops.heads import split_heads, split_heads_reference
 from megatron.parallel.collectives import TensorRegion
 from megatron.parallel.layers import ColumnParallelLinear, Initializer, RowParallelLinear
 
@@ -101,12 +101,9 @@ class SelfAttention(nn.Module):
         groups = self.query_key_value(hidden).view(rows, length, self.num_groups, self.group_size + 2, self.head_dim)
         if self.qk_norm is not None:
             groups = self._normed(groups)
-        turning, value = groups.split([groups.shape[3] - 1, 1], dim=3)
-        if self.rotary is not None:
-            turning = rotate(turning, *self.rotary(span, hidden.device))  # queries and key of a group in one go
-        query, key = turning.split([turning.shape[3] - 1, 1], dim=3)
-        query, key, value = (heads.flatten(2, 3).transpose(1, 2) for heads in (query, key, value))
-        return query, key, value
+        if self.rotary is None:
+            return split_heads_reference(groups, None, None)
+        return split_heads(groups, *self.rotary(span, hidden.device))
 
     def _normed(self, groups: Tensor) -> Tensor:
         """Return groups [b, s, k, n/k + 2, d] as [b, s, n, 3, d], with queries and keys normed.

@@ -22,8 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron.ops.linear import product_into
+from megatron.ops.memory import keep, take, take_gradient
+
 CHUNK_BYTES = 104 * 2**20
-"""Bytes of a chunk's logits: with fewer, the fp32 gradient of W is read and written too often."""
+"""Bytes of a chunk's logits: with fewer, the fp32 gradient of W is read and written too often. On a CPU, which has the
+memory and less speed to read it with, an fp32 chunk has as many tokens as one of bf16."""
 
 BLOCK_BYTES = 6 * 2**20
 """Bytes of fp32 logits that are turned into gradients at once on a CPU, so that they stay in its cache."""
@@ -129,14 +133,15 @@ class _Gradients:
     def __init__(self, hidden: Tensor, weight: Tensor) -> None:
         self.scale = FP16_SCALE if hidden.dtype == torch.float16 else 1.0
         self.hidden = torch.empty_like(hidden)
-        needs_sum = len(hidden) > _chunk(weight) or weight.dtype == torch.float16
-        self.weight = torch.empty_like(weight, dtype=torch.float32 if needs_sum else weight.dtype)
-        self._dtype = weight.dtype
+        fits_dtype = len(hidden) <= _chunk(weight) and weight.dtype != torch.float16
+        is_one_sum = fits_dtype or weight.dtype == torch.float32
+        self.weight = take_gradient(weight) if is_one_sum else take(weight, "sum", weight.shape, torch.float32)
+        self._parameter = weight
 
     def add(self, start: int, logits_gradient: Tensor, hidden: Tensor, weight: Tensor, factors: Tensor) -> None:
         """Take a chunk: gradient of the unweighted losses [c, v], x [c, h] and the weights of its tokens [c] fp32."""
         rows = self.hidden[start : start + len(hidden)]
-        torch.mm(logits_gradient, weight, out=rows)
+        product_into(rows, logits_gradient, weight)
         rows.mul_(factors.unsqueeze(1))
         weighted = (hidden * factors.unsqueeze(1)).to(hidden.dtype)
         if self.weight.dtype == weighted.dtype:
@@ -149,11 +154,12 @@ class _Gradients:
     def finish(self, factor: Tensor) -> tuple[Tensor, Tensor]:
         """Return both gradients times an fp32 scalar, in the parameters' dtype."""
         factor = factor / self.scale
-        if self.weight.dtype == self._dtype:
+        if self.weight.dtype == self._parameter.dtype:
             return self.hidden.mul_(factor), self.weight.mul_(factor)
-        weight = torch.empty_like(self.weight, dtype=self._dtype)
+        weight = take_gradient(self._parameter)
         for block in _blocks(self.weight):
             weight[block] = self.weight[block].mul_(factor)
+        keep(self._parameter, "sum", self.weight)
         return self.hidden.mul_(factor), weight
 
 
@@ -176,23 +182,25 @@ def _walk(
 ) -> Tensor:
     """Return the losses [t] fp32, chunk by chunk; `gradients`, where given, takes each chunk's part."""
     size = -(-len(hidden) // -(-len(hidden) // _chunk(weight)))  # chunks of equal size
-    buffer = torch.empty((size, len(weight)), dtype=hidden.dtype, device=hidden.device)
+    buffer = take(weight, "logits", (size, len(weight)), hidden.dtype)
     losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
     for start in range(0, len(hidden), size):
         rows = hidden[start : start + size]
-        logits = torch.mm(rows, weight.t(), out=buffer[: len(rows)])
+        logits = product_into(buffer[: len(rows)], rows, weight.t())
         for block in _blocks(logits):
             targets = labels[start : start + size][block]
             scale = gradients.scale if gradients else None
             losses[start : start + size][block] = losses_of(logits[block], targets, scale)
         if gradients is not None:
             gradients.add(start, logits, rows, weight, factors[start : start + size])
+    keep(weight, "logits", buffer)
     return losses
 
 
 def _chunk(weight: Tensor) -> int:
     """Return how many tokens' logits make a chunk."""
-    return max(1, CHUNK_BYTES // (weight.element_size() * len(weight)))
+    element = 2 if weight.device.type == "cpu" else weight.element_size()
+    return max(1, CHUNK_BYTES // (element * len(weight)))
 
 
 def _blocks(matrix: Tensor) -> list[slice]:

@@ -16,9 +16,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron.ops.embedding import embedding
+from megatron.ops.linear import linear
 from megatron.parallel.collectives import TensorRegion
 from megatron.parallel.mesh import Axis
 from megatron.parallel.sharding import ShardSpec, local_shape, set_spec
@@ -74,7 +75,7 @@ class ColumnParallelLinear(nn.Module):
         self.bias = make_parameter((out_features,), spec, axis, zeros) if bias else None
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return F.linear(inputs, self.weight, self.bias)
+        return linear(inputs, self.weight, self.bias)
 
 
 class RowParallelLinear(nn.Module):
@@ -93,7 +94,7 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         bias = None if self.bias is None else self.region.once(self.bias)
-        return F.linear(inputs, self.weight, bias)
+        return linear(inputs, self.weight, bias)
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -106,8 +107,8 @@ class VocabParallelEmbedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         if not self.region.is_split:
-            return F.embedding(tokens, self.weight)
+            return embedding(tokens, self.weight)
         local = tokens - self.region.axis.rank * len(self.weight)
         is_mine = (local >= 0) & (local < len(self.weight))
-        rows = F.embedding(local.clamp(0, len(self.weight) - 1), self.weight)
+        rows = embedding(local.clamp(0, len(self.weight) - 1), self.weight)
         return self.region.leave(rows * is_mine.unsqueeze(-1))

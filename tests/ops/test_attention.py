@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron.ops import attention_cpu
 from megatron.ops.attention import attention, attention_reference
 from megatron.ops.attention_cpu import causal_attention
 
@@ -34,7 +35,11 @@ def compare(tensors: list[Tensor], causal: bool, mask: Tensor | None) -> None:
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("length", [1, 5, 33, 300])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 1)])
-def test_causal(heads: int, kv_heads: int, length: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("longest_kept", [32, 512])
+def test_causal(
+    heads: int, kv_heads: int, length: int, dtype: torch.dtype, longest_kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_cpu, "LONGEST_KEPT", longest_kept)
     compare(draw(heads, kv_heads, length, length, dtype), causal=True, mask=None)
 
 

@@ -1,0 +1,124 @@
+"""The linear map y = x W^T + b and plain matrix products, by whichever library is faster on this processor.
+
+    dx = dy W      dW = dy^T x      db = sum of the rows of dy
+
+PyTorch hands fp32 products on a CPU to MKL, which holds back on processors of another maker. There oneDNN, which
+PyTorch uses for bf16 anyway, is faster: on one core of an EPYC (Zen 4), whose limit is about 108 GFLOP/s, shapes of
+GPT-NeoX at hidden 512 to 1024 run at 100 to 107 in y and dx where MKL reaches 83 to 97. In dW, whose left factor is
+transposed, it wins (96 to 101 against 86 to 92) only where x has 768 features or more. Small products are MKL's.
+
+Which library computes is a function of processor, dtype and shape alone, never of a timing: a resumed run repeats
+bit by bit, and so does every rank.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+SMALLEST = 2**24
+"""Multiplications of the least product that is worth oneDNN's longer start."""
+
+NARROWEST = 768
+"""Columns of the narrowest product with a transposed left factor that oneDNN computes faster."""
+
+BLOCK_BYTES = 16 * 2**20
+"""Bytes that a product into given memory computes at once: blocks that the allocator keeps at hand cost no page
+faults, which a fresh 100 MB costs 25,000 of."""
+
+
+def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x W^T + b [..., out] from x [..., in], W [out, in] and b [out]."""
+    if not _is_faster_by_onednn(inputs, weight.t()):
+        return linear_reference(inputs, weight, bias)
+    result: Tensor = _Linear.apply(inputs, weight, bias)
+    return result
+
+
+def linear_reference(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The same by PyTorch alone."""
+    return F.linear(inputs, weight, bias)
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """Return left @ right [n, m] from left [n, k] and right [k, m], either of which may be a transposed view.
+
+    It has no gradient of its own: it serves the functions that write theirs out.
+    """
+    return _by_onednn(left, right.t()) if _is_faster_by_onednn(left, right) else torch.mm(left, right)
+
+
+def product_into(output: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Return `output` [n, m], filled with `product(left, right)`."""
+    if not _is_faster_by_onednn(left, right):
+        return torch.mm(left, right, out=output)
+    width = max(1, BLOCK_BYTES // (output.element_size() * len(left)))
+    for start in range(0, right.shape[1], width):
+        output[:, start : start + width] = _by_onednn(left, right[:, start : start + width].t())
+    return output
+
+
+class _Linear(torch.autograd.Function):
+    """The formulae at the top."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(inputs, weight)
+        return _by_onednn(inputs, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, weight = ctx.saved_tensors
+        needs_input, needs_weight, needs_bias = ctx.needs_input_grad
+        gradient = upstream.reshape(-1, upstream.shape[-1]).contiguous()
+        return (
+            product(gradient, weight).view(inputs.shape) if needs_input else None,
+            product(gradient.t(), inputs.reshape(-1, inputs.shape[-1])) if needs_weight else None,
+            gradient.sum(0) if needs_bias else None,
+        )
+
+
+def _by_onednn(left: Tensor, transposed: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return left @ transposed^T + bias in memory of its own."""
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(left, transposed, bias, "none", [], "")
+    return result
+
+
+def _is_faster_by_onednn(left: Tensor, right: Tensor) -> bool:
+    """Return whether oneDNN computes left [..., k] @ right [k, m] faster than PyTorch's own choice."""
+    if left.device.type != "cpu" or not left.dtype == right.dtype == torch.float32 or torch.compiler.is_compiling():
+        return False
+    columns = right.shape[1]
+    if left.numel() * columns < SMALLEST:
+        return False
+    is_transposed = left.dim() == 2 and left.stride(0) == 1 and left.shape[1] > 1
+    if is_transposed and columns < NARROWEST:
+        return False
+    return bool(torch.backends.mkldnn.enabled) and onednn_wins()
+
+
+@functools.cache
+def onednn_wins() -> bool:
+    """Return whether this processor is of the kind on which oneDNN's fp32 products were measured to be faster."""
+    return (
+        torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and _maker() == "AuthenticAMD"
+    )
+
+
+def _maker() -> str:
+    """Return the processor's vendor_id, or "" where the system does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
