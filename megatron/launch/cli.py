@@ -17,7 +17,6 @@ from megatron.launch import check, doctor, parity, plan
 from megatron.launch.arguments import Arguments, build_parser, parse_arguments
 from megatron.launch.command import (
     Layout,
-    find_layout,
     local_environments,
     runner_command,
     single_layout,
@@ -25,7 +24,7 @@ from megatron.launch.command import (
 )
 from megatron.launch.devices import torch_has_cuda
 from megatron.launch.prelude import PAYLOAD_FLAG
-from megatron.launch.read_config import read_launcher, read_settings, resolve_for
+from megatron.launch.read_config import read_launcher, read_layout, read_settings, resolve_for
 from megatron.launch.supervise import run_ranks
 
 # Scripts that use one process, whatever layout the config trains with.
@@ -98,7 +97,7 @@ def _run(script: str, arguments: Arguments) -> int:
     settings = read_settings(arguments)
     is_alone = Path(script).name in SINGLE_PROCESS
     launcher = read_launcher(settings)
-    layout = single_layout(os.environ) if is_alone else find_layout(launcher, os.environ)
+    layout = single_layout(os.environ) if is_alone else read_layout(settings, launcher, os.environ)
     config = resolve_for(settings, None if is_alone else layout.world_size, planning=is_alone)
     payload = pack(config, settings.texts())
     if layout.uses_runner:

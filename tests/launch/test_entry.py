@@ -138,3 +138,33 @@ def test_a_wrong_config_is_a_mistake(tmp_path: Path) -> None:
     code, output = fork(lambda: run_worker(all_reduced, [str(tmp_path / "wrong.yml")]), tmp_path / "output").end()
     assert code == 2
     assert "wrong.yml:1: num_layer = 3: there is no such key. Did you mean num_layers" in output
+
+
+def test_late_problems_have_the_place_of_their_key(tmp_path: Path) -> None:
+    import yaml
+
+    from megatron.training.run import train
+
+    keys = {**settings(tmp_path), "data_path": "nope"}
+    (tmp_path / "tiny.yml").write_text(yaml.safe_dump(keys))
+    code, output = fork(lambda: run_worker(train, [str(tmp_path / "tiny.yml")]), tmp_path / "output").end()
+    assert code == 2
+    said = output.strip().splitlines()[-1]
+    assert "data_path = nope: there is no nope.bin and no nope.idx." in said
+    place = said.split(": data_path")[0]
+    assert place.startswith("tiny.yml:")
+    number = int(place.rpartition(":")[2])
+    assert (tmp_path / "tiny.yml").read_text().splitlines()[number - 1] == "data_path: nope"
+
+
+def test_a_vocab_file_that_is_no_tokenizer_ends_a_start_with_its_place(tmp_path: Path) -> None:
+    from megatron.training.run import train
+
+    (tmp_path / "list.json").write_text("[1]")
+    changes = {"tokenizer_type": "HFTokenizer", "vocab_file": str(tmp_path / "list.json")}
+    word = pack(resolve(settings(tmp_path, **changes), 1), {"a.yml": f"\nvocab_file: {tmp_path / 'list.json'}\n"})
+    code, output = fork(lambda: run_worker(train, [PAYLOAD_FLAG, word]), tmp_path / "output").end()
+    assert code == 2
+    assert output.strip().splitlines()[-1].startswith("a.yml:2: vocab_file = ")
+    assert "so no tokenizer." in output
+    assert "Traceback" not in output
