@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -76,6 +78,21 @@ def test_a_failed_rank_ends_the_others_without_a_launcher_of_ours(tmp_path: Path
     assert "failed at step 12, exit code 1" in output1
     assert "Traceback" not in output0
     assert "ends because rank 1 on host" in output0 or "failed as well" in output0
+
+
+def test_a_killed_rank_is_not_blamed_on_the_survivor(tmp_path: Path) -> None:
+    def work(config: Config, mesh: Mesh, files: Mapping[str, str]) -> None:
+        logs.set_step(9)
+        if mesh.world.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        dist.all_reduce(torch.ones(()))
+
+    (code0, output0), (code1, _) = [rank.end() for rank in two_ranks(work, tmp_path, payload(tmp_path, 2))]
+    assert (code0, code1) == (1, -signal.SIGKILL)
+    last = output0.strip().splitlines()[-1]
+    assert last.startswith("rank 0 of 2 on host ")
+    assert "lost another rank at step 9, which ended without a word (killed?)." in last
+    assert "Traceback" not in output0
 
 
 def test_ranks_with_other_configs_are_told_apart(tmp_path: Path) -> None:
