@@ -23,6 +23,7 @@ from megatron.launch.command import (
     unsent_secrets,
 )
 from megatron.launch.devices import torch_has_cuda
+from megatron.launch.hosts import require_reachable
 from megatron.launch.prelude import PAYLOAD_FLAG
 from megatron.launch.read_config import read_launcher, read_layout, read_settings, resolve_for
 from megatron.launch.supervise import run_ranks
@@ -105,6 +106,7 @@ def _run(script: str, arguments: Arguments) -> int:
         if arguments.show:
             print(shlex.join(command))
             return 0
+        require_reachable(layout.hosts, launcher.launcher, not launcher.no_ssh_check)
         return _run_runner(command, unsent_secrets(launcher, os.environ))
     environments = local_environments(layout, launcher, os.environ)
     if arguments.show:

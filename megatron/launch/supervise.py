@@ -34,7 +34,7 @@ class Patience:
 
     echo: after the first failure, for other ranks to report theirs before SIGTERM.
     failed: between SIGTERM and SIGKILL once a rank has failed.
-    asked: between a forwarded SIGTERM and SIGKILL: the time to save a checkpoint.
+    asked: between a forwarded SIGTERM and SIGKILL: training ends at once, and saves nothing; a script may take longer.
     interrupted: between a forwarded SIGINT and SIGTERM.
     """
 
