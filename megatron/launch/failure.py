@@ -71,10 +71,11 @@ class Failure:
         at = "before its first step" if self.step is None else f"at step {self.step}"
         rank = f"rank {self.rank} of {self.world_size}" if self.world_size > 1 else f"rank {self.rank}"
         if self.is_echo and any(word in self.text.lower() for word in _BETWEEN_RANKS):
+            saw = self.text.rstrip().splitlines()[-1].split(". ")[0]
             return (
                 f"{rank} on host {self.host} lost another rank {at}, which ended without a word (killed?). The end of "
                 "the other ranks' output and `dmesg | tail` on their hosts may name the reason; most often a machine "
-                f"ran out of memory. What rank {self.rank} saw: {self.text.rstrip().splitlines()[-1]}"
+                f"ran out of memory. What rank {self.rank} saw: {saw}"
             )
         others = " The other ranks were stopped." if self.world_size > 1 else ""
         return f"{self.text.rstrip()}\n\n{rank} on host {self.host} failed {at}, exit code {self.exit_code}.{others}"
