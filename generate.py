@@ -10,4 +10,4 @@ if __name__ == "__main__":
     from megatron.generation.run import run_generation
     from megatron.launch.entry import run_worker
 
-    sys.exit(run_worker(lambda config, mesh, _: run_generation(config, mesh.device), sys.argv[1:], alone=True))
+    sys.exit(run_worker(lambda config, mesh, _: run_generation(config, mesh), sys.argv[1:], decoding=True))

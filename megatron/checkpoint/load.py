@@ -47,7 +47,8 @@ def find_checkpoint(root: Path | str, iteration: int | None = None) -> Path:
     wanted = iteration if iteration is not None else layout.read_latest(root)
     if wanted is None:
         wanted = max(steps)
-        logger.info("%s has no file `latest`: taking its newest checkpoint, %s", root, layout.step_name(wanted))
+        state = "names no checkpoint in its file" if (root / layout.LATEST).exists() else "has no file"
+        logger.info("%s %s `latest`: taking its newest, %s", root, state, layout.step_name(wanted))
     if wanted not in steps:
         source = "iteration" if iteration is not None else f"{root / layout.LATEST}"
         raise CheckpointError(
@@ -82,9 +83,10 @@ def _nothing_there(root: Path) -> CheckpointError:
     while not place.is_dir() and place != place.parent:
         place = place.parent
     missing = "It holds no checkpoint" if root.is_dir() else "There is no such folder"
-    names = sorted(entry.name + ("/" if entry.is_dir() else "") for entry in place.iterdir())
+    entries = [entry for entry in sorted(place.iterdir()) if entry.name != layout.LOCK]
+    names = [entry.name + ("/" if entry.is_dir() else "") for entry in entries]
     inside = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
-    near = [str(entry) for entry in sorted(place.iterdir()) if entry.is_dir() and layout.loadable_steps(entry)]
+    near = [str(entry) for entry in entries if entry.is_dir() and layout.loadable_steps(entry)]
     fix = f"Set load to {' or '.join(near[:3])}." if near else "Set load to a folder that holds global_step<N> folders."
     return CheckpointError(Problem(f"load = {root}", f"{missing}. {place} holds: {inside or 'nothing'}.", fix))
 

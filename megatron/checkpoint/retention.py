@@ -52,10 +52,15 @@ def prune(root: Path, saved: int, keep_last: int | None) -> None:
             ", ".join(map(str, later)),
             saved,
         )
-    if keep_last is None:
-        return
-    earlier = [step for step in steps if step < saved]
-    for step in earlier[: max(0, len(earlier) + 1 - keep_last)]:
+    if keep_last is not None:
+        keep_earlier(root, saved, keep_last - 1)
+
+
+def keep_earlier(root: Path, iteration: int, number: int) -> None:
+    """Delete the oldest checkpoints before `iteration` so that at most `number` of them remain."""
+    steps = layout.list_steps(root)
+    earlier = [step for step in steps if step < iteration]
+    for step in earlier[: max(0, len(earlier) - number)]:
         doomed = root / f"{layout.DELETED}{layout.step_name(step)}"
         try:
             os.rename(steps[step], doomed)

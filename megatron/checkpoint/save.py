@@ -28,7 +28,7 @@ from megatron.checkpoint.manifest import (
     merge_tensors,
     write_manifest,
 )
-from megatron.checkpoint.retention import prune
+from megatron.checkpoint.retention import keep_earlier, prune
 from megatron.checkpoint.tensor_file import NAMES, WrittenFile, hash_range, write_tensor_file
 from megatron.checkpoint.together import together
 from megatron.config.schema.config import Config
@@ -65,7 +65,8 @@ def save_checkpoint(
     started = time.perf_counter()
     root = Path(root)
     owned = [piece for piece in pieces if _wanted(piece, config)]
-    writer = _Writer(root, iteration, mesh)
+    keep_last = config.checkpoint.keep_last_n_checkpoints if keep_last is None else keep_last
+    writer = _Writer(root, iteration, mesh, keep_last)
     try:
         writer.begin(sum(piece.data.numel() * piece.data.element_size() for piece in owned))
         parts = writer.write(owned)
@@ -74,7 +75,7 @@ def save_checkpoint(
         writer.discard()
         raise
     if mesh.world.rank == 0:
-        prune(root, iteration, config.checkpoint.keep_last_n_checkpoints if keep_last is None else keep_last)
+        prune(root, iteration, keep_last)
         logger.info("saved %s in %.1f s", final, time.perf_counter() - started)
     return final
 
@@ -87,10 +88,11 @@ def _wanted(piece: StatePiece, config: Config) -> bool:
 class _Writer:
     """The steps of one save. Each is taken by all ranks together, and fails on all where it fails on one."""
 
-    def __init__(self, root: Path, iteration: int, mesh: Mesh) -> None:
+    def __init__(self, root: Path, iteration: int, mesh: Mesh, keep_last: int | None) -> None:
         self.root = root
         self.mesh = mesh
         self.iteration = iteration
+        self.keep_last = keep_last
         self.final = root / layout.step_name(iteration)
         self.temporary = root / f"{layout.WRITING}{self.final.name}"
 
@@ -104,10 +106,12 @@ class _Writer:
             return
         self.root.mkdir(parents=True, exist_ok=True)
         clean_leftovers(self.root)
+        if self.keep_last is not None:  # which may be lower than before; one stays until this one is safe
+            keep_earlier(self.root, self.iteration, max(1, self.keep_last))
         free = shutil.disk_usage(self.root).free
         if free < total + _SLACK:
-            why = f"The checkpoint needs {_amount(total + _SLACK)}, and {_amount(free)} are free."
-            raise CheckpointError(_disk_full(self.final, why))
+            why = f"The checkpoint needs {_amount(total)} and {_amount(_SLACK)} besides for what describes it; "
+            raise CheckpointError(_disk_full(self.final, f"{why}{_amount(free)} are free."))
         self.temporary.mkdir()
 
     def write(self, owned: Sequence[StatePiece]) -> list[tuple[_Table, WrittenFile | None]]:
@@ -248,12 +252,11 @@ def clean_leftovers(root: Path) -> None:
 
 
 def _disk_full(final: Path, why: str) -> Problem:
-    return Problem(
-        what=f"checkpoint {final}",
-        why=why,
-        fix="Free some space, set keep_last_n_checkpoints lower, or set save to another disk. "
-        "Earlier checkpoints are intact.",
-    )
+    steps = [folder.name for folder in layout.list_steps(final.parent).values()]
+    oldest = f", delete old checkpoints ({', '.join(steps[:-1][:4])})" if len(steps) > 1 else ""
+    intact = f" The earlier ones are intact, the last is {steps[-1]}." if steps else ""
+    fix = f"Free some space{oldest}, set keep_last_n_checkpoints lower, or set save to another disk.{intact}"
+    return Problem(f"checkpoint {final}", why, fix)
 
 
 def _amount(size: int) -> str:

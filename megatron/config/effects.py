@@ -34,12 +34,23 @@ _EFFECT: dict[str, tuple[str, tuple[Any, ...]]] = {
 _MANY_THREADS = 64
 
 
+_NEEDS_PROCESSES = {
+    # key that is set: the size that must be 2 or more for it to have an effect
+    "context_parallel_method": "context_parallel_size",
+    "sequence_parallel": "model_parallel_size",
+    "fp32_allreduce": "model_parallel_size",
+    "pipe_partition_method": "pipe_parallel_size",
+}
+
+
 def without_effect(draft: Draft) -> Iterator[str]:
     """Yield a sentence for each key that is set away from its default, and that another key makes idle."""
     for key, (condition, values) in _EFFECT.items():
-        if draft.given(key) and draft.values[key] != keys.default(key) and draft.values[condition] not in values:
-            needed = either([f"{condition}: {_text(value)}" for value in values])
-            yield f"{_place(draft, key)}{key} has no effect without {needed}."
+        if _is_set(draft, key) and draft.values[condition] not in values:
+            yield _sentence(draft, key, either([f"{condition}: {_text(value)}" for value in values]))
+    for key, size in _NEEDS_PROCESSES.items():
+        if _is_set(draft, key) and draft.values[size] < 2:
+            yield _sentence(draft, key, f"{size}: 2 or more")
     yield from _beyond_the_end(draft)
     yield from _too_many_threads(draft)
 
@@ -61,6 +72,14 @@ def _too_many_threads(draft: Draft) -> Iterator[str]:
 
 def _place(draft: Draft, key: str) -> str:
     return f"{draft.where(key)}: " if draft.where(key) else ""
+
+
+def _is_set(draft: Draft, key: str) -> bool:
+    return draft.given(key) and draft.values[key] != keys.default(key)
+
+
+def _sentence(draft: Draft, key: str, needed: str) -> str:
+    return f"{_place(draft, key)}{key} has no effect without {needed}."
 
 
 def _text(value: Any) -> str:

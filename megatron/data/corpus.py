@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from megatron import logs
 from megatron.errors import DataError, Problem
 
 Kind = Literal["jsonl", "jsonl.zst", "jsonl.gz", "text"]
 SUFFIXES: dict[str, Kind] = {".jsonl": "jsonl", ".jsonl.zst": "jsonl.zst", ".jsonl.gz": "jsonl.gz", ".txt": "text"}
 ARCHIVES = (".tar", ".zip", ".tar.gz", ".tgz", ".tar.xz", ".dat.zst", ".json.zst", ".parquet")
+
+logger = logs.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,9 @@ def _files_of(name: str, kinds: dict[str, Kind]) -> list[InputFile]:
         if not found:
             fix = "Add --suffix with the ending of your text files, such as --suffix .py"
             raise input_error(f"--input {name}", f"the folder holds no file ending in {' '.join(kinds)}.", fix)
+        if len(found) < len(visible):
+            others = [file.suffix or file.name for file in visible if not _kind(file, kinds)]
+            logger.warning("%s: files left out, with other endings: %d (%s)", name, len(others), _first(others))
         return found
     if path.is_file():
         return [_input_file(path, _kind(path, kinds) or _refuse(path, kinds))]
@@ -65,6 +71,11 @@ def _files_of(name: str, kinds: dict[str, Kind]) -> list[InputFile]:
             f"--input {name}", "there is no such file or folder.", f"Correct the path{_neighbours(path)}."
         )
     return [source for match in matches for source in _files_of(match, kinds)]
+
+
+def _first(names: list[str], most: int = 8) -> str:
+    names = sorted(set(names))
+    return " ".join(names[:most]) + (" ..." if len(names) > most else "")
 
 
 def _kind(path: Path, kinds: dict[str, Kind]) -> Kind | None:

@@ -40,13 +40,16 @@ def check_fitness(dataset: IndexedDataset, vocab_size: int | None, tokenizer_fin
 
 
 def read_sidecar(dataset: IndexedDataset) -> dict[str, Any]:
-    """Return what `<prefix>.json` says; nothing where it is absent or, with a warning, where it is of other tokens."""
+    """Return what `<prefix>.json` says; nothing where it is absent or, with a warning, no good."""
     path = sidecar_path(dataset.prefix)
     try:
         sidecar = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except FileNotFoundError:
         return {}
+    except (OSError, ValueError) as error:
+        sidecar = error
     if not isinstance(sidecar, dict):
+        logger.warning("%s cannot be read as what tools/preprocess_data.py writes: nothing in it is checked.", path)
         return {}
     tokens = sidecar.get("tokens", dataset.num_tokens)
     if tokens != dataset.num_tokens:

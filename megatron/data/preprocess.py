@@ -12,16 +12,9 @@ one, an entry in doc_idx only (as there).
 
 from __future__ import annotations
 
-import ctypes
-import multiprocessing
-import os
-import signal
-import sys
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, closing, suppress
+import functools
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,10 +27,10 @@ from megatron.data.corpus import InputFile, input_error
 from megatron.data.indexed import IndexedWriter, token_dtype
 from megatron.data.reading import BadLine, read_documents, sample_texts
 from megatron.data.sidecar import Sidecar, sidecar_path, write_sidecar
+from megatron.data.workers import WorkerDiedError, ordered
 from megatron.tokenizer.fast import DocumentEncoder, choose_encoder
 
 LEAST_CHUNK_BYTES, CHUNK_BYTES = 1 << 18, 8 << 20
-_SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 EARLY_LINES = 100
 """After this many lines, a corpus that is mostly bad is given up at once: the key or the format is wrong."""
 
@@ -149,56 +142,14 @@ def _encode_all(job: Job) -> Generator[Encoded, None, None]:
         yield from (encode_chunk(job, chunk) for chunk in work)
         return
     # Forked workers inherit the loaded tokenizer; no thread pool of a tokenizer has been started before this point.
-    context = multiprocessing.get_context("fork")
-    others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(job.workers, context, _start_worker, (job,))
     try:
-        yield from _in_order(pool, work, 2 * job.workers + 1)
-    except BrokenProcessPool as error:
+        yield from ordered(functools.partial(encode_chunk, job), work, job.workers)
+    except WorkerDiedError as error:
         raise input_error(
             f"a worker of {job.workers}",
             "was killed, most likely because memory ran out.",
             "Use fewer --workers. No file was left behind.",
         ) from error
-    except BaseException:  # what is left to do is of no use to anyone
-        for process in set(multiprocessing.active_children()) - others:
-            process.terminate()
-        raise
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _in_order(pool: ProcessPoolExecutor, work: Iterator[Chunk], in_flight: int) -> Iterator[Encoded]:
-    """Results in the order of `work`, never more than `in_flight` chunks ahead of the reader."""
-    waiting: deque[Future[Encoded]] = deque()
-    for chunk in work:
-        waiting.append(pool.submit(_work, chunk))
-        if len(waiting) >= in_flight:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
-
-
-_job_of_this_worker: list[Job] = []
-"""Set once in each worker process: what it inherited when it was forked."""
-
-
-def _start_worker(job: Job) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops them
-    _end_with_parent()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
-    _job_of_this_worker[:] = [job]
-
-
-def _end_with_parent() -> None:
-    """Ask the system to end this worker when its parent is killed, instead of letting it wait for work for ever."""
-    if sys.platform == "linux":
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGTERM)
-
-
-def _work(chunk: Chunk) -> Encoded:
-    return encode_chunk(_job_of_this_worker[0], chunk)
 
 
 def encode_chunk(job: Job, chunk: Chunk) -> Encoded:

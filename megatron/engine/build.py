@@ -22,6 +22,7 @@ from megatron.engine import verify
 from megatron.engine.base import Engine
 from megatron.engine.local import LocalEngine
 from megatron.engine.mpu import MeshUnit
+from megatron.engine.partial import sum_partial_gradients
 from megatron.engine.pipeline import PipelineEngine
 from megatron.engine.plain import DeepSpeedEngine
 from megatron.engine.setup import prepare
@@ -32,7 +33,6 @@ from megatron.model.stage import StageModel
 from megatron.objectives.build import Objective
 from megatron.optim.build import OptimizerKind, build_optimizer
 from megatron.parallel.collectives import TensorRegion
-from megatron.parallel.grad_sync import sum_in_backward
 from megatron.parallel.mesh import Mesh
 
 logger = get_logger(__name__)
@@ -66,7 +66,7 @@ def build_engine(config: Config, mesh: Mesh, model: nn.Module, objective: Object
 def _deepspeed(config: Config, mesh: Mesh, model: nn.Module, optimizer: Optimizer, objective: Objective) -> Engine:
     unit = MeshUnit(mesh) if mesh.tp.size > 1 else None
     live, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config), mpu=unit)
-    sum_in_backward(live.module.parameters(), TensorRegion(mesh.tp, config.parallel.sequence_parallel))
+    sum_partial_gradients(live, TensorRegion(mesh.tp, config.parallel.sequence_parallel))
     return DeepSpeedEngine(config, mesh, live, objective)
 
 
@@ -77,7 +77,7 @@ def _pipeline(config: Config, mesh: Mesh, model: nn.Module, optimizer: Optimizer
     deepspeed.init_distributed(dist_init_required=False, auto_mpi_discovery=False)  # over the group that is there
     stage = PipelineStage(model, mesh, objective)
     live, *_ = deepspeed.initialize(model=stage, optimizer=optimizer, config=deepspeed_config(config))
-    sum_in_backward(live.module.parameters(), TensorRegion(mesh.tp, config.parallel.sequence_parallel))
+    sum_partial_gradients(live, TensorRegion(mesh.tp, config.parallel.sequence_parallel))
     return PipelineEngine(config, mesh, live, stage, objective)
 
 

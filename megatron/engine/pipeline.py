@@ -22,10 +22,9 @@ from torch import Tensor, nn
 from megatron.config.schema.config import Config
 from megatron.data.batch import Batch
 from megatron.engine import state, zero
-from megatron.engine.base import ReadTensor
-from megatron.engine.fragments import Holdings
+from megatron.engine.live import LiveEngine
 from megatron.engine.stage import Feed, PipelineStage, is_copy
-from megatron.engine.step import StepEngine, Update, diverged
+from megatron.engine.step import Update, diverged
 from megatron.errors import EngineError, Problem
 from megatron.logs import get_logger
 from megatron.model.stage import StageModel
@@ -37,22 +36,20 @@ from megatron.parallel.sharding import StatePiece
 logger = get_logger(__name__)
 
 
-class PipelineEngine(StepEngine):
+class PipelineEngine(LiveEngine):
     """The Engine of one stage; `engine.build.build_engine` makes it.
 
     live: what deepspeed.initialize returned for `stage`.
     """
 
     def __init__(self, config: Config, mesh: Mesh, live: Any, stage: PipelineStage, objective: Objective) -> None:
-        super().__init__(config, mesh, objective)
-        self._live = live
         self._stage = stage
+        super().__init__(config, mesh, live, objective)
         self._shape: tuple[int, ...] | None = None
         self._take_model_step, live._take_model_step = live._take_model_step, self._show_and_step
         instead = {ReduceTiedGrads: lambda live: _sum_shared_gradients(live, mesh)}
         live._INSTRUCTION_MAP = {**live._INSTRUCTION_MAP, **instead}
         _require_same_layout(live.grid, mesh)
-        state.make_states(self._holdings())
         _announce(stage.model, self._num_micro_batches)
 
     @property
@@ -67,25 +64,6 @@ class PipelineEngine(StepEngine):
         found = self._holdings()
         owned = [fragment for fragment in found.owned if not is_copy(fragment.parameter)]
         return state.pieces(replace(found, owned=owned), self._mesh)
-
-    def load_state(self, read: ReadTensor, with_optimizer: bool) -> None:
-        """Fill masters and optimizer state, then the weights from the masters; see `Engine.load_state`."""
-        problems = state.fill(self._holdings(), self._mesh, read, with_optimizer)
-        state.agree(problems, self._mesh)
-        zero.publish_masters(self._live.optimizer)
-        self.check_masters()
-
-    def read_back(self) -> dict[str, Any]:
-        """Return what the live engine does, under the names of the keys that asked for it; all ranks must call it."""
-        return zero.read_back(self._live, self._holdings(), self.model, self._mesh)
-
-    def _holdings(self) -> Holdings:
-        return zero.holdings(self._live.optimizer, self.model)
-
-    def _start(self, rate: float) -> float:
-        for group in self._live.optimizer.param_groups:
-            group["lr"] = rate
-        return float(getattr(self._live.optimizer, "loss_scale", 1.0))
 
     def _accumulate(self, batches: Sequence[Batch], iteration: int, num_tokens: Tensor) -> Tensor:
         """Run the whole schedule; the optimizer's step is its last instruction."""
@@ -115,7 +93,7 @@ class PipelineEngine(StepEngine):
 
     def _show_and_step(self, settings: Any) -> None:
         """Show the reduced gradients before the optimizer's step, which is the last instruction of the schedule."""
-        self._show_gradients(zero.gradients(self.model), float(getattr(self._live.optimizer, "loss_scale", 1.0)))
+        self._show_gradients(zero.gradients(self.model), self._loss_scale())
         self._take_model_step(settings)
 
     def _update(self) -> Update:

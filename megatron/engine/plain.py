@@ -6,33 +6,22 @@ sum * D / T to be divided by the trained tokens T of the whole step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from megatron.config.schema.config import Config
-from megatron.engine import state, zero
-from megatron.engine.base import ReadTensor
-from megatron.engine.fragments import Holdings
+from megatron.engine import zero
+from megatron.engine.live import LiveEngine
 from megatron.engine.step import MicroBatchEngine, Update, diverged
-from megatron.objectives.build import Objective
-from megatron.parallel.mesh import Mesh
-from megatron.parallel.sharding import StatePiece
 
 
-class DeepSpeedEngine(MicroBatchEngine):
+class DeepSpeedEngine(LiveEngine, MicroBatchEngine):
     """The Engine of a model without pipeline stages; `engine.build.build_engine` makes it.
 
     live: what deepspeed.initialize returned.
     objective: computes the loss of one micro-batch.
     """
-
-    def __init__(self, config: Config, mesh: Mesh, live: Any, objective: Objective) -> None:
-        super().__init__(config, mesh, objective)
-        self._live = live
-        state.make_states(self._holdings())
 
     @property
     def model(self) -> nn.Module:
@@ -40,33 +29,10 @@ class DeepSpeedEngine(MicroBatchEngine):
         module: nn.Module = self._live.module
         return module
 
-    def state_pieces(self) -> Iterator[StatePiece]:
-        """Yield what this rank owns, as views of the live tensors; save or copy them before the next step."""
-        return state.pieces(self._holdings(), self._mesh)
-
-    def load_state(self, read: ReadTensor, with_optimizer: bool) -> None:
-        """Fill masters and optimizer state, then the weights from the masters; see `Engine.load_state`."""
-        problems = state.fill(self._holdings(), self._mesh, read, with_optimizer)
-        state.agree(problems, self._mesh)
-        zero.publish_masters(self._live.optimizer)
-        self.check_masters()
-
-    def read_back(self) -> dict[str, Any]:
-        """Return what the live engine does, under the names of the keys that asked for it; all ranks must call it."""
-        return zero.read_back(self._live, self._holdings(), self.model, self._mesh)
-
-    def _holdings(self) -> Holdings:
-        return zero.holdings(self._live.optimizer, self.model)
-
     def _callable(self, training: bool) -> Callable[..., Tensor]:
         self._live.train(training)
         live: Callable[..., Tensor] = self._live
         return live
-
-    def _start(self, rate: float) -> float:
-        for group in self._live.optimizer.param_groups:
-            group["lr"] = rate
-        return float(getattr(self._live.optimizer, "loss_scale", 1.0))
 
     def _backward(self, loss_sum: Tensor, num_tokens: Tensor) -> None:
         scale = (self._mesh.replicas.size / num_tokens).to(loss_sum.dtype)
@@ -76,7 +42,7 @@ class DeepSpeedEngine(MicroBatchEngine):
 
     @torch.no_grad()
     def _update(self) -> Update:
-        self._show_gradients(zero.gradients(self.model), float(getattr(self._live.optimizer, "loss_scale", 1.0)))
+        self._show_gradients(zero.gradients(self.model), self._loss_scale())
         try:
             self._live.step()
         except Exception as error:

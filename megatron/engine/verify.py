@@ -16,10 +16,7 @@ from torch import nn
 from megatron.config.schema.config import Config
 from megatron.engine.fragments import Fragment, Holdings
 from megatron.errors import EngineError, Problem
-from megatron.logs import get_logger
 from megatron.parallel.mesh import Mesh
-
-logger = get_logger(__name__)
 
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _GROUP_KEYS = ("lr", "weight_decay", "betas", "eps", "momentum", "beta", "nesterov")
@@ -96,19 +93,17 @@ def compare(wanted: Facts, found: Facts) -> None:
 def check_masters(held: Sequence[Fragment], mesh: Mesh) -> None:
     """Raise EngineError on every rank unless all weights are their masters rounded; all ranks must call it."""
     wrong = [f.name for f in held if not torch.equal(f.master.to(f.weight.device, f.weight.dtype), f.weight)]
-    elements = sum(fragment.numel for fragment in held)
-    report = torch.tensor([len(wrong), elements], dtype=torch.int64, device=mesh.device)
+    report = torch.tensor(len(wrong), dtype=torch.int64, device=mesh.device)
     if mesh.world.group is not None:
         dist.all_reduce(report, group=mesh.world.group)
-    if report[0].item():
+    if report.item():
         raise EngineError(
             Problem(
-                what=f"{int(report[0])} fragments of weights differ from their fp32 masters",
+                what=f"{int(report)} fragments of weights differ from their fp32 masters",
                 why=f"the first optimizer step would throw loaded weights away; on this rank: {wrong[:10]}.",
                 fix="This is a defect of the engine: report it with the configuration.",
             )
         )
-    logger.info("fp32 masters equal the weights on all %d ranks: %d elements", mesh.world.size, int(report[1]))
 
 
 def _dtypes(tensors: Any) -> str:

@@ -49,7 +49,9 @@ def split_prompts(text: str, prompt_end: str) -> list[str]:
 
 def ask(prompt_end: str, source: TextIO, screen: TextIO) -> Iterator[str]:
     """Yield what a person writes, prompt by prompt, until the end of the input or a line `stop`."""
-    hint = "one line" if prompt_end == "\n" else f"ended by {prompt_end!r}"
+    is_line = prompt_end.startswith("\n") and prompt_end.endswith("\n") and prompt_end.strip()
+    hint = f"any number of lines, then a line `{prompt_end.strip()}`" if is_line else f"ended by {prompt_end!r}"
+    hint = "one line" if prompt_end == "\n" else hint
     screen.write(f"Write a prompt ({hint}); `{_STOP}` or Ctrl-D ends.\n")
     pending = ""
     while True:

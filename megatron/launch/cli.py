@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from megatron.config.schema.config import Config
 from megatron.config.transport import pack
 from megatron.errors import DeepyError, LaunchError, Problem
 from megatron.launch import check, doctor, parity, plan
@@ -22,14 +23,16 @@ from megatron.launch.command import (
     single_layout,
     unsent_secrets,
 )
-from megatron.launch.devices import torch_has_cuda
+from megatron.launch.decoding import decoding_processes
+from megatron.launch.devices import torch_has_cuda, visible_gpus
 from megatron.launch.hosts import require_reachable
+from megatron.launch.port import hold_port
 from megatron.launch.prelude import PAYLOAD_FLAG
 from megatron.launch.read_config import read_launcher, read_layout, read_settings, resolve_for
 from megatron.launch.supervise import run_ranks
 
-# Scripts that use one process, whatever layout the config trains with.
-SINGLE_PROCESS = frozenset({"generate.py"})
+# Scripts that need no more processes than hold the model, all on this machine, whatever layout the config trains with.
+DECODING = frozenset({"generate.py"})
 _HOME = Path(__file__).resolve().parents[2]  # where deepy.py and the scripts lie
 USAGE = """\
 ./deepy.py SCRIPT [-d DIR] CONFIG [CONFIG ...] [--set KEY=VALUE ...] [--check | --print]
@@ -96,10 +99,13 @@ def _run(script: str, arguments: Arguments) -> int:
     if arguments.check:
         return check.run_check(arguments.config_files, arguments.config_dir, arguments.overrides)
     settings = read_settings(arguments)
-    is_alone = Path(script).name in SINGLE_PROCESS
     launcher = read_launcher(settings)
-    layout = single_layout(os.environ) if is_alone else read_layout(settings, launcher, os.environ)
-    config = resolve_for(settings, None if is_alone else layout.world_size, planning=is_alone)
+    if Path(script).name in DECODING:
+        config = resolve_for(settings, None, planning=True)
+        layout = _decoding_layout(config)
+    else:
+        layout = read_layout(settings, launcher, os.environ)
+        config = resolve_for(settings, layout.world_size)
     payload = pack(config, settings.texts())
     if layout.uses_runner:
         command = runner_command(layout, launcher, script, payload, os.environ)
@@ -108,15 +114,31 @@ def _run(script: str, arguments: Arguments) -> int:
             return 0
         require_reachable(layout.hosts, launcher.launcher, not launcher.no_ssh_check)
         return _run_runner(command, unsent_secrets(launcher, os.environ))
-    environments = local_environments(layout, launcher, os.environ)
     if arguments.show:
-        print(_show_local(script, arguments, layout, environments))
+        print(_show_local(script, arguments, layout, local_environments(layout, launcher, os.environ)))
         return 0
     if not layout.gpus and _has_unused_gpus():
         print(
             "[warning] This machine has a GPU, but torch was built without CUDA: running on the CPU.", file=sys.stderr
         )
-    return run_ranks(lambda local_rank: _run_script(script, payload), environments)
+    with hold_port(launcher.master_port) as held:
+        environments = local_environments(layout, launcher, os.environ, held)
+        return run_ranks(lambda local_rank: _run_script(script, payload), environments)
+
+
+def _decoding_layout(config: Config) -> Layout:
+    """Return the processes that share the model, as many as this machine has GPUs for; on the CPU all of them."""
+    gpus, trained = len(visible_gpus(os.environ)), config.parallel
+    wanted = decoding_processes(config, sys.maxsize)
+    count = decoding_processes(config, gpus or wanted)
+    if count < wanted:
+        print(
+            f"[note] model_parallel_size = {trained.model_parallel_size} x pipe_parallel_size = "
+            f"{max(1, trained.pipe_parallel_size)} would share the model over {wanted} GPUs, and this machine shows "
+            f"{gpus}: {count} hold{'s'[: count == 1]} it.",
+            file=sys.stderr,
+        )
+    return single_layout(os.environ, count)
 
 
 def _has_unused_gpus() -> bool:

@@ -19,6 +19,7 @@ from megatron.errors import LaunchError, Problem
 from megatron.launch.devices import usable_cores, visible_gpus
 from megatron.launch.hosts import Host, hostfile_path, read_hostfile, select
 from megatron.launch.place import Place
+from megatron.launch.port import VARIABLE, free_port, port_of
 from megatron.launch.prelude import ENVIRONMENT_FLAG, PAYLOAD_FLAG
 
 # Variables that change how torch, its collectives or our messages behave, and so must be alike on all machines.
@@ -68,9 +69,9 @@ def find_layout(launcher: LauncherConfig, environ: Mapping[str, str]) -> Layout:
     return _on_this_machine(hosts[0].slots, environ, path)
 
 
-def single_layout(environ: Mapping[str, str]) -> Layout:
-    """Return the layout of one process on this machine, whatever hostfile there is."""
-    return _on_this_machine((0,), environ)
+def single_layout(environ: Mapping[str, str], count: int = 1) -> Layout:
+    """Return the layout of `count` processes on this machine, whatever hostfile there is."""
+    return _on_this_machine(tuple(range(count)), environ)
 
 
 def _local_layout(launcher: LauncherConfig, environ: Mapping[str, str]) -> Layout:
@@ -125,32 +126,23 @@ def _require_expressible(launcher: LauncherConfig) -> None:
 
 
 def local_environments(
-    layout: Layout, launcher: LauncherConfig, environ: Mapping[str, str], port: int | None = None
+    layout: Layout, launcher: LauncherConfig, environ: Mapping[str, str], held: socket.socket | None = None
 ) -> list[dict[str, str]]:
     """Return the variables of each rank on this machine.
 
-    port: where rank 0 listens; None takes master_port if it is free, and any free port if not."""
+    held: listens where the ranks will meet, for rank 0 to inherit; None names a port without holding it, master_port
+        if it is free."""
     count = layout.world_size
-    port = port or free_port(launcher.master_port)
+    port = free_port(launcher.master_port) if held is None else port_of(held)
     shared = {"DS_ACCELERATOR": environ.get("DS_ACCELERATOR", "cuda" if layout.gpus else "cpu")}
     if layout.gpus:
         shared["CUDA_VISIBLE_DEVICES"] = ",".join(layout.gpus)
     if "OMP_NUM_THREADS" not in environ:
         shared["OMP_NUM_THREADS"] = str(max(1, usable_cores() // count))
-    return [{**Place(rank, count, rank, count, "127.0.0.1", port).environment(), **shared} for rank in range(count)]
-
-
-def free_port(wanted: int) -> int:
-    """Return `wanted` if nobody listens there, else a port that is free now."""
-    for port in (wanted, 0):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return int(probe.getsockname()[1])
-    raise LaunchError(Problem(f"port {wanted}", "is taken, and no other is free.", "Set master_port to a free port."))
+    ranks = [{**Place(rank, count, rank, count, "127.0.0.1", port).environment(), **shared} for rank in range(count)]
+    if held is not None:
+        ranks[0][VARIABLE] = str(held.fileno())
+    return ranks
 
 
 def runner_command(

@@ -24,12 +24,13 @@ from megatron.config.transport import unpack, unpack_files
 from megatron.errors import DeepyError
 from megatron.launch import check
 from megatron.launch.arguments import parse_arguments
+from megatron.launch.decoding import decoding_processes
 from megatron.launch.failure import from_exception
 from megatron.launch.lean import defer_compiler
 from megatron.launch.place import Place, find_place
 from megatron.launch.prelude import PAYLOAD_FLAG
 from megatron.launch.read_config import read_settings, resolve_for
-from megatron.launch.worker import Worker, find_board, report, single_worker, start_worker
+from megatron.launch.worker import Worker, decoding_worker, find_board, report, start_worker
 from megatron.logs import current_step, get_logger
 from megatron.parallel.mesh import Mesh
 
@@ -37,12 +38,13 @@ Work = Callable[[Config, Mesh, Mapping[str, str]], object]
 logger = get_logger(__name__)
 
 
-def run_worker(work: Work, argv: list[str], alone: bool = False) -> int:
+def run_worker(work: Work, argv: list[str], decoding: bool = False) -> int:
     """Run `work(config, mesh, config_files)` as one rank; return the exit code.
 
     config_files: name -> text of the files that the config was read from.
     argv: the launcher's payload, or what a person writes: `configs/a.yml configs/b.yml --set key=value`.
-    alone: one process does all the work, whatever layout the config trains with; further ranks have nothing to do.
+    decoding: only as many processes work as share the model to generate text, whatever layout the config trains with
+        (`launch/decoding.py`); they are the mesh's tensor axis, and further ranks have nothing to do.
     An exception is reported once, by the launcher that supervises this process, or by the first rank that failed.
     """
     gc.enable()
@@ -51,14 +53,16 @@ def run_worker(work: Work, argv: list[str], alone: bool = False) -> int:
     place, worker = Place(), None
     try:
         place = find_place(os.environ)
-        if alone and place.rank > 0:
-            return 0
-        config, files = _read(argv, None if alone else place.world_size)
+        config, files = _read(argv, None if decoding else place.world_size)
         place = place.listening_at(config.launcher.master_addr, config.launcher.master_port)
+        if decoding:
+            place = place.among(decoding_processes(config, place.world_size))
+            if place.rank >= place.world_size:
+                return 0
         board = find_board(os.environ)
-        worker = single_worker(place, board) if alone else start_worker(config, place, board)
+        worker = decoding_worker(config, place, board) if decoding else start_worker(config, place, board)
         try:
-            if not alone:
+            if not decoding:
                 logger.info(f"{check.report(config)}\n")
             work(config, worker.mesh, files)
         except DeepyError as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Mapping, Sequence
+from socket import socket
 
 from megatron.config.schema.run import LauncherConfig
 from megatron.errors import ConfigError, Problem
@@ -17,6 +18,7 @@ from megatron.launch.arguments import parse_arguments
 from megatron.launch.command import Layout, local_environments
 from megatron.launch.devices import visible_gpus
 from megatron.launch.hosts import Host
+from megatron.launch.port import hold_port
 from megatron.launch.read_config import read_settings
 from megatron.launch.supervise import run_ranks
 from megatron.proof.shrink import Trial, shrink
@@ -44,7 +46,9 @@ def run_trial(trial: Trial, gpus: Sequence[str]) -> int:
     if not gpus:
         _run_rank()  # loads torch once, for all ranks that are forked from here; CUDA does not survive a fork
     reading, writing = os.pipe()
-    code = run_ranks(lambda local_rank: _run_rank()(trial, writing), rank_environments(trial, gpus, os.environ))
+    with hold_port(LauncherConfig().master_port) as held:
+        environments = rank_environments(trial, gpus, os.environ, held)
+        code = run_ranks(lambda local_rank: _run_rank()(trial, writing), environments)
     os.close(writing)
     with os.fdopen(reading, "rb") as pipe:
         passed = pipe.read() == b"1"
@@ -58,8 +62,12 @@ def _run_rank() -> Callable[[Trial, int], int]:
     return run_rank
 
 
-def rank_environments(trial: Trial, gpus: Sequence[str], environ: Mapping[str, str]) -> list[dict[str, str]]:
-    """Return the variables of each rank; only warnings are shown unless LOGLEVEL asks for more."""
+def rank_environments(
+    trial: Trial, gpus: Sequence[str], environ: Mapping[str, str], held: socket | None = None
+) -> list[dict[str, str]]:
+    """Return the variables of each rank; only warnings are shown unless LOGLEVEL asks for more.
+
+    held: as for `local_environments`."""
     layout = Layout((Host("localhost", tuple(range(trial.world_size))),), tuple(gpus[: trial.world_size]))
     ours = {"LOGLEVEL": environ.get("LOGLEVEL", "WARNING"), "DS_ACCELERATOR": "cuda" if gpus else "cpu"}
-    return [{**each, **ours} for each in local_environments(layout, LauncherConfig(), environ)]
+    return [{**each, **ours} for each in local_environments(layout, LauncherConfig(), environ, held)]

@@ -24,6 +24,7 @@ from megatron.config.schema.config import Config
 from megatron.errors import LaunchError, Problem
 from megatron.launch.failure import Failure
 from megatron.launch.place import Place
+from megatron.launch.port import take_inherited
 
 CHECK_IN_SECONDS = 120.0
 QUIET_SECONDS = 3.0
@@ -35,11 +36,15 @@ logger = logs.get_logger(__name__)
 def open_store(place: Place, seconds: float = CHECK_IN_SECONDS) -> dist.Store:
     """Return the store of the run, which rank 0 (or torchrun) holds; the environment says where, as `place` does.
 
+    Rank 0 serves it at the socket that our launcher holds for it, where that is who started it.
     Raises LaunchError where it cannot be reached, or opened, within `seconds`."""
+    inherited = take_inherited(os.environ)
     told = threading.Timer(QUIET_SECONDS, _tell_waiting, ["rank 0", place])
     told.daemon = True
     told.start()
     try:
+        if inherited is not None:
+            return _serve(place, inherited, seconds)
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun, which has started all ranks
             return next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))[0]
         return dist.TCPStore(
@@ -67,6 +72,19 @@ def _tell_waiting(ranks: str, place: Place) -> None:
     """Say whom this rank waits for: rank 0 in a line, the others in a warning."""
     say = logger.info if place.rank == 0 else logger.warning
     say(f"waiting for {ranks} of {place.world_size} at {place.master_addr}:{place.master_port}")
+
+
+def _serve(place: Place, descriptor: int, seconds: float) -> dist.Store:
+    return dist.TCPStore(
+        place.master_addr,
+        place.master_port,
+        place.world_size,
+        is_master=True,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=seconds),
+        multi_tenant=True,
+        master_listen_fd=descriptor,
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -65,6 +65,10 @@ class Place:
             )
         return dataclasses.replace(self, master_addr=address or "127.0.0.1", master_port=self.master_port or port)
 
+    def among(self, count: int) -> Place:
+        """Return the place among the first `count` processes; one that is not among them keeps its rank."""
+        return dataclasses.replace(self, world_size=count, local_world_size=min(self.local_world_size, count))
+
     def describe(self) -> str:
         """Return the place for messages, such as `rank 3 host n1`; "" for a single process."""
         return f"rank {self.rank} host {self.host}" if self.world_size > 1 else ""

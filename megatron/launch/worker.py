@@ -57,29 +57,38 @@ def start_worker(config: Config, place: Place, board: Board | None = None) -> Wo
     board: where the launcher on this machine looks for steps and failures; None under another launcher.
     Raises LaunchError where ranks are missing or differ, or the layout does not fit the number of processes.
     """
+    parallel = config.parallel
+    sizes = parallel.model_parallel_size, max(1, parallel.pipe_parallel_size), parallel.context_parallel_size
+    return _join(config, place, board, sizes)
+
+
+def decoding_worker(config: Config, place: Place, board: Board | None = None) -> Worker:
+    """Join the processes that share a model to generate text: all of them, on the tensor axis.
+
+    A single one needs no torch.distributed. Raises as `start_worker` does."""
+    if place.world_size > 1:
+        worker = _join(config, place, board, (place.world_size, 1, 1))
+        if place.rank > 0:  # they do the same as rank 0, and would say the same
+            logs.setup(place.rank, level="ERROR")
+        return worker
+    device = _prepare(place, board)
+    logger.info(f"1 process on {place.host}: {_device_name(device)}")
+    return Worker(place, Mesh.single(device), board)
+
+
+def _join(config: Config, place: Place, board: Board | None, sizes: tuple[int, int, int]) -> Worker:
+    """Return the worker of a mesh with these sizes of the tensor, pipeline and context axes."""
     os.environ.update(place.environment())
     device = _prepare(place, board)
     watch = _connect(config, place, device, supervised=board is not None)
     try:
-        mesh = Mesh.create(
-            config.parallel.model_parallel_size,
-            max(1, config.parallel.pipe_parallel_size),
-            config.parallel.context_parallel_size,
-            device,
-        )
+        mesh = Mesh.create(*sizes, device)
     except BaseException:
         if watch is not None:
             watch.stop()
         raise
     logs.setup(place.rank, f"{mesh.describe()} host {place.host}" if place.world_size > 1 else "")
     return Worker(place, mesh, board, watch)
-
-
-def single_worker(place: Place, board: Board | None = None) -> Worker:
-    """Return a process that works alone, without torch.distributed."""
-    device = _prepare(place, board)
-    logger.info(f"1 process on {place.host}: {_device_name(device)}")
-    return Worker(place, Mesh.single(device), board)
 
 
 def _prepare(place: Place, board: Board | None) -> torch.device:

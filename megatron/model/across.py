@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -15,6 +15,23 @@ from megatron.model.positions import AttentionMask, RelativePositionBias, Span
 from megatron.ops.attention import attention
 from megatron.parallel.context import Sight, heads_to_sequence, ring_attention, sequence_to_heads
 from megatron.parallel.mesh import Axis
+
+
+class Asked(NamedTuple):
+    """What attention of this rank's tokens is asked for.
+
+    query: [b, n, s/C, d]; key, value: [b, k, s/C, d]. mask, rpe: of this layer. segments: [b, s], of the whole
+    sequence. dropout: of attention probabilities.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scale: float
+    mask: AttentionMask
+    segments: Tensor | None
+    rpe: RelativePositionBias | None
+    dropout: float
 
 
 class AcrossRanks(Protocol):
@@ -25,21 +42,8 @@ class AcrossRanks(Protocol):
         """The context axis."""
         ...
 
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scale: float,
-        mask: AttentionMask,
-        segments: Tensor | None,
-        rpe: RelativePositionBias | None,
-        dropout: float,
-    ) -> Tensor:
-        """Return [b, n, s/C, d] from query [b, n, s/C, d], key and value [b, k, s/C, d].
-
-        mask, rpe: of this layer. segments: [b, s], of the whole sequence. dropout: of attention probabilities.
-        """
+    def __call__(self, asked: Asked) -> Tensor:
+        """Return [b, n, s/C, d]."""
         ...
 
 
@@ -49,20 +53,11 @@ class RingAcrossRanks:
 
     axis: Axis
 
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scale: float,
-        mask: AttentionMask,
-        segments: Tensor | None,
-        rpe: RelativePositionBias | None,
-        dropout: float,
-    ) -> Tensor:
-        if rpe is not None or dropout:
+    def __call__(self, asked: Asked) -> Tensor:
+        if asked.rpe is not None or asked.dropout:
             raise ValueError("ring attention has neither relative position biases nor dropout")
-        return ring_attention(query, key, value, Sight(scale, mask.window, mask.slopes, segments), self.axis)
+        sight = Sight(asked.scale, asked.mask.window, asked.mask.slopes, asked.segments)
+        return ring_attention(asked.query, asked.key, asked.value, sight, self.axis)
 
 
 @dataclass(frozen=True)
@@ -71,22 +66,13 @@ class HeadsAcrossRanks:
 
     axis: Axis
 
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scale: float,
-        mask: AttentionMask,
-        segments: Tensor | None,
-        rpe: RelativePositionBias | None,
-        dropout: float,
-    ) -> Tensor:
-        query, key, value = (sequence_to_heads(each, self.axis) for each in (query, key, value))
-        bias = mask(Span(0, query.shape[2]), segments, rpe, query)
+    def __call__(self, asked: Asked) -> Tensor:
+        query, key, value = (sequence_to_heads(each, self.axis) for each in (asked.query, asked.key, asked.value))
+        bias = asked.mask(Span(0, query.shape[2]), asked.segments, asked.rpe, query)
         if bias is not None and bias.dim() >= 3 and bias.shape[-3] > 1:  # [n, s, s]: this rank's heads of it
             bias = bias.chunk(self.axis.size, dim=-3)[self.axis.rank]
-        return heads_to_sequence(attention(query, key, value, scale, bias is None, bias, dropout), self.axis)
+        attended = attention(query, key, value, asked.scale, bias is None, bias, asked.dropout)
+        return heads_to_sequence(attended, self.axis)
 
 
 def make_across(axis: Axis, method: str) -> AcrossRanks | None:

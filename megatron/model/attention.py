@@ -12,7 +12,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from megatron.model.across import AcrossRanks
+from megatron.model.across import AcrossRanks, Asked
 from megatron.model.cache import KVCache
 from megatron.model.positions import ALONE, AttentionMask, RelativePositionBias, RotaryTables, Span
 from megatron.model.recompute import recomputed
@@ -90,7 +90,7 @@ class SelfAttention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         with self.region.own_stream(query.device) if dropout else nullcontext():
             if self.across is not None:
-                return self.across(query, key, value, scale, self.mask, segments, self.rpe, dropout)
+                return self.across(Asked(query, key, value, scale, self.mask, segments, self.rpe, dropout))
             mask = self.mask(span, segments, self.rpe, query)
             causal = mask is None and span.end - span.start > 1
             return attention(query, key, value, scale, causal, mask, dropout)

@@ -10,50 +10,20 @@ The third form is the one to train with: it finishes the head's gradients in the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from torch import Tensor
 
-import torch
-from torch import Tensor, nn
-
-from megatron.model.assemble import build_modules, fill, full_shapes
+from megatron.model.assemble import full_shapes
 from megatron.model.cache import KVCache
-from megatron.model.plan import LayerPlan
-from megatron.model.recompute import Recompute
+from megatron.model.planned import PlannedModel
 from megatron.model.stream import Stream
-from megatron.parallel.mesh import Axis
-
-_SINGLE = Axis("tp")
 
 
-class SequentialModel(nn.Module):
-    """Builds the plans in order and runs them in order.
+class SequentialModel(PlannedModel):
+    """Builds the plans in order and runs them in order; arguments as in `PlannedModel`.
 
-    device, dtype: of all parameters.
-    seed: of the initial weights; None makes them zeros, for a checkpoint to fill.
-    tensor_axis: the axis that the plans were made for; this rank takes its share of each initial tensor. The ranks of
-        the axis call the model together and all get the same result, whole.
-    recompute: which activations are computed again in the backward pass; None keeps all.
-
+    The ranks of the tensor axis call the model together and all get the same result, whole.
     Parameters are named canonically: `named_parameters()` yields `<plan name>.<name in the module>`.
     """
-
-    def __init__(
-        self,
-        plans: Sequence[LayerPlan],
-        device: str | torch.device,
-        dtype: torch.dtype,
-        seed: int | None = 1234,
-        tensor_axis: Axis = _SINGLE,
-        recompute: Recompute | None = None,
-    ) -> None:
-        super().__init__()
-        self.plans = tuple(plans)
-        self._in_order = build_modules(self, self.plans, device, dtype)
-        fill(self, seed, tensor_axis)
-        self.tensor_size = tensor_axis.size
-        names = [plan.name for plan in self.plans]
-        self._chunks = (recompute or Recompute()).chunks(names, range(1, len(names) - 1))
 
     def forward(
         self,
@@ -79,7 +49,3 @@ class SequentialModel(nn.Module):
     def full_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the full shape of every weight, by canonical name."""
         return full_shapes(self, self.tensor_size)
-
-    def _call(self, index: int, *inputs: Any) -> Any:
-        module, call = self._in_order[index], self.plans[index].call
-        return module(*inputs) if call is None else call(module, *inputs)

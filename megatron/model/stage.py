@@ -10,7 +10,6 @@ of several stages use (tied embeddings, a shared table of positions) is a copy o
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,15 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron.errors import ConfigError, Problem
-from megatron.model.assemble import Names, build_modules, fill, full_shapes
+from megatron.model.assemble import Names, build_modules, full_shapes
 from megatron.model.plan import LayerPlan, is_block
+from megatron.model.planned import SINGLE, PlannedModel
 from megatron.model.recompute import Recompute
 from megatron.model.stream import Stream
 from megatron.parallel.mesh import Axis
-from megatron.parallel.pipeline import balanced_bounds
-
-_SINGLE = Axis("tp")
+from megatron.parallel.pipeline import balanced_bounds, layer_kind, layer_weights
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,7 @@ class StagePlan:
     bounds: tuple[int, ...]
 
     @classmethod
-    def of(cls, plans: Sequence[LayerPlan], stages: int, method: str, tensor_axis: Axis = _SINGLE) -> StagePlan:
+    def of(cls, plans: Sequence[LayerPlan], stages: int, method: str, tensor_axis: Axis = SINGLE) -> StagePlan:
         """Split a model by `pipe_partition_method`. plans: are built without memory, and are of no use afterwards.
 
         Raises ConfigError where there are fewer blocks than stages, or the method finds no layers.
@@ -55,9 +52,10 @@ class StagePlan:
         canonical = {id(parameter): name for name, parameter in root.named_parameters()}
         names = tuple({name: canonical[id(p)] for name, p in module.named_parameters()} for module in modules)
         sizes = [sum(parameter.numel() for parameter in module.parameters()) for module in modules]
-        weights = _weights(method, plans, modules, sizes)
         titles = tuple(plan.name for plan in plans)
-        bounds = balanced_bounds(weights, stages, [is_block(title) for title in titles])
+        classes = [type(module).__name__ for module in modules]
+        kinds = [layer_kind(title, name, is_block(title)) for title, name in zip(titles, classes, strict=True)]
+        bounds = balanced_bounds(layer_weights(method, kinds, sizes), stages, [is_block(title) for title in titles])
         return cls(titles, names, full_shapes(root, tensor_axis.size), tuple(bounds))
 
     @property
@@ -83,11 +81,10 @@ class StagePlan:
         return {name: stages for name, stages in sorted(holders.items()) if len(stages) > 1}
 
 
-class StageModel(nn.Module):
+class StageModel(PlannedModel):
     """The layers of one stage, built, with the weights that they have in the whole model.
 
-    plans: of the whole model; only this stage's are built.
-    device, dtype, seed, tensor_axis, recompute: as in `SequentialModel`.
+    plans: of the whole model; only this stage's are built. The other arguments are as in `PlannedModel`.
     """
 
     def __init__(
@@ -98,20 +95,16 @@ class StageModel(nn.Module):
         device: str | torch.device,
         dtype: torch.dtype,
         seed: int | None = 1234,
-        tensor_axis: Axis = _SINGLE,
+        tensor_axis: Axis = SINGLE,
         recompute: Recompute | None = None,
     ) -> None:
-        super().__init__()
-        layers = split.layers(stage)
+        is_first, is_last = stage == 0, stage == split.stages - 1
+        held = [plans[index] for index in split.layers(stage)]
+        names = [split.names[index] for index in split.layers(stage)]
+        super().__init__(held, device, dtype, seed, tensor_axis, recompute, is_first, is_last, names)
         self.split = split
         self.stage = stage
-        self.is_first, self.is_last = stage == 0, stage == split.stages - 1
-        self.plans = tuple(plans[index] for index in layers)
-        names = [split.names[index] for index in layers]
-        self._in_order = build_modules(self, self.plans, device, dtype, names)
-        fill(self, seed, tensor_axis)
-        middle = range(int(self.is_first), len(self.plans) - int(self.is_last))
-        self._chunks = (recompute or Recompute()).chunks([plan.name for plan in self.plans], middle)
+        self.is_first, self.is_last = is_first, is_last
 
     def full_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the full shape of every weight of the whole model, by canonical name."""
@@ -132,27 +125,3 @@ class StageModel(nn.Module):
         """Return logits, losses or their sum, on the last stage, as `SequentialModel` does."""
         output: Tensor = self._call(len(self.plans) - 1, stream, labels, loss_mask)
         return output
-
-    def _call(self, index: int, *inputs: Any) -> Any:
-        module, call = self._in_order[index], self.plans[index].call
-        return module(*inputs) if call is None else call(module, *inputs)
-
-
-def _weights(method: str, plans: Sequence[LayerPlan], modules: Sequence[nn.Module], sizes: Sequence[int]) -> list[int]:
-    """Return the weight of each layer for the balance."""
-    if method == "parameters":
-        return list(sizes)
-    if method == "uniform":
-        return [1] * len(sizes)
-    pattern = method.removeprefix("type:")
-    kinds = [_kind(plan.name, module) for plan, module in zip(plans, modules, strict=True)]
-    found = [int(bool(re.search(pattern, kind, re.IGNORECASE))) for kind in kinds]
-    if not any(found):
-        why = f"no layer is called that; there are: {', '.join(dict.fromkeys(kinds))}."
-        raise ConfigError(Problem(f"pipe_partition_method = {method}", why, "Set pipe_partition_method: parameters"))
-    return found
-
-
-def _kind(name: str, module: nn.Module) -> str:
-    """Return what the expression of `type:` is searched in; blocks are found by GPT-NeoX's word for them as well."""
-    return f"{name} {type(module).__name__}" + (" transformer" if is_block(name) else "")

@@ -98,6 +98,9 @@ class Lines:
         """Do nothing."""
 
 
+_LEAST_BAR = 4
+
+
 class Bar:
     """A live bar at the bottom of the terminal; messages pass above it. Redrawn at most five times a second."""
 
@@ -108,7 +111,7 @@ class Bar:
 
         self._progress = Progress(
             TextColumn("{task.percentage:>3.0f} %"),
-            BarColumn(bar_width=None, table_column=Column(min_width=8, ratio=1)),
+            BarColumn(bar_width=None, table_column=Column(min_width=_LEAST_BAR, ratio=1)),
             MofNCompleteColumn(table_column=Column(no_wrap=True)),
             TextColumn("{task.description}", table_column=Column(no_wrap=True)),
             console=Console(stderr=True),
@@ -129,7 +132,8 @@ class Bar:
         """Redraw the bar."""
         self._drawn = time.monotonic()
         left = f"{clock_time(shown.seconds_left)} left"
-        room = self._progress.console.width - 20 - 2 * len(str(shown.total_iterations))
+        # Percentage and bar, with the spaces between the columns, and "iteration/total".
+        room = self._progress.console.width - _LEAST_BAR - 9 - 2 * len(str(shown.total_iterations))
         text = "  ".join([*fit(shown.numbers(), room - len(left)), left])
         self._progress.update(self._task, completed=shown.iteration, description=text)
 
@@ -139,12 +143,21 @@ class Bar:
 
 
 def fit(texts: list[str], width: int) -> list[str]:
-    """Return the texts that fit into `width` columns: on a narrow terminal the norm goes first, then the rate."""
-    for prefix in ("grad norm", "lr", "loss scale", "MFU"):
+    """Return the texts that fit into `width` columns: on a narrow terminal they are shortened, and the norm, then the
+    loss scale, the rate and MFU are left out."""
+    for left_out in ("", *_LEFT_OUT):
         if sum(len(text) + 2 for text in texts) <= width:
             break
-        texts = [text for text in texts if not text.startswith(prefix)]
+        texts = [text for text in map(_short, texts) if not left_out or not text.startswith(left_out)]
     return texts
+
+
+_LEFT_OUT = ("grad norm", "loss scale", "lr", "MFU")
+
+
+def _short(text: str) -> str:
+    """Return "1,234 tokens/s" as "1,234 tok/s" and "MFU 41.2% (38.0% causal)" as "MFU 41.2%"."""
+    return text.replace("tokens/s", "tok/s").partition(" (")[0]
 
 
 def clock_time(seconds: float) -> str:

@@ -10,7 +10,8 @@ Two methods, since neither does everything:
     ring         Keys and values go from rank r to rank r+1, C-1 times, while the part at hand is computed; parts are
                  merged by their log-sum-exps (Liu et al. 2023, with the pairing of Brandon et al. 2023). It takes any
                  number of heads, so also grouped queries over few key-value heads, and holds the keys and values of
-                 two ranks at a time. This is the default.
+                 two ranks at a time. This is the default. Under a local window they go straight to the ranks that see
+                 them, and what nobody sees is neither sent nor computed.
     all_to_all   Two exchanges turn shares of the sequence into shares of the heads and back (Jacobs et al. 2023), and
                  between them attention is that of one process: with dropout of its probabilities, and with learned
                  relative biases. It needs at least C key-value heads, and holds the whole sequence of its heads.
@@ -19,20 +20,24 @@ Bytes that each rank sends in one layer, for K = b k (s/C) d the elements of its
 and e bytes of an element:
 
     ring         forward (C-1) 2 K e       backward (C-1) (2 K e + 2 K 4), the gradients being sums in fp32
+    and within a window, for S tokens of the rank's that others see and R of theirs that it sees (`tokens_sent`), each
+                 of 2 k d b elements: forward S e, backward S e + R 4
     all_to_all   forward (C-1)/C (2 Q + 2 K) e, and the same backward
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron.ops.partial_attention import attend_part, attend_part_backward, merge_part
 from megatron.parallel.mesh import Axis
+from megatron.parallel.visible import Part, seen_keys, visible_parts
 
 _OPS = torch.ops._c10d_functional
 
@@ -54,39 +59,6 @@ def positions_of(rank: int, size: int, length: int, device: torch.device | str |
 def local_positions(axis: Axis, length: int, device: torch.device | str | None = None) -> Tensor:
     """Return the positions of this rank's tokens in a sequence of `length`: [length / axis.size] int64."""
     return positions_of(axis.rank, axis.size, length, device)
-
-
-class Part(NamedTuple):
-    """Queries of one rank and keys of one rank, as slices of their tokens, some pairs of which are visible.
-
-    causal: some pairs have the key after the query. cut: some are further apart than the window.
-    """
-
-    query: slice
-    key: slice
-    causal: bool
-    cut: bool
-
-
-def visible_parts(query_rank: int, key_rank: int, size: int, half: int, window: int | None = None) -> list[Part]:
-    """Return the parts that together hold every visible pair of two ranks' tokens once.
-
-    half: tokens of a chunk; a rank has two. window: a token sees itself and the `window` tokens before it, or all.
-    """
-    first, second, both = slice(0, half), slice(half, 2 * half), slice(0, 2 * half)
-    if window is None:
-        if query_rank == key_rank:
-            return [Part(both, both, causal=True, cut=False)]
-        after = query_rank > key_rank
-        return [Part(both, first, False, False) if after else Part(second, both, False, False)]
-    parts = []
-    for query, query_chunk in ((first, query_rank), (second, 2 * size - 1 - query_rank)):
-        for key, key_chunk in ((first, key_rank), (second, 2 * size - 1 - key_rank)):
-            nearest = (query_chunk - key_chunk) * half - (half - 1)
-            furthest = (query_chunk - key_chunk) * half + (half - 1)
-            if furthest >= 0 and nearest <= window:
-                parts.append(Part(query, key, causal=nearest < 0, cut=furthest > window))
-    return parts
 
 
 @dataclass(frozen=True)
@@ -120,21 +92,75 @@ class Sight:
         return (-slopes.float().view(-1, 1, 1) * distance).masked_fill(~seen, float("-inf"))
 
 
-class Ring:
-    """The way from each rank of an axis to the next."""
+Waiting = Callable[[], Tensor]
+"""Waits for what is on its way, and returns it."""
 
-    def __init__(self, axis: Axis) -> None:
+
+class Route:
+    """How the keys and values of other ranks come to this one, and their gradients go home; over `shifts`, in order.
+
+    At shift t a rank computes with the keys of rank r - t. half: tokens of a chunk.
+    Without a window everything travels round the ring: each rank passes on what it has, and the gradients of a rank's
+    keys gather on the way. Within one, keys go straight to those who see them, and gradients straight back.
+    """
+
+    def __init__(self, axis: Axis, half: int, window: int | None) -> None:
         self.rank, self.size = axis.rank, axis.size
+        self.half, self.window = half, window
         self.group = axis.group.group_name if axis.group is not None else ""
+        self.shifts = [shift for shift in range(self.size) if window is None or self._is_seen(shift)]
 
-    def pass_on(self, tensor: Tensor) -> Callable[[], Tensor]:
-        """Start to send `tensor` to the next rank; the function returned waits for the previous rank's."""
-        sent = [0] * self.size
-        sent[(self.rank + 1) % self.size] = tensor.numel()
-        received = [0] * self.size
-        received[(self.rank - 1) % self.size] = tensor.numel()
+    def owner(self, shift: int) -> int:
+        """Return the rank whose keys are computed with at a shift."""
+        return (self.rank - shift) % self.size
+
+    def keys(self, shift: int) -> slice:
+        """Return which of their owner's tokens the keys are that come at a shift."""
+        if self.window is None or shift == 0:
+            return slice(0, 2 * self.half)
+        return seen_keys(self.rank, self.owner(shift), self.size, self.half, self.window)
+
+    def bring(self, own: Tensor, held: Tensor, shift: int) -> Waiting:
+        """Start to bring the keys and values [2, b, k, tokens, d] of a shift. held: those of the shift before."""
+        if self.window is None:
+            return self._exchange(held, (self.rank + 1) % self.size, held.shape, (self.rank - 1) % self.size)
+        receiver = (self.rank + shift) % self.size
+        ours, theirs = seen_keys(receiver, self.rank, self.size, self.half, self.window), self.keys(shift)
+        shape = (*own.shape[:3], theirs.stop - theirs.start, own.shape[4])
+        return self._exchange(own[:, :, :, ours], receiver, shape, self.owner(shift))
+
+    def give_back(self, sums: Tensor, earlier: Waiting | None, shift: int) -> Waiting:
+        """Start to send the sums for the keys of a shift towards their owner; in return come sums for our own.
+
+        earlier: what the shift before returned. The last one's result is all that has come for our own.
+        """
+        if self.window is None:
+            travelling = sums if earlier is None else sums + earlier()
+            return self._exchange(travelling, (self.rank + 1) % self.size, sums.shape, (self.rank - 1) % self.size)
+        giver = (self.rank + shift) % self.size
+        ours = seen_keys(giver, self.rank, self.size, self.half, self.window)
+        shape = (*sums.shape[:3], ours.stop - ours.start, sums.shape[4])
+        arriving = self._exchange(sums, self.owner(shift), shape, giver)
+        whole = (*sums.shape[:3], 2 * self.half, sums.shape[4])
+
+        def all_so_far() -> Tensor:
+            total = torch.zeros(whole, dtype=sums.dtype, device=sums.device) if earlier is None else earlier()
+            total[:, :, :, ours] += arriving()
+            return total
+
+        return all_so_far
+
+    def _is_seen(self, shift: int) -> bool:
+        """Return whether any rank sees anything of the rank that is `shift` before it."""
+        pairs = ((rank, (rank - shift) % self.size) for rank in range(self.size))
+        return any(visible_parts(*pair, self.size, self.half, self.window) for pair in pairs)
+
+    def _exchange(self, tensor: Tensor, receiver: int, shape: tuple[int, ...], sender: int) -> Waiting:
+        """Start to send `tensor` to one rank and to receive one of `shape` from another."""
+        sent, received = [0] * self.size, [0] * self.size
+        sent[receiver], received[sender] = tensor.numel(), math.prod(shape)
         pending = _OPS.all_to_all_single(tensor.contiguous().view(-1), received, sent, self.group)
-        return lambda: _OPS.wait_tensor(pending).view(tensor.shape)
+        return lambda: _OPS.wait_tensor(pending).view(shape)
 
 
 def ring_attention(query: Tensor, key: Tensor, value: Tensor, sight: Sight, axis: Axis) -> Tensor:
@@ -142,78 +168,81 @@ def ring_attention(query: Tensor, key: Tensor, value: Tensor, sight: Sight, axis
 
     query: [b, n, s/C, d]; key, value: [b, k, s/C, d]: this rank's tokens, in the order of `local_positions`.
     """
-    result: Tensor = _RingAttention.apply(query, key, value, sight, Ring(axis))
+    result: Tensor = _RingAttention.apply(query, key, value, sight, Route(axis, query.shape[2] // 2, sight.window))
     return result
 
 
 class _RingAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, sight: Sight, ring: Ring) -> Tensor:
-        output, lse = ring_forward(query, key, value, sight, ring)
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, sight: Sight, route: Route) -> Tensor:
+        output, lse = ring_forward(query, key, value, sight, route)
         ctx.save_for_backward(query, key, value, output, lse)
-        ctx.sight, ctx.ring = sight, ring
+        ctx.sight, ctx.route = sight, route
         return output
 
     @staticmethod
     def backward(ctx: Any, *gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, lse = ctx.saved_tensors
-        found = ring_backward(gradient[0].contiguous(), query, key, value, output, lse, ctx.sight, ctx.ring)
+        found = ring_backward(gradient[0].contiguous(), query, key, value, output, lse, ctx.sight, ctx.route)
         return (*found, None, None)
 
 
-def ring_forward(query: Tensor, key: Tensor, value: Tensor, sight: Sight, ring: Ring) -> tuple[Tensor, Tensor]:
+def ring_forward(query: Tensor, key: Tensor, value: Tensor, sight: Sight, route: Route) -> tuple[Tensor, Tensor]:
     """Return the output in the query's dtype, and the log-sum-exp [b, n, s/C] in fp32; nothing of it has gradients."""
     output = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
     lse = torch.full(query.shape[:3], float("-inf"), dtype=torch.float32, device=query.device)
-    pair = torch.stack((key, value))
-    for step in range(ring.size):
-        arriving = ring.pass_on(pair) if step + 1 < ring.size else None
-        for rows, columns, mask in _masked_parts(ring, step, query, sight):
-            keys, values = pair[:, :, :, columns]
+    own = held = torch.stack((key, value))
+    for shift, following in _with_next(route.shifts):
+        arriving = None if following is None else route.bring(own, held, following)
+        for rows, columns, mask in _masked_parts(route, shift, query, sight):
+            keys, values = held[:, :, :, columns]
             found = attend_part(query[:, :, rows], keys, values, sight.scale, **mask)
             merge_part(output[:, :, rows], lse[:, :, rows], *found)
-        pair = arriving() if arriving is not None else pair
+        held = held if arriving is None else arriving()
     return output.to(query.dtype), lse
 
 
 def ring_backward(
-    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, sight: Sight, ring: Ring
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, sight: Sight, route: Route
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of query, key and value.
-
-    The sums for a rank's keys and values follow them around the ring from the first rank after their own, and come
-    home with the last exchange.
-    """
+    """Return the gradients of query, key and value."""
     of_query = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
     of_own = torch.zeros((2, *key.shape), dtype=torch.float32, device=key.device)
-    pair, earlier = torch.stack((key, value)), None
-    for step in range(ring.size):
-        arriving = ring.pass_on(pair) if step + 1 < ring.size else None
-        of_pair = of_own if step == 0 else torch.zeros_like(of_own)
-        for rows, columns, mask in _masked_parts(ring, step, query, sight):
-            keys, values = pair[:, :, :, columns]
+    own = held = torch.stack((key, value))
+    coming: Waiting | None = None
+    for shift, following in _with_next(route.shifts):
+        arriving = None if following is None else route.bring(own, held, following)
+        of_held = torch.zeros(held.shape, dtype=torch.float32, device=key.device) if shift else of_own
+        for rows, columns, mask in _masked_parts(route, shift, query, sight):
+            keys, values = held[:, :, :, columns]
             of_rows, local, merged, local_lse = (each[:, :, rows] for each in (gradient, query, output, lse))
             found = attend_part_backward(of_rows, local, keys, values, merged, local_lse, sight.scale, **mask)
             of_query[:, :, rows] += found.query
-            of_pair[0, :, :, columns] += found.key
-            of_pair[1, :, :, columns] += found.value
-        if step > 0:
-            earlier = ring.pass_on(of_pair if earlier is None else of_pair + earlier())
-        pair = arriving() if arriving is not None else pair
-    if earlier is not None:
-        of_own += earlier()
+            of_held[0, :, :, columns] += found.key
+            of_held[1, :, :, columns] += found.value
+        coming = route.give_back(of_held, coming, shift) if shift else None
+        held = held if arriving is None else arriving()
+    if coming is not None:
+        of_own += coming()
     return of_query.to(query.dtype), of_own[0].to(key.dtype), of_own[1].to(value.dtype)
 
 
-def _masked_parts(ring: Ring, step: int, query: Tensor, sight: Sight) -> Iterator[tuple[slice, slice, dict[str, Any]]]:
-    """Yield the parts of one step, each as slices of this rank's queries and the visiting keys, and its mask."""
-    owner, local = (ring.rank - step) % ring.size, query.shape[2]
-    for part in visible_parts(ring.rank, owner, ring.size, local // 2, sight.window):
+def _with_next(shifts: list[int]) -> Iterator[tuple[int, int | None]]:
+    return zip(shifts, [*shifts[1:], None], strict=True)
+
+
+def _masked_parts(
+    route: Route, shift: int, query: Tensor, sight: Sight
+) -> Iterator[tuple[slice, slice, dict[str, Any]]]:
+    """Yield the parts of one shift, each as slices of this rank's queries and of the keys at hand, and its mask."""
+    owner, start, length = route.owner(shift), route.keys(shift).start, 2 * route.half * route.size
+    for part in visible_parts(route.rank, owner, route.size, route.half, route.window):
+        columns = slice(part.key.start - start, part.key.stop - start)
         if not sight.needs_bias(part):
-            yield part.query, part.key, {"causal": part.causal}
+            yield part.query, columns, {"causal": part.causal}
             continue
-        queries, keys = (positions_of(rank, ring.size, local * ring.size, query.device) for rank in (ring.rank, owner))
-        yield part.query, part.key, {"bias": sight.bias(queries[part.query], keys[part.key])}
+        queries, keys = (positions_of(rank, route.size, length, query.device) for rank in (route.rank, owner))
+        yield part.query, columns, {"bias": sight.bias(queries[part.query], keys[part.key])}
 
 
 def sequence_to_heads(tokens: Tensor, axis: Axis) -> Tensor:
@@ -223,36 +252,28 @@ def sequence_to_heads(tokens: Tensor, axis: Axis) -> Tensor:
     """
     if tokens.shape[1] % axis.size:
         raise ValueError(f"{tokens.shape[1]} heads do not split over {axis.size} ranks (context_parallel_size)")
-    result: Tensor = _SequenceToHeads.apply(tokens, axis)
+    result: Tensor = _Exchange.apply(tokens, axis, True)
     return result
 
 
 def heads_to_sequence(heads: Tensor, axis: Axis) -> Tensor:
     """Return all heads of this rank's tokens: [b, n/C, s, d] -> [b, n, s/C, d]; the inverse of `sequence_to_heads`."""
-    result: Tensor = _HeadsToSequence.apply(heads, axis)
+    result: Tensor = _Exchange.apply(heads, axis, False)
     return result
 
 
-class _SequenceToHeads(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tokens: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return _to_heads(tokens, axis)
+class _Exchange(torch.autograd.Function):
+    """One of the two exchanges; the other one is its gradient."""
 
     @staticmethod
-    def backward(ctx: Any, *gradient: Tensor) -> tuple[Tensor, None]:
-        return _to_sequence(gradient[0], ctx.axis), None
-
-
-class _HeadsToSequence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, heads: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return _to_sequence(heads, axis)
+    def forward(ctx: Any, tensor: Tensor, axis: Axis, to_heads: bool) -> Tensor:
+        ctx.axis, ctx.to_heads = axis, to_heads
+        return _to_heads(tensor, axis) if to_heads else _to_sequence(tensor, axis)
 
     @staticmethod
-    def backward(ctx: Any, *gradient: Tensor) -> tuple[Tensor, None]:
-        return _to_heads(gradient[0], ctx.axis), None
+    def backward(ctx: Any, *gradient: Tensor) -> tuple[Tensor, None, None]:
+        back = _to_sequence if ctx.to_heads else _to_heads
+        return back(gradient[0], ctx.axis), None, None
 
 
 def _to_heads(tokens: Tensor, axis: Axis) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
+import re
 from collections.abc import Callable, Sequence
 
 from megatron.errors import ConfigError, Problem
@@ -19,6 +20,29 @@ from megatron.errors import ConfigError, Problem
 def bubble_fraction(stages: int, micro_batches: int) -> float:
     """Return the share of a step in which a stage has nothing to do."""
     return (stages - 1) / (micro_batches + stages - 1)
+
+
+def layer_weights(method: str, kinds: Sequence[str], sizes: Sequence[int]) -> list[int]:
+    """Return the weight of each layer by `pipe_partition_method`.
+
+    kinds: name and class of each layer; blocks are found by GPT-NeoX's word for them as well. sizes: their parameters.
+    Raises ConfigError where `type:` finds no layer.
+    """
+    if method == "parameters":
+        return list(sizes)
+    if method == "uniform":
+        return [1] * len(sizes)
+    pattern = method.removeprefix("type:")
+    found = [int(bool(re.search(pattern, kind, re.IGNORECASE))) for kind in kinds]
+    if not any(found):
+        why = f"no layer is called that; there are: {', '.join(dict.fromkeys(kinds))}."
+        raise ConfigError(Problem(f"pipe_partition_method = {method}", why, "Set pipe_partition_method: parameters"))
+    return found
+
+
+def layer_kind(name: str, class_name: str, is_block: bool) -> str:
+    """Return what the expression of `type:` is searched in."""
+    return f"{name} {class_name}" + (" transformer" if is_block else "")
 
 
 def balanced_bounds(weights: Sequence[int], stages: int, blocks: Sequence[bool]) -> list[int]:

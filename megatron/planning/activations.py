@@ -4,12 +4,16 @@ They are counted by storage, as autograd holds them in this library: a view keep
 tokens, e bytes per element, r rows of linear1, c columns of linear2, a block of a GPT-NeoX model (layernorm, rotary,
 gelu) keeps
 
-    x, n1(x), n2(x)                3 e T h     split over the tensor axis under sequence_parallel only
+    x, and the sum before n2       2 e T h     (one with the parallel residual) / tp under sequence_parallel, unless the
+                                               norms stand inside the split layers, as with the parallel residual
+    n1(x), n2(x)                   2 e T h     kept as they are gathered
     query, key, value as one       e T (n + 2k) d / tp    kept whole by the view of the value
     rotated query and key          e T (n + k) d / tp
     context, its logsumexp         e T n d / tp + 4 T n / tp
-    linear1, gelu                  e T (r + c) / tp
+    linear1, gelu                  e T (r + c) / tp; the first alone where the activation is recomputed
 
+A ring keeps its context once more, in the order that the next layer needs; an exchange of heads keeps query, key and
+value of its heads and not the projection that they come from.
 Attention is taken to be fused: it keeps no scores. A bias or a window costs its mask, in the form the kernels want.
 """
 
@@ -32,10 +36,14 @@ def tokens(config: Config, layout: Layout) -> int:
 def block_bytes(config: Config, layout: Layout, layer: int = 0) -> int:
     """Return what one block keeps of one micro-batch."""
     model, element, count = config.model, WEIGHT_BYTES[config.numerics.precision], tokens(config, layout)
-    spread = layout.tp if layout.sequence_parallel else 1
-    whole = count * (_norms(model, element) + _dropout(config)) // spread
-    split = count * (_attention(model, element, layout.tp) + _mlp(model, element)) // layout.tp
-    return whole + split + _mask(config, layout, layer)
+    inputs, outputs = _norms(model, element)
+    spread = layout.tp if layout.sequence_parallel and not model.gpt_j_residual else 1
+    dropped = _dropout(config) // (layout.tp if layout.sequence_parallel else 1)
+    operations = layout.operations if layout.recomputes(layer) else ()
+    split = _attention(config, layout, element, "attention" in operations)
+    split += _mlp_recomputed(model, element) if "activation" in operations else _mlp(model, element)
+    mask = 0 if "attention" in operations else _mask(config, layout, layer)
+    return count * (inputs // spread + outputs + dropped) + count * split // layout.tp + mask
 
 
 def boundary_bytes(config: Config, layout: Layout) -> int:
@@ -67,35 +75,57 @@ def working_bytes(config: Config, layout: Layout, largest: int) -> int:
     return element * (count * ((rows + columns) // layout.tp + 2 * config.model.hidden_size) + largest)
 
 
-def _norms(model: ModelConfig, element: int) -> int:
-    """Return bytes per token of the norms' inputs and outputs; a layernorm keeps its input, which two may share."""
+def _norms(model: ModelConfig, element: int) -> tuple[int, int]:
+    """Return bytes per token of the norms' inputs, with their statistics, and of their outputs.
+
+    A layernorm keeps its input, which two may share."""
     hidden, parallel = model.hidden_size, model.gpt_j_residual
     norms = 1 if parallel and model.gpt_j_tied else 2
     inputs = 1 if parallel else norms
     outputs = norms * element * hidden
     if model.norm in ("layernorm", "non_parametric_layernorm"):
-        return outputs + inputs * element * hidden + 8 * norms
+        return inputs * element * hidden + 8 * norms, outputs
     if model.norm == "scalenorm":  # an fp32 copy of the input; in fp32 the input itself
-        return outputs + (inputs if element == 4 else norms) * 4 * hidden + 12 * norms
+        return (inputs if element == 4 else norms) * 4 * hidden + 12 * norms, outputs
     if element == 4:
-        return outputs + (inputs + norms) * 4 * hidden + 4 * norms  # the input, and the product before the gain
-    return outputs + norms * (8 * hidden + 4)  # rmsnorm in half precision: the input and the product in fp32
+        return (inputs + norms) * 4 * hidden + 4 * norms, outputs  # the input, and the product before the gain
+    return norms * (8 * hidden + 4), outputs  # rmsnorm in half precision: the input and the product in fp32
 
 
-def _attention(model: ModelConfig, element: int, tp: int) -> int:
+def _attention(config: Config, layout: Layout, element: int, recomputed: bool) -> int:
     """Return bytes per token of attention, before the tensor axis splits them by heads.
 
     The value is a view of the whole projection, the key one of all that is turned; a query is a view of it as well
     unless several heads share a key and a process has several such groups."""
+    model, tp = config.model, layout.tp
     heads = model.num_attention_heads
     groups, width = model.num_kv_heads or heads, model.hidden_size // heads
     rotary = model.pos_emb == "rotary"
-    if model.use_qk_layernorm:  # queries and keys before the norms, both after them with the values, and turned
-        features = (3 * heads if groups == heads else heads) + heads + 3 * heads + (2 * heads if rotary else 0)
+    normed = 0
+    if model.use_qk_layernorm:
+        normed = _before_head_norms(model, element, tp)
+        groups, features = heads, 3 * heads + (2 * heads if rotary else 0)  # queries, keys and values, and turned
     else:
         copied = heads if heads > groups > tp else 0
         features = heads + 2 * groups + (heads + groups if rotary else 0) + copied
-    return (features + heads) * width * element + 4 * heads
+    statistics = 0 if recomputed else 4 * heads
+    if layout.cp > 1 and config.parallel.context_parallel_method == "all_to_all" and not recomputed:
+        features = 2 * heads + 2 * groups  # of its heads: query, key, value and what they see
+    elif layout.cp > 1 and not recomputed:
+        features += heads  # a ring's output, before it is put in order
+    return normed + (features + heads) * width * element + statistics
+
+
+def _before_head_norms(model: ModelConfig, element: int, tp: int) -> int:
+    """Return bytes per token of what the norms of queries and keys keep: their inputs; where they compute in fp32
+    step by step, those steps."""
+    heads, is_layernorm = model.num_attention_heads, model.norm in ("layernorm", "non_parametric_layernorm")
+    if model.norm == "rmsnorm" or (tp > 1 and is_layernorm):
+        return 16 * model.hidden_size
+    if model.norm == "scalenorm" and element == 2:
+        return 8 * model.hidden_size
+    grouped = (model.num_kv_heads or heads) != heads
+    return (2 if grouped else 4) * heads * (model.hidden_size // heads) * element
 
 
 def _mlp(model: ModelConfig, element: int) -> int:
@@ -104,6 +134,11 @@ def _mlp(model: ModelConfig, element: int) -> int:
     if gated:
         return element * (rows + columns + (0 if model.activation == "bilinear" else columns))
     return element * {"relu": columns, "softsign": rows + 2 * columns}.get(model.activation, rows + columns)
+
+
+def _mlp_recomputed(model: ModelConfig, element: int) -> int:
+    """Return bytes per token of an MLP whose activation is recomputed: the output of its first linear map."""
+    return element * mlp_shape(model)[0]
 
 
 def _dropout(config: Config) -> int:

@@ -3,19 +3,23 @@
 `payload` is what is handed to the collectives: the whole tensor of an all-reduce, all-gather or reduce-scatter, and the
 message of a send. `sent` is what then leaves each GPU, with rings over the n GPUs of the axis:
 
-    all-reduce 2 (n-1)/n,   all-gather and reduce-scatter (n-1)/n,   send 1
+    all-reduce 2 (n-1)/n,   all-gather, reduce-scatter and all-to-all (n-1)/n,   send 1
 
-With P parameters on a GPU (w bytes each, gradients in 4), A micro-batches, L blocks on the stage and a message of
-M = e b s h / cp bytes:
+With P parameters on a GPU (w bytes each, gradients in 4), A micro-batches, L blocks on the stage, T tokens of a
+micro-batch on a GPU, M = w T h and, for each block, 2 places where tensor-parallel ranks meet (1 with the parallel
+residual and without dropout):
 
     data      ZeRO 0   all-reduce 4 P
               ZeRO 1   all-reduce 4 P          all-gather w P
               ZeRO 2   all-reduce 4 P A        all-gather w P
               ZeRO 3   reduce-scatter 4 P A    all-gather w A (2 P - what stays gathered in between)
-    tensor    A M (4 L + 2) all-reduced, A M 2 L more where blocks are recomputed; under sequence_parallel each
-              all-reduce is an all-gather and a reduce-scatter, and 2 A M L more are gathered for the weights' gradients
-    pipeline  A M (/ tp under sequence_parallel) each way over each boundary; a tied table all-reduces 4 v h / tp
-    context   A L (cp - 1) keys and values forward, the same again and their gradients backward
+    tensor    A M (4 L + 2) all-reduced, or (2 L + 2); under sequence_parallel each all-reduce is an all-gather and a
+              reduce-scatter. Blocks that are recomputed do the forward part again, but for the last sum. 12 A T of the
+              loss, and partial gradients in fp32: once a step, under ZeRO 2 and 3 once a micro-batch
+    pipeline  A M (/ tp under sequence_parallel) each way over each boundary; what stages share is all-reduced in fp32
+    context   ring: per block and micro-batch (cp - 1) T tokens of keys and values forward, as many backward, and their
+              gradients in fp32; within a window only what is seen. all_to_all: queries, keys, values and results each
+              way. Blocks whose attention is recomputed do the forward part again
 """
 
 from __future__ import annotations
@@ -23,11 +27,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron.config.schema.config import Config
+from megatron.model.accounting import layer_types
+from megatron.parallel.visible import tokens_sent
 from megatron.planning.activations import boundary_bytes, tokens
 from megatron.planning.layout import WEIGHT_BYTES, Layout
-from megatron.planning.memory import Stage
+from megatron.planning.stages import Stage
 
-_FACTOR = {"all-reduce": 2.0, "all-gather": 1.0, "reduce-scatter": 1.0}
+_FACTOR = {"all-reduce": 2.0, "all-gather": 1.0, "reduce-scatter": 1.0, "all-to-all": 1.0}
 
 
 @dataclass(frozen=True)
@@ -52,33 +58,34 @@ class Traffic:
         return _FACTOR[self.operation] * (self.size - 1) / self.size * self.payload
 
 
-def traffic(
-    config: Config, layout: Layout, parts: list[Stage], index: int, numel: int, vocab_size: int
-) -> list[Traffic]:
-    """Return what a GPU of pipeline stage `index` sends in one step.
-
-    parts: the stages; numel: parameters on this GPU; vocab_size: rows of the word embedding, padding included."""
+def traffic(config: Config, layout: Layout, parts: list[Stage], index: int) -> list[Traffic]:
+    """Return what a GPU of pipeline stage `index` sends in one step; `parts` are the stages."""
+    stage = parts[index]
     found = [
-        *data_traffic(config, layout, numel),
-        *tensor_traffic(config, layout, parts[index]),
-        *pipeline_traffic(config, layout, index, vocab_size),
-        *context_traffic(config, layout, len(parts[index].blocks)),
+        *data_traffic(config, layout, stage.num_parameters, stage.num_persistent(layout.persistence)),
+        *_shared_traffic(layout, stage),
+        *tensor_traffic(config, layout, stage),
+        *pipeline_traffic(config, layout, index),
+        *context_traffic(config, layout, stage),
     ]
     return [one for one in found if one.size > 1 and one.payload]
 
 
-def data_traffic(config: Config, layout: Layout, numel: int) -> list[Traffic]:
-    """Return the traffic of gradients and, under ZeRO, weights over the data axis (context included)."""
-    size, weight = layout.dp * layout.cp, WEIGHT_BYTES[config.numerics.precision]
+def data_traffic(config: Config, layout: Layout, numel: int, persistent: int = 0) -> list[Traffic]:
+    """Return the traffic of gradients and, under ZeRO, weights over the replicas.
+
+    numel: parameters on the GPU. persistent: of these, in tensors that ZeRO 3 gathers once, after the update."""
+    size, weight = layout.replicas, WEIGHT_BYTES[config.numerics.precision]
     gradient = numel * WEIGHT_BYTES[config.deepspeed.communication_data_type or "fp32"]
     passes = layout.accumulation
     if layout.zero_stage == 0:
         return [Traffic("data", "all-reduce", size, 4 * numel)]
     if layout.zero_stage == 3:
-        gathered = 2 * numel - min(numel, layout.live)
+        sharded = numel - persistent
+        gathered = (2 * sharded - min(sharded, layout.live)) * passes + persistent
         return [
             Traffic("data", "reduce-scatter", size, gradient * passes, hidden=layout.overlap),
-            Traffic("data", "all-gather", size, weight * gathered * passes, hidden=True),
+            Traffic("data", "all-gather", size, weight * gathered, hidden=True),
         ]
     times = passes if layout.zero_stage == 2 else 1
     return [
@@ -87,41 +94,103 @@ def data_traffic(config: Config, layout: Layout, numel: int) -> list[Traffic]:
     ]
 
 
+def _shared_traffic(layout: Layout, stage: Stage) -> list[Traffic]:
+    """Return the sums of gradients of what several stages hold: over them, and before over three or more replicas."""
+    numel = {holders: 0 for _, holders in stage.shared}
+    for parameter, holders in stage.shared:
+        numel[holders] += parameter.numel(layout.tp)
+    between = [Traffic("pipeline", "all-reduce", holders, 4 * count) for holders, count in numel.items()]
+    alike = 4 * sum(numel.values()) if layout.replicas > 2 else 0
+    return [*between, Traffic("data", "all-reduce", layout.replicas, alike)]
+
+
 def tensor_traffic(config: Config, layout: Layout, stage: Stage) -> list[Traffic]:
-    """Return the traffic of split layers: two messages a block forward and two backward, one at each end."""
-    message = tokens(config, layout) * config.model.hidden_size * WEIGHT_BYTES[config.numerics.precision]
-    passes = 4 + (2 if layout.recompute else 0)
-    ends = sum(part.kind in ("embedding", "head") for part in stage.parts)
-    payload = layout.accumulation * message * (passes * len(stage.blocks) + ends)
-    losses = layout.accumulation * tokens(config, layout) * 12 if stage.has_head else 0
+    """Return the traffic of split layers, of the loss over them, and of gradients that are partial."""
+    element = WEIGHT_BYTES[config.numerics.precision]
+    summed = 4 if config.parallel.fp32_allreduce else element
+    count = layout.accumulation * tokens(config, layout)
+    message = count * config.model.hidden_size
+    ends = stage.has_embedding + stage.has_head
+    sums = sum(_meetings(config)) * len(stage.blocks) + ends
+    sums_again, gathers_again = _again(config, layout, stage)
+    numbers = 12 * count if stage.has_head else 0
+    numbers += _head_norms(config, layout, stage) * count
+    numbers += 4 * stage.num_partial(layout.sequence_parallel) * (layout.accumulation if layout.zero_stage > 1 else 1)
     if not layout.sequence_parallel:
-        return [Traffic("tensor", "all-reduce", layout.tp, payload + losses)]
-    again = layout.accumulation * message * 2 * len(stage.blocks)
+        return [Traffic("tensor", "all-reduce", layout.tp, message * summed * (sums + sums_again) + numbers)]
     return [
-        Traffic("tensor", "all-gather", layout.tp, payload + again),
-        Traffic("tensor", "reduce-scatter", layout.tp, payload),
-        Traffic("tensor", "all-reduce", layout.tp, losses),
+        Traffic("tensor", "all-gather", layout.tp, message * element * (sums + gathers_again)),
+        Traffic("tensor", "reduce-scatter", layout.tp, message * summed * (sums + sums_again)),
+        Traffic("tensor", "all-reduce", layout.tp, numbers),
     ]
 
 
-def pipeline_traffic(config: Config, layout: Layout, index: int, vocab_size: int) -> list[Traffic]:
+def _meetings(config: Config) -> tuple[int, int]:
+    """Return how often a block enters the split layers, and how often it leaves them."""
+    if not config.model.gpt_j_residual:
+        return 2, 2
+    return 1, 2 if config.numerics.hidden_dropout else 1
+
+
+def _again(config: Config, layout: Layout, stage: Stage) -> tuple[int, int]:
+    """Return (sums, gathers) that recomputed blocks repeat; the last sum of a chunk is needed for dropout only."""
+    whole = [layer for layer in stage.blocks if layout.recompute and layout.recomputes(layer)]
+    enters, leaves = _meetings(config)
+    chunks = -(-len(whole) // max(1, layout.recompute))
+    last = 0 if config.numerics.hidden_dropout else chunks
+    return leaves * len(whole) - last, enters * len(whole)
+
+
+def _head_norms(config: Config, layout: Layout, stage: Stage) -> int:
+    """Return bytes per token of the statistics that norms over all heads share: two means of queries and of keys."""
+    model = config.model
+    if not model.use_qk_layernorm or model.norm not in ("layernorm", "non_parametric_layernorm"):
+        return 0
+    again = sum(layout.recomputes(layer) for layer in stage.blocks) if layout.recompute else 0
+    return 16 * (2 * len(stage.blocks) + again)
+
+
+def pipeline_traffic(config: Config, layout: Layout, index: int) -> list[Traffic]:
     """Return the messages that stage `index` sends: forward to the next, gradients to the one before."""
     neighbours = (index > 0) + (index < layout.pp - 1)
-    found = [Traffic("pipeline", "send", layout.pp, neighbours * layout.accumulation * boundary_bytes(config, layout))]
-    if not config.model.no_weight_tying and index in (0, layout.pp - 1) and layout.pp > 1:
-        table = 4 * vocab_size * config.model.hidden_size // layout.tp
-        found.append(Traffic("pipeline", "all-reduce", 2, table))
-    return found
+    return [Traffic("pipeline", "send", layout.pp, neighbours * layout.accumulation * boundary_bytes(config, layout))]
 
 
-def context_traffic(config: Config, layout: Layout, num_blocks: int) -> list[Traffic]:
-    """Return the messages of ring attention: keys and values go round in both passes, their gradients in the second."""
+def context_traffic(config: Config, layout: Layout, stage: Stage) -> list[Traffic]:
+    """Return what attention sends for the busiest GPU of the context axis."""
+    if layout.cp == 1:
+        return []
+    exchanges = config.parallel.context_parallel_method == "all_to_all"
+    one = _exchanged if exchanges else _rung
+    payload = layout.accumulation * sum(one(config, layout, layer) for layer in stage.blocks)
+    return [Traffic("context", "all-to-all" if exchanges else "send", layout.cp, payload)]
+
+
+def _token_elements(config: Config, layout: Layout) -> tuple[int, int]:
+    """Return (elements of a token's query, elements of its key) on one GPU."""
     model = config.model
-    heads = model.num_kv_heads or model.num_attention_heads
-    width = model.hidden_size // model.num_attention_heads
-    pair = 2 * tokens(config, layout) * heads * width // layout.tp * WEIGHT_BYTES[config.numerics.precision]
-    forward = (layout.cp - 1) * pair
-    backward = forward + layout.cp * pair
-    again = forward if layout.recompute else 0
-    payload = layout.accumulation * num_blocks * (forward + backward + again)
-    return [Traffic("context", "send", layout.cp, payload)]
+    heads = model.num_attention_heads
+    groups = heads if model.use_qk_layernorm else model.num_kv_heads or heads
+    width = model.hidden_size // heads
+    return heads * width // layout.tp, groups * width // layout.tp
+
+
+def _forwards(layout: Layout, layer: int) -> int:
+    """Return how often a block's attention runs forwards in a micro-batch."""
+    return 2 if layout.recomputes(layer) and (layout.recompute or "attention" in layout.operations) else 1
+
+
+def _rung(config: Config, layout: Layout, layer: int) -> int:
+    model, element = config.model, WEIGHT_BYTES[config.numerics.precision]
+    types = layer_types(model)
+    window = model.sliding_window_width if "local" not in types or types[layer] == "local" else None
+    half = model.seq_length // (2 * layout.cp)
+    pair = 2 * layout.micro_batch * _token_elements(config, layout)[1]
+    sent = (tokens_sent(rank, layout.cp, half, window) for rank in range(layout.cp))
+    return pair * max(keys * element * (_forwards(layout, layer) + 1) + gradients * 4 for keys, gradients in sent)
+
+
+def _exchanged(config: Config, layout: Layout, layer: int) -> int:
+    query, key = _token_elements(config, layout)
+    each_way = tokens(config, layout) * (2 * query + 2 * key) * WEIGHT_BYTES[config.numerics.precision]
+    return each_way * (_forwards(layout, layer) + 1)

@@ -18,8 +18,10 @@ class Layout:
 
     dp, tp, pp, cp: processes of the data, tensor, pipeline and context axis; their product is the number of GPUs.
     zero_stage: 0 to 3. micro_batch: sequences computed at once. accumulation: micro-batches of one optimizer step.
-    recompute: consecutive blocks that are recomputed together in the backward pass; 0 keeps all activations.
-    bucket: elements of DeepSpeed's reduce bucket. live: elements of weights that ZeRO 3 may keep gathered.
+    recompute: consecutive blocks that are recomputed together in the backward pass; 0 recomputes no whole block.
+    operations: of each block, what is recomputed by itself. first: blocks that any of this is done to; None is all.
+    persistence: elements of the largest tensor that ZeRO 3 never shards. bucket: of DeepSpeed's reduce bucket.
+    live: of weights that ZeRO 3 may keep gathered.
     offload: optimizer states (and masters) lie in CPU memory. overlap: gradients are reduced during the backward pass.
     """
 
@@ -32,6 +34,9 @@ class Layout:
     micro_batch: int = 1
     accumulation: int = 1
     recompute: int = 0
+    operations: tuple[str, ...] = ()
+    first: int | None = None
+    persistence: int = _DEFAULTS.stage3_param_persistence_threshold
     bucket: int = _DEFAULTS.reduce_bucket_size
     live: int = _DEFAULTS.stage3_max_live_parameters
     offload: bool = False
@@ -42,8 +47,9 @@ class Layout:
         """Return the layout that a config asks for."""
         parallel, zero = config.parallel, ZeroOptimization(**config.parallel.zero_optimization)
         tp, pp = parallel.model_parallel_size, max(1, parallel.pipe_parallel_size)
-        cp = int(getattr(parallel, "context_parallel_size", 1) or 1)
-        training = config.training
+        cp, training = parallel.context_parallel_size, config.training
+        operations = training.checkpoint_operations
+        whole = training.checkpoint_activations and operations is None
         return cls(
             dp=parallel.world_size // (tp * pp * cp),
             tp=tp,
@@ -53,7 +59,10 @@ class Layout:
             zero_stage=max(zero.stage, least_stage(pp)),
             micro_batch=config.batch.train_micro_batch_size_per_gpu,
             accumulation=config.batch.gradient_accumulation_steps,
-            recompute=training.checkpoint_num_layers if training.checkpoint_activations else 0,
+            recompute=training.checkpoint_num_layers if whole else 0,
+            operations=tuple(operations or ()) if training.checkpoint_activations else (),
+            first=training.checkpoint_first_layers if training.checkpoint_activations else None,
+            persistence=zero.stage3_param_persistence_threshold,
             bucket=zero.reduce_bucket_size,
             live=min(zero.stage3_max_live_parameters, zero.stage3_max_reuse_distance),
             offload=zero.offload_optimizer is not None and zero.offload_optimizer.device != "none",
@@ -64,6 +73,15 @@ class Layout:
     def gpus(self) -> int:
         """Processes of the run."""
         return self.dp * self.tp * self.pp * self.cp
+
+    @property
+    def replicas(self) -> int:
+        """Processes that hold the same parameters, over which gradients are summed and ZeRO shards."""
+        return self.dp * self.cp
+
+    def recomputes(self, block: int) -> bool:
+        """Return whether anything is recomputed in block number `block`."""
+        return bool(self.recompute or self.operations) and (self.first is None or block < self.first)
 
     @property
     def batch(self) -> int:
@@ -84,7 +102,9 @@ class Layout:
             "zero_optimization.stage": (self.zero_stage, before.zero_stage),
             "train_micro_batch_size_per_gpu": (self.micro_batch, before.micro_batch),
             "gradient_accumulation_steps": (self.accumulation, before.accumulation),
-            "checkpoint_activations": (self.recompute > 0, before.recompute > 0),
+            "checkpoint_activations": (_recomputes(self), _recomputes(before)),
+            "checkpoint_operations": (list(self.operations) or None, list(before.operations) or None),
+            "checkpoint_first_layers": (self.first, before.first),
             "zero_optimization.reduce_bucket_size": (self.bucket, before.bucket),
             "zero_optimization.offload_optimizer.device": (_device(self), _device(before)),
         }
@@ -94,6 +114,10 @@ class Layout:
 def least_stage(pp: int) -> int:
     """Return the lowest ZeRO stage that serves `pp` pipeline stages: pipelines run under stage 1 where 0 is asked."""
     return 1 if pp > 1 else 0
+
+
+def _recomputes(layout: Layout) -> bool:
+    return bool(layout.recompute or layout.operations)
 
 
 def _device(layout: Layout) -> str:

@@ -1,7 +1,7 @@
 """Bytes on each GPU, by pipeline stage and term.
 
 The state of P parameters on a GPU (its tensor and pipeline share), with w bytes a weight, m moments of the optimizer
-and D data-parallel GPUs, as the engines of this library hold it:
+and D replicas (data-parallel GPUs times context-parallel ones), as the engines of this library hold it:
 
     stage                      weights   masters   moments    gradients
     0  (our own engine)        w P       4 P *     4 m P      4 P
@@ -17,14 +17,12 @@ gradients. The total is the larger one.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 from megatron.config.schema.config import Config
 from megatron.model.accounting import layer_types
 from megatron.planning.activations import block_bytes, boundary_bytes, loss_bytes, working_bytes
 from megatron.planning.layout import WEIGHT_BYTES, Layout
-from megatron.planning.parameters import Item, items
-from megatron.planning.stages import balanced
+from megatron.planning.stages import Stage
 
 GIBIBYTE = 2**30
 RESERVE = 1.5 * GIBIBYTE
@@ -81,40 +79,6 @@ class StageMemory:
         return max(self.backward, self.state.total + self.update + self.reserve)
 
 
-@dataclass(frozen=True)
-class Stage:
-    """The parts of the model on one pipeline stage.
-
-    blocks: numbers of its blocks. num_parameters, largest: elements on one GPU, in all and in the largest tensor.
-    """
-
-    parts: tuple[Item, ...]
-    blocks: range
-    num_parameters: int
-    largest: int
-
-    @property
-    def has_head(self) -> bool:
-        """Whether the loss is computed here."""
-        return any(part.kind == "head" for part in self.parts)
-
-
-def stages(config: Config, vocab_size: int, pp: int, tp: int = 1) -> list[Stage]:
-    """Return what a GPU of each of `pp` pipeline stages holds, balanced by parameters, with `tp` sharing each layer.
-
-    vocab_size: rows of the word embedding, padding included."""
-    parts = items(config.model, vocab_size)
-    bounds = balanced([part.numel() for part in parts], pp)
-    result, block = [], 0
-    for start, stop in pairwise(bounds):
-        count = sum(part.kind == "block" for part in parts[start:stop])
-        held = tuple(parts[start:stop])
-        largest = max(part.largest(tp) for part in held)
-        result.append(Stage(held, range(block, block + count), _num_parameters(held, tp), largest))
-        block += count
-    return result
-
-
 def stage_memory(
     config: Config, layout: Layout, parts: list[Stage], vocab_size: int, reserve: float = RESERVE
 ) -> list[StageMemory]:
@@ -123,7 +87,6 @@ def stage_memory(
     result = []
     for index, stage in enumerate(parts):
         numel = stage.num_parameters
-        block = max((kept[layer] for layer in stage.blocks), default=0)
         in_flight = min(layout.pp - index, layout.accumulation)
         result.append(
             StageMemory(
@@ -131,10 +94,10 @@ def stage_memory(
                 layers=(stage.blocks[0], stage.blocks[-1]) if stage.blocks else None,
                 num_parameters=numel,
                 state=state_bytes(config, layout, numel),
-                activations=in_flight * _in_flight(config, layout, stage, kept) + _recomputed(layout, stage, block),
+                activations=in_flight * _in_flight(config, layout, stage, kept) + _recomputed(layout, stage, kept),
                 loss=loss_bytes(config, layout, vocab_size) if stage.has_head else 0,
                 working=working_bytes(config, layout, stage.largest),
-                buffers=buffer_bytes(config, layout, numel),
+                buffers=buffer_bytes(config, layout, numel) + message_bytes(config, layout, index),
                 update=update_bytes(config, layout, numel),
                 reserve=int(reserve),
             )
@@ -144,7 +107,7 @@ def stage_memory(
 
 def state_bytes(config: Config, layout: Layout, numel: int) -> State:
     """Return the state of `numel` parameters on a GPU; offloaded states count nothing."""
-    weight, shards, stage = WEIGHT_BYTES[config.numerics.precision], layout.dp, layout.zero_stage
+    weight, shards, stage = WEIGHT_BYTES[config.numerics.precision], layout.replicas, layout.zero_stage
     share = -(-numel // shards)
     gradient = _gradient_bytes(config) if stage else 4
     own = numel if stage == 0 else share
@@ -182,16 +145,30 @@ def buffer_bytes(config: Config, layout: Layout, numel: int) -> int:
     return total
 
 
+def message_bytes(config: Config, layout: Layout, index: int) -> int:
+    """Return the hidden states that DeepSpeed's pipeline holds beside what autograd keeps, on stage `index`.
+
+    For each micro-batch in flight a copy of what came and what was sent, and the buffers that receive: hidden states
+    from the stage before, their gradients from the one behind. The last stage has its own result, and what comes next.
+    """
+    if layout.pp == 1:
+        return 0
+    in_flight = min(layout.pp - index, layout.accumulation)
+    neighbours = (index > 0) + (index < layout.pp - 1)
+    own = min(2, layout.accumulation) if index == layout.pp - 1 else 0
+    return (neighbours * (in_flight + 1) + own) * boundary_bytes(config, layout)
+
+
 def update_bytes(config: Config, layout: Layout, numel: int) -> int:
     """Return what the update needs beside the state: DeepSpeed's flat copies of gradients.
 
     Stage 1 reduces when the backward pass is over: a bucket's gradients move into it, and a copy of it and this GPU's
     share are made. Stages 2 (in fp32) and 3 copy their share for the optimizer."""
-    size, share = _communication_bytes(config), -(-numel // layout.dp)
+    size, share = _communication_bytes(config), -(-numel // layout.replicas)
     if layout.zero_stage == 0:
         return 0
     if layout.zero_stage == 1 and _is_bf16_optimizer(config):
-        return size * min(numel, _BUFFERED_ELEMENTS) if layout.dp > 1 else 0
+        return size * min(numel, _BUFFERED_ELEMENTS) if layout.replicas > 1 else 0
     if layout.zero_stage == 1:
         return size * layout.bucket + 4 * share
     if layout.zero_stage == 2:
@@ -212,27 +189,22 @@ def _communication_bytes(config: Config) -> int:
     return WEIGHT_BYTES[config.deepspeed.communication_data_type or "fp32"]
 
 
-def _num_parameters(parts: tuple[Item, ...], tp: int) -> int:
-    """Return the elements on one GPU; a tied table that embedding and head share counts once on one stage."""
-    unique = {parameter.name: parameter.numel(tp) for part in parts for parameter in part.parameters}
-    return sum(unique.values())
-
-
 def _kept_bytes(config: Config, layout: Layout) -> dict[int, int]:
     """Return what each block keeps; blocks of one attention type keep the same."""
     types = layer_types(config.model)
-    by_type = {kind: block_bytes(config, layout, types.index(kind)) for kind in dict.fromkeys(types)}
-    return {layer: by_type[kind] for layer, kind in enumerate(types)}
+    kinds = [(kind, layout.recomputes(layer)) for layer, kind in enumerate(types)]
+    by_kind = {kind: block_bytes(config, layout, kinds.index(kind)) for kind in dict.fromkeys(kinds)}
+    return {layer: by_kind[kind] for layer, kind in enumerate(kinds)}
 
 
 def _in_flight(config: Config, layout: Layout, stage: Stage, kept: dict[int, int]) -> int:
     """Return what one micro-batch keeps on a stage until its backward pass."""
-    if not layout.recompute:
-        return sum(kept[layer] for layer in stage.blocks)
-    chunks = -(-len(stage.blocks) // layout.recompute)
-    return chunks * boundary_bytes(config, layout)
+    whole = [layer for layer in stage.blocks if layout.recompute and layout.recomputes(layer)]
+    chunks = -(-len(whole) // max(1, layout.recompute))
+    return chunks * boundary_bytes(config, layout) + sum(kept[layer] for layer in stage.blocks if layer not in whole)
 
 
-def _recomputed(layout: Layout, stage: Stage, block: int) -> int:
+def _recomputed(layout: Layout, stage: Stage, kept: dict[int, int]) -> int:
     """Return the activations of the blocks that are recomputed together."""
-    return min(layout.recompute, len(stage.blocks)) * block
+    sizes = sorted((kept[layer] for layer in stage.blocks if layout.recomputes(layer)), reverse=True)
+    return sum(sizes[: layout.recompute])

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 from megatron.config.schema.config import Config
 from megatron.model.accounting import mlp_shape, padded_vocab_size
-from megatron.planning import schedule
+from megatron.parallel.pipeline import bubble_fraction
 from megatron.planning.communication import Traffic, traffic
 from megatron.planning.layout import Layout
-from megatron.planning.memory import RESERVE, Stage, StageMemory, stage_memory, stages
+from megatron.planning.memory import RESERVE, StageMemory, stage_memory
 from megatron.planning.speed import Assumptions, Speed, speed
+from megatron.planning.stages import Stage, stages
 
 
 @dataclass(frozen=True)
@@ -74,11 +75,9 @@ class Planner:
         parts, vocab_size = self.stages(layout), self.padded(layout)
         memory = self.memory(layout)
         sizes = [stage.num_parameters for stage in memory]
-        sent = [
-            tuple(traffic(self.config, layout, parts, index, numel, vocab_size)) for index, numel in enumerate(sizes)
-        ]
+        sent = [tuple(traffic(self.config, layout, parts, index)) for index in range(len(parts))]
         time = speed(self.config, layout, parts, sent, sizes, vocab_size, self.assumptions, simulate)
-        bubble = schedule.bubble(layout.pp, layout.accumulation)
+        bubble = bubble_fraction(layout.pp, layout.accumulation)
         return Plan(layout, tuple(memory), tuple(sent), time, bubble)
 
     def is_possible(self, layout: Layout) -> bool:
@@ -86,8 +85,13 @@ class Planner:
         model, tp = self.config.model, layout.tp
         rows, columns, gated = mlp_shape(model)
         cut = (model.num_attention_heads, model.num_kv_heads or tp, rows // (2 if gated else 1), columns)
-        if any(size % tp for size in cut) or layout.pp > model.num_layers or model.seq_length % layout.cp:
+        if any(size % tp for size in cut) or layout.pp > model.num_layers:
             return False
-        if layout.sequence_parallel and (tp == 1 or model.seq_length % tp):
+        if layout.cp > 1 and model.seq_length % (2 * layout.cp):
+            return False
+        if layout.sequence_parallel and (tp == 1 or model.seq_length % (tp * layout.cp)):
+            return False
+        shared = layout.cp if self.config.parallel.context_parallel_method == "all_to_all" else 1
+        if (model.num_kv_heads or model.num_attention_heads) % (tp * shared):
             return False
         return not (layout.pp > 1 and layout.zero_stage >= 2)

@@ -25,7 +25,7 @@ def describe(layout: Layout) -> str:
     context = f" x context {layout.cp}" if layout.cp > 1 else ""
     extra = [
         f"ZeRO {layout.zero_stage}",
-        "recomputation" if layout.recompute else "no recomputation",
+        _recomputation(layout),
         *(["sequence parallel"] if layout.sequence_parallel else []),
         *(["optimizer on the CPU"] if layout.offload else []),
     ]
@@ -33,6 +33,14 @@ def describe(layout: Layout) -> str:
         f"data {layout.dp} x tensor {layout.tp} x pipeline {layout.pp}{context}, micro-batch {layout.micro_batch} x "
         f"accumulation {layout.accumulation}, {', '.join(extra)}"
     )
+
+
+def _recomputation(layout: Layout) -> str:
+    if not (layout.recompute or layout.operations):
+        return "no recomputation"
+    what = "" if layout.recompute else f" of {' and '.join(layout.operations)}"
+    where = "" if layout.first is None else f" in the first {layout.first} blocks"
+    return f"recomputation{what}{where}"
 
 
 def memory_table(plan: Plan) -> list[str]:
@@ -145,8 +153,8 @@ def ranking(plans: Sequence[Plan]) -> list[str]:
         layout, speed = plan.layout, plan.speed
         rows.append([
             *map(str, (number, layout.dp, layout.tp, layout.pp, layout.zero_stage, layout.micro_batch)),
-            str(layout.accumulation), "yes" if layout.recompute else "no", f"{plan.peak / GIBIBYTE:.1f}",
-            f"{speed.tokens_per_second:,.0f}", f"{speed.step:.3g}", f"{speed.idle:.1%}",
+            str(layout.accumulation), "yes" if layout.recompute or layout.operations else "no",
+            f"{plan.peak / GIBIBYTE:.1f}", f"{speed.tokens_per_second:,.0f}", f"{speed.step:.3g}", f"{speed.idle:.1%}",
         ])  # fmt: skip
     return _table(header, rows, left=1)
 

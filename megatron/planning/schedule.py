@@ -3,17 +3,12 @@
 Stage i of p first runs min(p - i - 1, m) forward passes, then one forward and one backward in turn, then the backward
 passes that are left. A forward pass waits for the stage before, a backward pass for the stage behind.
 
-    equal stages: idle share of the step = (p - 1) / (m + p - 1)
+    equal stages: idle share of the step = (p - 1) / (m + p - 1), which is `parallel.pipeline.bubble_fraction`
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-
-def bubble(stages: int, micro_batches: int) -> float:
-    """Return the idle share of a step with equal stages: (p - 1) / (m + p - 1)."""
-    return (stages - 1) / (micro_batches + stages - 1)
 
 
 def order(stage: int, stages: int, micro_batches: int) -> list[tuple[str, int]]:

@@ -15,6 +15,9 @@ from megatron.planning.plan import Plan, Planner
 _SMALL_BUCKET = 50_000_000
 _MOST_CHANGES = 3
 
+Fields = dict[str, int | bool | tuple[str, ...] | None]
+"""Fields of a Layout, with other values."""
+
 
 @dataclass(frozen=True)
 class Change:
@@ -49,10 +52,10 @@ def changes(planner: Planner, before: Plan, limit: float, count: int = 3) -> lis
     ]
 
 
-def _moves(planner: Planner, layout: Layout) -> Iterator[tuple[str, dict[str, int | bool]]]:
+def _moves(planner: Planner, layout: Layout) -> Iterator[tuple[str, Fields]]:
     """Yield (axis=value, fields) of single changes; the data axis and accumulation follow from them."""
     if not layout.recompute:
-        yield "recompute=1", {"recompute": 1}
+        yield "recompute=1", {"recompute": 1, "operations": (), "first": None}
     if layout.tp > 1 and not layout.sequence_parallel:
         yield "sequence=1", {"sequence_parallel": True}
     for factor in (2, 4, 8):
@@ -70,7 +73,7 @@ def _moves(planner: Planner, layout: Layout) -> Iterator[tuple[str, dict[str, in
         yield "offload=1", {"offload": True}
 
 
-def _combine(layout: Layout, fields: list[dict[str, int | bool]]) -> Layout | None:
+def _combine(layout: Layout, fields: list[Fields]) -> Layout | None:
     """Return the layout with these fields and the same GPUs and global batch; None where they do not divide."""
     merged = {name: value for change in fields for name, value in change.items()}
     changed = layout.changed(**merged)
@@ -117,6 +120,8 @@ def _all(planner: Planner, layout: Layout) -> Iterator[Layout]:
                             accumulation=batch // dp // micro,
                             zero_stage=stage,
                             recompute=recompute,
+                            operations=() if recompute else layout.operations,
+                            first=layout.first if bool(recompute) == bool(layout.recompute) else None,
                             sequence_parallel=layout.sequence_parallel and tp > 1,
                             offload=layout.offload and stage > 0,
                         )

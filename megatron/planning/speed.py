@@ -22,7 +22,8 @@ from megatron.planning import schedule
 from megatron.planning.activations import tokens
 from megatron.planning.communication import Traffic
 from megatron.planning.layout import Layout
-from megatron.planning.memory import Stage, num_moments
+from megatron.planning.memory import num_moments
+from megatron.planning.stages import Stage
 
 _A100 = ((125e6, 0.448), (350e6, 0.516), (760e6, 0.569), (1.3e9, 0.599), (3e9, 0.621), (7e9, 0.642), (13e9, 0.596))
 _H100 = ((125e6, 0.41), (760e6, 0.349), (1.3e9, 0.418), (3e9, 0.437), (7e9, 0.464), (13e9, 0.398), (30e9, 0.586))
@@ -132,7 +133,7 @@ def speed(
     instead of estimating it."""
     rate = assumptions.mfu * 1e12 * peak(config, assumptions.gpu)
     flops = stage_flops(config, layout, parts, vocab_size)
-    again = [blocks / 3 if layout.recompute else 0.0 for blocks, _ in flops]
+    again = [_recomputed_flops(config, layout, stage, blocks) for stage, (blocks, _) in zip(parts, flops, strict=True)]
     waits = [_per_micro_batch(one, layout, assumptions) for one in sent]
     least = [_LAUNCHES * len(stage.blocks) for stage in parts]
     passes = 3.0 if layout.recompute else 2.0
@@ -156,6 +157,15 @@ def speed(
         optimizer=update,
         tokens_per_second=layout.batch * config.model.seq_length / step,
     )
+
+
+def _recomputed_flops(config: Config, layout: Layout, stage: Stage, blocks: float) -> float:
+    """Return the FLOPs that a stage's recomputation adds to a micro-batch. blocks: those of its blocks without it."""
+    count = sum(layout.recomputes(layer) for layer in stage.blocks)
+    if layout.recompute:
+        return blocks / 3 * count / max(1, len(stage.blocks))
+    scores = 4.0 * config.model.seq_length * config.model.hidden_size * tokens(config, layout) / layout.tp
+    return scores * count if "attention" in layout.operations else 0.0
 
 
 def peak(config: Config, gpu: Gpu) -> float:
@@ -196,7 +206,7 @@ def _optimizer(config: Config, layout: Layout, numel: int, gpu: Gpu) -> float:
     """Return the seconds of the update: gradient, master and moments are read, master, moments and weight written.
 
     Offloaded, gradients and weights cross PCI Express at 20 GB/s and the CPU reads and writes at 100 GB/s a GPU."""
-    share = numel if layout.zero_stage == 0 else numel / layout.dp
+    share = numel if layout.zero_stage == 0 else numel / layout.replicas
     traffic = (10 + 8 * num_moments(config)) * share + 4 * share
     if layout.offload:
         return 6 * share / 20e9 + traffic / 100e9

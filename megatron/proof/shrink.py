@@ -80,7 +80,7 @@ def shrink(config: Config, on_cpu: bool = True) -> Trial:
     notes = []
     if config.numerics.precision == "fp16" and on_cpu:
         small |= {"precision": "bf16", "fp16": None}
-        notes.append("precision fp16 is not computed on CPUs: the trial is in fp32 and bf16.")
+        notes.append("precision fp16 is not computed on CPUs: the trial is in fp32 and bf16, without a loss scale.")
     if config.optimizer.optimizer["type"] == "cpu_adam":
         small["optimizer"] = {**config.optimizer.optimizer, "type": "adam"}
         notes.append("optimizer cpu_adam is replaced by adam, whose formula is the same and which needs no compiler.")

@@ -51,6 +51,7 @@ class CharLevelTokenizer:
 
 class _Bytes:
     vocab_size = 512
+    library = "numpy"
 
     def encode(self, text: str) -> NDArray[Any]:
         """The bytes of `text`, u8 [bytes]."""

@@ -84,7 +84,8 @@ def choose_encoder(tokenizer: Tokenizer, sample: Sequence[str]) -> DocumentEncod
             return DocumentEncoder(tokenizer, None, f"Encoding with {tokenizer.name}: {reason}")
     characters = sum(len(text) for text in sample)
     checked = f"checked against {tokenizer.name} on {len(sample)} documents ({characters:,} characters), the same ids"
-    return DocumentEncoder(tokenizer, fast, f"Encoding with gigatoken, {checked}.")
+    library = getattr(fast.inner, "library", "gigatoken")
+    return DocumentEncoder(tokenizer, fast, f"Encoding with {library}, {checked}.")
 
 
 def _same(tokenizer: Tokenizer, fast: FastBackend, text: str) -> bool:

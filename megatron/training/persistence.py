@@ -51,6 +51,10 @@ def find_source(config: CheckpointConfig) -> Source | None:
         raise _foreign(config, foreign)
     if config.resume == "auto" and save and saved:
         return Source(find_checkpoint(save, config.iteration), is_own=True)
+    if config.load is not None and save and not saved and Path(config.load).resolve() == save.resolve():
+        why = "it is the folder that this run saves to, and it holds no checkpoint yet."
+        fix = "Write resume: auto instead of load: a run then begins anew where there is none, and else goes on."
+        raise CheckpointError(Problem(f"load = {config.load}", why, fix))
     folder = find_checkpoint(config.load, config.iteration) if config.load is not None else None
     is_own = folder is not None and save is not None and folder.resolve().parent == save.resolve()
     if saved and (not is_own or config.finetune):
@@ -143,7 +147,7 @@ class Keeper:
         engine.load_state(self._reader.read, with_optimizer)
         progress = Progress() if finetune else Progress.from_dict(self._reader.manifest.progress)
         logger.info(
-            "loaded %s: %d tensors, %s; continuing after iteration %d",
+            "loaded %s: %d tensors, %s, masters equal to the weights on every rank; continuing after iteration %d",
             self._reader.folder,
             len(shapes),
             "optimizer state included" if with_optimizer else "weights only",

@@ -85,16 +85,29 @@ def small_disk(tmp_path):
 def test_too_little_room_is_seen_before_anything_is_written(small_disk):
     save(small_disk, 1)
     big = {("w", "weight"): torch.zeros(3 << 20)}
-    with pytest.raises(CheckpointError, match=r"needs 29.4 MB, and 2\d\.\d MB are free.*keep_last_n_checkpoints"):
+    message = r"needs 12.6 MB and 16.8 MB besides.*; 2\d\.\d MB are free.*keep_last_n_checkpoints"
+    with pytest.raises(CheckpointError, match=message):
         save(small_disk, 2, big)
     assert_good(small_disk, 1)
+
+
+def test_keeping_fewer_makes_room_for_the_next(small_disk, monkeypatch):
+    monkeypatch.setattr(save_module, "_SLACK", 1 << 20)
+    mid = {("w", "weight"): torch.zeros(5 << 18)}
+    for iteration in (1, 2, 3, 4):
+        save(small_disk, iteration, mid)
+    with pytest.raises(CheckpointError, match=r"delete old checkpoints \(global_step1, global_step2, global_step3\)"):
+        save(small_disk, 5, mid)
+    save(small_disk, 5, mid, keep_last=1)
+    assert sorted(path.name for path in small_disk.iterdir()) == ["global_step5", "latest"]
+    CheckpointReader(find_checkpoint(small_disk)).verify()
 
 
 def test_a_disk_that_becomes_full_while_writing(small_disk, monkeypatch):
     save(small_disk, 1)
     monkeypatch.setattr(save_module, "_SLACK", -(1 << 30))  # as if someone else filled the disk after the check
     big = {("w", "weight"): torch.zeros(8 << 20)}
-    with pytest.raises(CheckpointError, match=r"The disk became full while it was written.*Earlier checkpoints"):
+    with pytest.raises(CheckpointError, match=r"The disk became full while it was written.*the last is global_step1"):
         save(small_disk, 2, big)
     assert sorted(path.name for path in small_disk.iterdir()) == ["global_step1", "latest"]
     assert_good(small_disk, 1)

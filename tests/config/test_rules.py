@@ -199,6 +199,22 @@ def test_settings_without_effect_are_said() -> None:
     assert notices == ("a.yml:7: rotary_pct has no effect without pos_emb: rotary.",)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "size"),
+    [
+        ("context_parallel_method", "all_to_all", "context_parallel_size"),
+        ("sequence_parallel", True, "model_parallel_size"),
+        ("fp32_allreduce", True, "model_parallel_size"),
+        ("pipe_partition_method", "uniform", "pipe_parallel_size"),
+    ],
+)
+def test_ways_of_sharing_need_somebody_to_share_with(key: str, value: object, size: str) -> None:
+    settings = {name: Setting(each) for name, each in {**SMALL, key: value}.items()}
+    assert resolve_settings(settings).notices == (f"{key} has no effect without {size}: 2 or more.",)
+    settings[size] = Setting(2)
+    assert resolve_settings(settings, world_size=2).notices == ()
+
+
 def test_ignored_keys_are_said_with_their_reason() -> None:
     settings = {key: Setting(value) for key, value in SMALL.items()}
     settings["steps_per_print"] = Setting(10, "a.yml:3")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 import os
 import random
 import signal
@@ -162,7 +163,10 @@ def test_plain_strings_lists_and_a_byte_order_mark(tmp_path: Path) -> None:
     assert outputs(tmp_path / "o") == by_hand(["just text", "one\n\ntwo"], None)
 
 
-def test_text_files_and_folders_in_order(tmp_path: Path) -> None:
+def test_text_files_and_folders_in_order(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("deepy"), "propagate", True)
     folder = tmp_path / "in"
     for name, content in {
         "b.txt": b"second\r\nline\r",
@@ -177,6 +181,8 @@ def test_text_files_and_folders_in_order(tmp_path: Path) -> None:
     counts, _ = run(job_for([folder], tmp_path / "o", suffixes=["py"]))
     assert outputs(tmp_path / "o") == by_hand(["first", "second\nline\n", "third = 1\n"], None)
     assert (counts["text"].num_documents, counts["text"].num_empty) == (3, 1)
+    assert f"{folder}: files left out, with other endings: 1 (.dat)" in caplog.messages
+
     job = job_for([str(folder / "*.py"), folder / "b.txt"], tmp_path / "p", suffixes=[".py"])
     assert [source.path.name for source in job.files] == ["c.py", "b.txt"]
 

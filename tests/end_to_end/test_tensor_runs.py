@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.end_to_end.layouts import assert_the_same_run
 from tests.end_to_end.test_resume import run, tensors
-from tests.end_to_end.tiny import losses, write_corpus
+from tests.end_to_end.tiny import write_corpus
 from tests.ranks import run_ranks
 
 # 512 ids make 540 rows in one process; a new model would have 720 on two tensor parallel ranks.
@@ -22,7 +22,6 @@ def test_a_run_that_changes_its_layout_is_the_run_that_does_not(tmp_path: Path) 
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for folder in (whole, broken):
         write_corpus(folder / "corpus")
-    run_ranks(1, lambda: run(whole, **MODEL))
     halved = {"gradient_accumulation_steps": 1}
     layouts: list[tuple[int, int, dict[str, Any]]] = [
         (1, 2, {}),
@@ -31,17 +30,8 @@ def test_a_run_that_changes_its_layout_is_the_run_that_does_not(tmp_path: Path) 
         (4, 6, {**TENSOR, "pipe_parallel_size": 2, "sequence_parallel": True}),
         (2, 8, TENSOR),
     ]
-    for world_size, last, changes in layouts:
-        run_ranks(world_size, functools.partial(run, broken, world_size, exit_interval=last, **MODEL, **changes))
-    assert losses(broken).keys() == losses(whole).keys()
-    for kind in ("step", "validation"):
-        for iteration, loss in losses(whole, kind).items():
-            assert losses(broken, kind)[iteration] == pytest.approx(loss, rel=1e-5), (kind, iteration)
-    expected, found = tensors(whole), tensors(broken)
-    assert found["weight", "embedding.word_embeddings.weight"].shape[0] == 540
-    assert expected.keys() == found.keys()
-    for key, tensor in expected.items():
-        assert (found[key] - tensor).norm() <= 1e-3 * tensor.norm() + 1e-6, key
+    assert_the_same_run(whole, broken, MODEL, layouts)
+    assert tensors(broken)["weight", "embedding.word_embeddings.weight"].shape[0] == 540
 
 
 def test_a_vocabulary_that_the_ranks_cannot_share_is_refused(tmp_path: Path) -> None:

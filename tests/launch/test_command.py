@@ -15,7 +15,6 @@ from megatron.launch import command
 from megatron.launch.command import (
     Layout,
     find_layout,
-    free_port,
     local_environments,
     runner_command,
     single_layout,
@@ -80,15 +79,6 @@ def test_one_process_per_gpu() -> None:
 def test_more_processes_than_gpus_are_refused() -> None:
     with pytest.raises(LaunchError, match=r"but this machine shows 4 GPUs\. Set num_gpus to 4 or less"):
         find_layout(launcher(num_gpus=8), {})
-
-
-def test_a_taken_port_is_replaced() -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        assert free_port(port) != port
-    assert free_port(port) == port
 
 
 def test_several_hosts_go_through_the_runner(hostfile: str) -> None:

@@ -17,8 +17,8 @@ from megatron.config.schema.config import Config
 from megatron.config.transport import pack
 from megatron.errors import DataError, Problem
 from megatron.launch.board import Board
-from megatron.launch.command import free_port
 from megatron.launch.entry import run_worker
+from megatron.launch.port import free_port
 from megatron.launch.prelude import PAYLOAD_FLAG
 from megatron.parallel.mesh import Mesh
 from tests.end_to_end.tiny import settings
@@ -145,7 +145,7 @@ def test_one_process_may_use_a_model_of_any_layout(tmp_path: Path) -> None:
         print(f"world {mesh.world.size}, config for tensor {config.parallel.model_parallel_size}")
 
     argv = payload(tmp_path, 2, model_parallel_size=2)
-    code, output = fork(lambda: run_worker(work, argv, alone=True), tmp_path / "output").end()
+    code, output = fork(lambda: run_worker(work, argv, decoding=True), tmp_path / "output").end()
     assert code == 0, output
     assert "world 1, config for tensor 2" in output
 

@@ -11,10 +11,10 @@ from megatron import logs
 from megatron.config.resolve import resolve
 from megatron.errors import LaunchError
 from megatron.launch import peers
-from megatron.launch.command import free_port
 from megatron.launch.failure import Failure
 from megatron.launch.peers import PeerWatch, check_in, open_store
 from megatron.launch.place import Place
+from megatron.launch.port import free_port
 from tests.end_to_end.tiny import settings
 from tests.launch.forked import fork
 

@@ -68,8 +68,19 @@ def test_the_bar_shows_the_same_and_lets_messages_pass(monkeypatch: pytest.Monke
 def test_a_narrow_terminal_has_the_loss_and_the_speed() -> None:
     texts = shown().numbers()
     assert fit(texts, 200) == texts
-    assert fit(texts, 50) == [texts[0], texts[1], texts[3]]
-    assert fit(texts, 30) == [texts[0], texts[3]]
+    assert fit(texts, 50) == [texts[0], texts[1], "12,346 tok/s"]
+    assert fit(texts, 30) == [texts[0], "12,346 tok/s"]
+
+
+def test_80_columns_have_loss_rate_speed_mfu_and_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setenv("COLUMNS", "80")
+    bar = Bar(1000, 0)
+    bar.show(shown(speed=Speed(0.1, 12345.6, 10.0, 40.0, 0.412, 0.38, 0.412)))
+    bar.close()
+    for part in ("loss 2.5000", "lr 1.00e-03", "12,346 tok/s", "MFU 41.2%", "12:34 left"):
+        assert part in stream.getvalue()
 
 
 def test_no_bar_without_a_terminal() -> None:

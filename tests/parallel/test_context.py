@@ -19,9 +19,9 @@ from megatron.parallel.context import (
     positions_of,
     ring_attention,
     sequence_to_heads,
-    visible_parts,
 )
 from megatron.parallel.mesh import Axis, Mesh
+from megatron.parallel.visible import seen_keys, tokens_sent, visible_parts
 from tests.ranks import run_ranks
 
 LENGTH, HEADS, SCALE = 24, 4, 0.4
@@ -55,6 +55,24 @@ def test_the_parts_hold_each_visible_pair_once(size: int, window: int | None) ->
                 if not part.cut and part.causal:
                     assert torch.equal(inside, (distance >= 0)[part.query, part.key])
             assert (count[seen] == 1).all()
+
+
+@pytest.mark.parametrize("window", [None, 0, 1, 2, 3, 5, 9, 100])
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_what_is_sent_is_what_somebody_sees(size: int, window: int | None) -> None:
+    half, length = 3, 2 * 3 * size
+    for query_rank in range(size):
+        for key_rank in set(range(size)) - {query_rank}:
+            distance = positions_of(query_rank, size, length).unsqueeze(1) - positions_of(key_rank, size, length)
+            seen = ((distance >= 0) & (distance <= (length if window is None else window))).any(dim=0)
+            chunks = [index for index in range(2) if seen[index * half : (index + 1) * half].any()]
+            sent = seen_keys(query_rank, key_rank, size, half, window)
+            assert (sent.stop - sent.start) == half * len(chunks)
+            assert seen.sum() == seen[sent].sum()
+    if window == 0:
+        assert tokens_sent(1, size, half, window) == (0, 0)
+    if window == 1 and size > 2:  # each chunk is seen by the next one only, which is a neighbour's
+        assert tokens_sent(1, size, half, window) == (2 * half, 2 * half)
 
 
 def test_every_rank_has_the_same_work_at_every_step() -> None:
@@ -92,6 +110,8 @@ def sights() -> dict[str, Sight]:
     return {
         "causal": Sight(SCALE),
         "window": Sight(SCALE, window=5),
+        "narrow": Sight(SCALE, window=1),
+        "itself": Sight(SCALE, window=0),
         "documents": Sight(SCALE, segments=segments),
         "alibi": Sight(SCALE, slopes=slopes),
         "everything": Sight(SCALE, window=9, slopes=slopes, segments=segments),
@@ -194,19 +214,19 @@ class _Counter:
         self.sent = 0
 
     def all_to_all_single(self, tensor: Tensor, received: list[int], sent: list[int], group: str) -> Tensor:
-        row = tensor.numel() // tensor.shape[0] * tensor.element_size()
+        row = tensor.numel() // max(1, tensor.shape[0]) * tensor.element_size()
         own = torch.distributed.get_rank()
         self.sent += sum(count * row for rank, count in enumerate(sent) if rank != own)
         return self._operations.all_to_all_single(tensor, received, sent, group)
 
 
-def count_bytes(method: Callable, groups: int, dtype: torch.dtype) -> tuple[int, int]:
+def count_bytes(method: Callable, groups: int, dtype: torch.dtype, window: int | None = None) -> tuple[int, int]:
     """Run inside a rank: bytes that it sends in the forward pass, and in both passes."""
     counter = context._OPS = _Counter(context._OPS)
     axis = Mesh.create(cp=torch.distributed.get_world_size()).cp
     mine = local_positions(axis, LENGTH)
     *leaves, gradient = [each[:, :, mine].contiguous().requires_grad_() for each in draw(groups, dtype)]
-    output = method(*leaves, Sight(SCALE), axis)
+    output = method(*leaves, Sight(SCALE, window), axis)
     forward = counter.sent
     output.backward(gradient)
     return forward, counter.sent
@@ -222,3 +242,17 @@ def test_the_bytes_are_those_of_the_closed_form(size: int, dtype: torch.dtype) -
     assert run_ranks(size, count_bytes, ring_attention, groups, dtype) == [wanted] * size
     forward = (size - 1) * (2 * queries + 2 * keys) * element // size
     assert run_ranks(size, count_bytes, all_to_all, groups, dtype) == [(forward, 2 * forward)] * size
+
+
+@pytest.mark.parametrize(
+    ("window", "dtype"), [(0, torch.float32), (1, torch.bfloat16), (4, torch.float32), (30, torch.float32)]
+)
+def test_within_a_window_only_what_is_seen_is_sent(window: int, dtype: torch.dtype) -> None:
+    size, groups, token = 4, 2, 2 * 2 * 2 * 8  # keys and values of the two key heads of a token in both rows
+    found = run_ranks(size, count_bytes, ring_attention, groups, dtype, window)
+    for rank, bytes_sent in enumerate(found):
+        keys, gradients = tokens_sent(rank, size, LENGTH // (2 * size), window)
+        assert bytes_sent == (keys * token * dtype.itemsize, token * (2 * keys * dtype.itemsize + gradients * 4))
+    everything = (size - 1) * LENGTH // size * token * dtype.itemsize
+    assert [most <= everything for most, _ in found] == [True] * size
+    assert max(most for most, _ in found) == {0: 0, 1: everything // 3, 4: everything // 2}.get(window, everything)

@@ -4,6 +4,7 @@ With C ranks of a sequence, b rows of s tokens in all micro-batches of a data ra
 K = b (s/C) k d the elements of a rank's keys, Q those of its queries:
 
     ring          L (C-1) (2 K e forward + 2 K e and 2 K 4 backward)
+    window        in a local layer only the chunks that the other rank sees: here one of two
     all_to_all    L (2 Q + 2 K) e forward, and the same backward, 1/C of which stays where it is
     recomputed    the forward pass of attention once more
     gradients     all of them, once a step in fp32 (stage 0), over the replicas: data and context ranks
@@ -48,6 +49,7 @@ def all_to_all(size: int, heads: int = HEADS, passes: int = 2) -> int:
     return LAYERS * ROWS * (LENGTH // size) * HEAD * (2 * HEADS + 2 * heads) * 4 * passes
 
 
+WINDOW = {"attention_config": [[["local", "global"], "all"]], "sliding_window_width": 3}
 HEADS_KEY = {"context_parallel_method": "all_to_all"}
 CASES: dict[str, tuple[int, int, dict[str, Any], int]] = {
     # context size, data size, keys, bytes of the exchanges
@@ -58,6 +60,7 @@ CASES: dict[str, tuple[int, int, dict[str, Any], int]] = {
     "few key-value heads": (2, 1, {"num_kv_heads": 1}, ring(2, heads=1)),
     "bf16": (2, 1, {"precision": "bf16"}, ring(2, element=2)),
     "recomputed": (2, 1, {"checkpoint_activations": True}, ring(2, forwards=2)),
+    "a local layer and a global one": (2, 1, WINDOW, ring(2) * 3 // 4),
     "all to all": (2, 1, HEADS_KEY, all_to_all(2)),
     "all to all, few key-value heads": (2, 1, {**HEADS_KEY, "num_kv_heads": 2}, all_to_all(2, heads=2)),
 }

@@ -37,6 +37,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "use_bias_in_mlp": False,
         "no_weight_tying": True,
     },
+    "rpe": {"pos_emb": "rpe", "rpe_num_buckets": 8, "rpe_max_distance": 16, "no_weight_tying": True},
 }
 
 

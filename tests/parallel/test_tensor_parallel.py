@@ -10,9 +10,8 @@ from tests.parallel.matrix import assert_equal, make_config, run_layout, run_ref
 
 from deepspeed.accelerator import get_accelerator
 
-from megatron.engine import local
+from megatron.engine import local, partial
 from megatron.errors import ConfigError, EngineError
-from megatron.parallel import grad_sync
 
 GPT_J = {"gpt_j_residual": True}
 
@@ -99,10 +98,18 @@ def test_fp16(monkeypatch: pytest.MonkeyPatch, stage: int) -> None:
 @pytest.mark.parametrize("stage", [0, 1, 3])
 @pytest.mark.parametrize("name", ["gpt2", "pythia"])
 def test_a_partial_gradient_that_is_not_summed_is_seen(monkeypatch: pytest.MonkeyPatch, name: str, stage: int) -> None:
-    for module in (grad_sync, local):
+    for module in (partial, local):
         monkeypatch.setattr(module, "is_partial", lambda parameter, region: False)
     with pytest.raises((EngineError, AssertionError), match=r"copies must be alike|replicas of"):
         run_layout({**MODELS[name], **SP, "stage": stage}, 2)
+
+
+@pytest.mark.parametrize("more", [{"overlap_comm": True}, {"offload_optimizer": {"device": "cpu"}}], ids=str)
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_partial_gradients_however_zero_reduces(stage: int, more: dict[str, Any]) -> None:
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 50, **more}
+    flat = {**MODELS["pythia"], **SP, "gradient_accumulation_steps": 4, "zero_optimization": zero}
+    assert_equal(run_layout(flat, 2), run_reference(MODELS["pythia"]), TOLERANCE["fp32"])
 
 
 def test_fewer_key_value_heads_than_ranks_are_refused() -> None:

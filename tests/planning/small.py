@@ -21,12 +21,14 @@ BUCKET = 40_002
 """Elements of the reduce bucket; no tensor has its size, so that it can be told from gradients."""
 
 
-def config(world_size: int = 1, stage: int = 0, **keys: Any) -> Config:
+def config(world_size: int = 1, stage: int = 0, persistence: int = 0, **keys: Any) -> Config:
+    """Return the config of a small model; persistence: elements of the largest tensor that ZeRO 3 never shards."""
     values = {
         "num_layers": 8, "hidden_size": 32, "num_attention_heads": 4, "seq_length": 32, "max_position_embeddings": 32,
         "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2, "precision": "bf16", "pos_emb": "rotary",
         "no_weight_tying": True, "optimizer": {"type": "adam", "params": {"lr": 1e-3}}, "train_iters": 10,
-        "zero_optimization": {"stage": stage, "reduce_bucket_size": BUCKET, "stage3_param_persistence_threshold": 0},
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": BUCKET,
+                              "stage3_param_persistence_threshold": persistence},
         **keys,
     }  # fmt: skip
     return resolve(values, world_size=world_size)

@@ -6,13 +6,16 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
+from megatron.model import recompute
 from megatron.model.build import build_model
 from megatron.model.stream import Stream
 from megatron.ops import cross_entropy
 from megatron.parallel.mesh import Mesh
 from megatron.planning.activations import CHUNK_BYTES, block_bytes, boundary_bytes, loss_bytes
 from megatron.planning.layout import Layout
+from tests.parallel.matrix import make_mesh
 from tests.planning.small import VOCAB, batch, config, live, storages
+from tests.ranks import run_ranks
 
 BLOCKS = {
     "GPT-NeoX": {"gpt_j_residual": True, "rotary_pct": 0.25},
@@ -38,8 +41,8 @@ def _attention_of_a_gpu(monkeypatch):
     monkeypatch.setattr("megatron.ops.attention._trains_on_cpu", lambda query: False)
 
 
-def _kept(function, model):
-    """Return the bytes that `function` keeps for its backward pass, parameters apart."""
+def _kept(function, model, starts=()):
+    """Return the bytes that `function` keeps for its backward pass, parameters apart. starts: are kept as well."""
     found, tensors = {}, []
 
     def keep(tensor):
@@ -49,12 +52,17 @@ def _kept(function, model):
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         result = function()
+    found.update(storages(starts))
     parameters = storages(model.parameters())
     return sum(size for address, size in found.items() if address not in parameters), result
 
 
+def _config(processes=1, **keys):
+    return config(processes, num_layers=2, hidden_size=64, seq_length=64, max_position_embeddings=64, **keys)
+
+
 def _model(**keys):
-    resolved = config(num_layers=2, hidden_size=64, seq_length=64, max_position_embeddings=64, **keys)
+    resolved = _config(**keys)
     return resolved, build_model(resolved, VOCAB, Mesh.single())
 
 
@@ -67,13 +75,66 @@ def test_a_block_keeps_what_is_planned(keys):
     assert measured == pytest.approx(block_bytes(resolved, Layout.of(resolved)), rel=0.05)
 
 
-def test_heads_and_widths_are_split_over_the_tensor_axis_and_norms_under_sequence_parallelism():
-    resolved = config(num_layers=1)
-    one, two = (block_bytes(resolved, Layout(tp=tp, micro_batch=2)) for tp in (1, 2))
-    spread = block_bytes(resolved, Layout(tp=2, micro_batch=2, sequence_parallel=True))
-    assert spread == one // 2
-    norms = 2 * 32 * (4 * 32 * 2 + 16)  # two inputs, two outputs and their statistics
-    assert two == (one - norms) // 2 + norms
+TP = {"model_parallel_size": 2}
+SP = {**TP, "sequence_parallel": True}
+CP = {"context_parallel_size": 2}
+HEADS = {**CP, "context_parallel_method": "all_to_all"}
+AGAIN = {"checkpoint_activations": True}
+SCORES, NARROW = {**AGAIN, "checkpoint_operations": ["attention"]}, {**AGAIN, "checkpoint_operations": ["activation"]}
+LLAMA = {**BLOCKS["LLaMA"], "mlp_multiple_of": 8}
+
+SHARED: dict[str, tuple[int, dict]] = {
+    # processes, keys
+    "tensor": (2, TP),
+    "tensor, parallel residual": (2, {**TP, "gpt_j_residual": True}),
+    "tensor, norms of queries and keys": (2, {**TP, "use_qk_layernorm": True}),
+    "tensor, rms norms of queries and keys": (2, {**TP, **LLAMA, "use_qk_layernorm": True}),
+    "sequence": (2, SP),
+    "sequence, LLaMA": (2, {**SP, **LLAMA}),
+    "sequence, parallel residual": (2, {**SP, "gpt_j_residual": True}),
+    "ring": (2, CP),
+    "ring, LLaMA": (2, {**CP, **LLAMA}),
+    "ring, norms of queries and keys": (2, {**CP, "use_qk_layernorm": True}),
+    "ring, sequence": (4, {**CP, **SP}),
+    "ring, attention recomputed": (2, {**CP, **SCORES}),
+    "all to all": (2, HEADS),
+    "all to all, LLaMA": (2, {**HEADS, **LLAMA}),
+    "all to all, norms of queries and keys": (2, {**HEADS, "use_qk_layernorm": True}),
+    "all to all, attention recomputed": (2, {**HEADS, **SCORES}),
+    "attention recomputed": (1, SCORES),
+    "activation recomputed": (1, NARROW),
+    "activation recomputed, LLaMA": (1, {**NARROW, **LLAMA}),
+    "both recomputed, tensor": (2, {**TP, **AGAIN, "checkpoint_operations": ["attention", "activation"]}),
+}  # fmt: skip
+
+
+def _kept_on_a_rank(processes, keys):
+    """Run inside a rank: bytes that one block keeps; what recomputed operations start from is kept by nobody else."""
+    resolved = _config(processes, **keys)
+    model = build_model(resolved, VOCAB, make_mesh(resolved))
+    layout = Layout.of(resolved)
+    length = 64 // layout.cp // (layout.tp if layout.sequence_parallel else 1)
+    hidden = torch.randn(2, length, 64, dtype=torch.bfloat16, requires_grad=True)
+    starts, run = [], recompute.checkpoint
+
+    def checkpoint(function, *inputs, **settings):
+        starts.extend(value for value in inputs if isinstance(value, torch.Tensor))
+        return run(function, *inputs, **settings)
+
+    recompute.checkpoint = checkpoint
+    try:
+        measured, _ = _kept(lambda: model.get_submodule("layers.0")(Stream(hidden, None)), model, starts)
+    finally:
+        recompute.checkpoint = run
+    return measured
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_each_of_several_processes_keeps_what_is_planned(name):
+    processes, keys = SHARED[name]
+    resolved = _config(processes, **keys)
+    planned = block_bytes(resolved, Layout.of(resolved))
+    assert run_ranks(processes, _kept_on_a_rank, processes, keys) == [pytest.approx(planned, rel=0.05)] * processes
 
 
 def test_recomputation_keeps_only_the_inputs_of_its_chunks():
@@ -82,13 +143,13 @@ def test_recomputation_keeps_only_the_inputs_of_its_chunks():
     loss = {"labels": data.labels, "loss_mask": data.loss_mask}
     everything, _ = _kept(lambda: plain(data.tokens, **loss), plain)
     inputs = {}
-    for recompute in (1, 2):
-        resolved, model = _model(checkpoint_activations=True, checkpoint_num_layers=recompute)
+    for together in (1, 2):
+        resolved, model = _model(checkpoint_activations=True, checkpoint_num_layers=together)
         size = boundary_bytes(resolved, Layout.of(resolved))
         gc.collect()
         gc.freeze()  # the inputs are held by the checkpoint, not by autograd
         measured, result = _kept(lambda model=model: model(data.tokens, **loss), model)
-        inputs[recompute] = sum(held == size for held in live(model).values())
+        inputs[together] = sum(held == size for held in live(model).values())
         gc.unfreeze()
         assert everything - measured == pytest.approx(2 * block_bytes(plain_config, Layout.of(plain_config)), rel=0.05)
         result.backward()

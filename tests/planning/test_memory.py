@@ -2,16 +2,23 @@
 
 import gc
 import math
+from collections import Counter
 
 import pytest
+from deepspeed.runtime.pipe.schedule import BackwardPass
+from torch.autograd.graph import saved_tensors_hooks
 
 from megatron.engine.build import build_engine
 from megatron.engine.local import LocalEngine
 from megatron.model.build import build_model
 from megatron.objectives.build import build_objective
+from megatron.ops import attention
 from megatron.parallel.mesh import Mesh
+from megatron.planning.activations import boundary_bytes
 from megatron.planning.layout import Layout
-from megatron.planning.memory import buffer_bytes, stage_memory, stages, state_bytes, update_bytes
+from megatron.planning.memory import buffer_bytes, message_bytes, stage_memory, state_bytes, update_bytes
+from megatron.planning.stages import stages
+from tests.parallel.matrix import make_mesh
 from tests.planning.small import BUCKET, VOCAB, Collectives, batch, config, live, storages
 from tests.ranks import run_ranks
 
@@ -88,6 +95,142 @@ def _check_payload(measured, stage, precision, numel):
     scattered = 4 * passes if stage == 3 else 0
     for kind, wanted in (("allgather", gathered), ("allreduce", reduced), ("reduce_scatter", scattered)):
         assert measured["payload"].get(kind, 0) == pytest.approx(wanted * numel, rel=0.01, abs=200), kind
+
+
+TP = {"model_parallel_size": 2}
+SP = {**TP, "sequence_parallel": True}
+PP = {"pipe_parallel_size": 2}
+CP = {"context_parallel_size": 2}
+TIED = {"no_weight_tying": False}
+
+LAYOUTS = {
+    # processes, ZeRO stage, keys
+    **{f"tensor, ZeRO {stage}": (4, stage, TP) for stage in range(4)},
+    "tensor alone": (2, 0, {**TP, "precision": "fp32"}),
+    "sequence, ZeRO 1": (4, 1, SP),
+    "sequence, parallel residual, ZeRO 3": (2, 3, {**SP, "gpt_j_residual": True}),
+    **{f"context, ZeRO {stage}": (2, stage, CP) for stage in range(4)},
+    "context beside data, ZeRO 2": (4, 2, CP),
+    "context, tensor": (4, 1, {**CP, **TP}),
+    "pipeline": (2, 1, PP),
+    "pipeline in fp32, tied": (2, 1, {**PP, **TIED, "precision": "fp32"}),
+    "pipeline beside data, tied": (4, 1, {**PP, **TIED}),
+    "pipeline of four": (4, 1, {"pipe_parallel_size": 4, "gradient_accumulation_steps": 6}),
+    "pipeline, tensor": (4, 1, {**PP, **TP, **TIED}),
+    "pipeline, sequence, recomputed": (4, 1, {**PP, **SP, "checkpoint_activations": True}),
+    "pipeline, context": (4, 1, {**PP, **CP}),
+}
+
+
+class _Kept:
+    """Bytes that autograd keeps at once between forward and backward passes, by storage, parameters apart."""
+
+    def __init__(self, model):
+        self.parameters = storages(model.parameters())
+        self.held, self.now, self.most = Counter(), 0, 0
+
+    def pack(self, tensor):
+        return _Held(self, tensor)
+
+    def count(self, storage, size, change):
+        if storage not in self.parameters:
+            before, self.held[storage] = self.held[storage], self.held[storage] + change
+            self.now += size * (bool(self.held[storage]) - bool(before))
+            self.most = max(self.most, self.now)
+
+
+class _Held:
+    def __init__(self, kept, tensor):
+        storage = tensor.untyped_storage()
+        self.kept, self.tensor, self.place = kept, tensor, (storage.data_ptr(), storage.nbytes())
+        kept.count(*self.place, 1)
+
+    def __del__(self):
+        self.kept.count(*self.place, -1)
+
+
+def _terms(processes, stage, keys):
+    """Run inside a rank: its pipeline stage and parameters, and the bytes of each term of its state; of a pipeline also
+    the most that autograd keeps of its blocks, and the messages that are held beside that."""
+    resolved = _config(processes, stage, keys)
+    mesh = make_mesh(resolved)
+    model = build_model(resolved, VOCAB, mesh)
+    engine = build_engine(resolved, mesh, model, build_objective())
+    batches = [batch(resolved) for _ in range(resolved.batch.gradient_accumulation_steps)]
+    engine.train_step(batches, 0)
+    optimizer = engine._optimizer if isinstance(engine, LocalEngine) else engine._live.optimizer.optimizer
+    weights = storages(getattr(p, "ds_tensor", p) for p in model.parameters())
+    masters = storages(buffer for buffer, _ in engine._holdings().buffers)
+    moments = storages(value for state in optimizer.state.values() for value in state.values() if value.dim())
+    found = {
+        "num_parameters": sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in model.parameters()),
+        "weights": sum(weights.values()),
+        "masters": sum(size for address, size in masters.items() if address not in weights),
+        "moments": sum(moments.values()),
+    }
+    if mesh.pp.size > 1:
+        found |= _in_flight(engine, batches)
+    return mesh.pp.rank, found
+
+
+def _in_flight(engine, batches):
+    """Return what a step of a pipeline keeps of its blocks, its messages, and its gradients."""
+    attention._trains_on_cpu = lambda query: False  # a plan is for GPUs, whose attention is PyTorch's
+    live, model, kept = engine._live, engine.model, _Kept(engine.model)
+    messages, gradients = [], []
+    for name, block in model.named_modules():
+        if name.startswith("layers.") and name.count(".") == 1:
+            block.forward = _watched(block.forward, kept)
+    backward = live._INSTRUCTION_MAP[BackwardPass]
+
+    def measured_backward(live, **settings):
+        held = [value for key in ("inputs", "outputs") for value in live.pipe_buffers[key]]
+        received = [*(live.pipe_recv_buf or ()), *(live.grad_layer or ())]
+        flat = [
+            tensor
+            for value in (*held, received)
+            for tensor in (value if isinstance(value, (tuple, list)) else (value,))
+        ]
+        messages.append(sum(storages(t for t in flat if t is not None and t.is_floating_point() and t.dim()).values()))
+        backward(live, **settings)
+        places = ("grad", "grad_accum", "_hp_grad")
+        gradients.append(sum(storages(getattr(p, name, None) for p in model.parameters() for name in places).values()))
+
+    live._INSTRUCTION_MAP = {**live._INSTRUCTION_MAP, BackwardPass: measured_backward}
+    engine.train_step(batches, 1)
+    return {"activations": kept.most, "messages": max(messages), "gradients": max(gradients)}
+
+
+def _watched(forward, kept):
+    def watched(*inputs):
+        with saved_tensors_hooks(kept.pack, lambda held: held.tensor):
+            return forward(*inputs)
+
+    return watched
+
+
+def _config(processes, stage, keys):
+    return config(processes, stage, **keys)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_each_rank_holds_what_is_planned(name):
+    processes, zero_stage, keys = LAYOUTS[name]
+    resolved = _config(processes, zero_stage, keys)
+    layout = Layout.of(resolved)
+    parts = stages(resolved, VOCAB, layout.pp, layout.tp)
+    planned = stage_memory(resolved, layout, parts, VOCAB)
+    for index, measured in run_ranks(processes, _terms, processes, zero_stage, keys):
+        state = planned[index].state
+        assert measured["num_parameters"] == planned[index].num_parameters
+        for term in ("weights", "masters", "moments", "gradients"):
+            if term in measured:
+                assert measured[term] == pytest.approx(getattr(state, term), rel=0.05, abs=1), (index, term)
+        if layout.pp > 1 and not layout.recompute:
+            assert measured["activations"] == pytest.approx(planned[index].activations, rel=0.05), index
+        if layout.pp > 1:
+            most = message_bytes(resolved, layout, index)
+            assert most - boundary_bytes(resolved, layout) <= measured["messages"] <= most, index
 
 
 def test_a_gpu_of_each_stage_holds_what_is_in_flight():

@@ -1,14 +1,20 @@
 """The list of tensors against the modules, which are written without it."""
 
+import math
+from dataclasses import replace
+
 import pytest
 
+from megatron.errors import ConfigError
 from megatron.model.accounting import num_parameters
-from megatron.model.build import build_model
-from megatron.parallel.mesh import Mesh
+from megatron.model.build import build_model, build_plans
+from megatron.model.stage import StagePlan
+from megatron.parallel.collectives import TensorRegion
+from megatron.parallel.grad_sync import is_partial
+from megatron.parallel.mesh import Axis, Mesh
 from megatron.parallel.sharding import get_spec, local_shape
-from megatron.planning.memory import stages
 from megatron.planning.parameters import items
-from megatron.planning.stages import balanced
+from megatron.planning.stages import stages
 from tests.planning.small import VOCAB, config
 
 MODELS = {
@@ -35,6 +41,11 @@ def test_names_shapes_and_splits_are_the_modules(keys):
         assert {name: tensor.numel(tp) for name, tensor in planned.items()} == {
             n: _product(s) for n, s in local.items()
         }
+    for sequence in (False, True):
+        region = TensorRegion(Axis("tp", 2), sequence)
+        kinds = {"tensor", "sequence"} if sequence else {"tensor"}
+        found = {name for name, tensor in planned.items() if tensor.partial in kinds}
+        assert found == {name for name, parameter in parameters.items() if is_partial(parameter, region)}
 
 
 def _product(shape):
@@ -51,13 +62,34 @@ def test_the_sum_is_the_closed_formula(keys):
     assert stage.num_parameters == num_parameters(model, VOCAB)
 
 
-def test_stages_are_contiguous_and_as_even_as_they_can_be():
-    assert balanced([3, 1, 1, 1, 1, 1, 3], 3) == [0, 2, 5, 7]
-    assert balanced([5, 1, 1], 3) == [0, 1, 2, 3]
-    bounds = balanced([310, *[453] * 44, 1, 310], 4)  # GPT-NeoX-20B, in millions
-    assert bounds == [0, 12, 23, 34, 47]
-    with pytest.raises(ValueError, match="3 layers cannot make 4 stages"):
-        balanced([1, 1, 1], 4)
+@pytest.mark.parametrize("method", ["parameters", "uniform", "type:transformer|embedding", "type:norm"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("keys", MODELS.values(), ids=MODELS)
+def test_stages_hold_what_training_puts_there(keys, dropout, method):
+    resolved = config(num_layers=5, pipe_partition_method=method, hidden_dropout=dropout, **keys)
+    mesh = Mesh.single()
+    for tp in (1, 2):
+        axis = replace(mesh.tp, size=tp)
+        plans = build_plans(resolved, VOCAB, replace(mesh, tp=axis))
+        for pp in (2, 3, 5):
+            split = StagePlan.of(plans, pp, method, axis)
+            planned = stages(resolved, VOCAB, pp, tp)
+            for stage, one in enumerate(planned):
+                assert {each.name for each in one.parameters} == split.held(stage)
+                assert [int(split.titles[layer].split(".")[1]) for layer in split.layers(stage)
+                        if split.titles[layer].startswith("layers.")] == list(one.blocks)  # fmt: skip
+            assert {each.name for one in planned for each, _ in one.shared} == set(split.shared())
+    whole = stages(resolved, VOCAB, 1)[0]
+    assert sum(one.num_parameters for one in stages(resolved, VOCAB, 2)) == whole.num_parameters + sum(
+        math.prod(split.shapes[name]) for name in StagePlan.of(build_plans(resolved, VOCAB, mesh), 2, method).shared()
+    )
+
+
+def test_a_method_that_finds_nothing_and_too_many_stages_are_said():
+    with pytest.raises(ConfigError, match=r"no layer is called that; there are: embedding\.word_embeddings Vocab"):
+        stages(config(pipe_partition_method="type:nothing"), VOCAB, 2)
+    with pytest.raises(ConfigError, match="each stage needs a layer, and num_layers = 8"):
+        stages(config(), VOCAB, 9)
 
 
 def test_stages_of_a_tied_table_hold_it_twice():

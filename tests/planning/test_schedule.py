@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from megatron.planning.schedule import bubble, estimate, order, step_time
+from megatron.parallel.pipeline import bubble_fraction
+from megatron.planning.schedule import estimate, order, step_time
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3, 4, 8])
@@ -13,9 +14,9 @@ def test_equal_stages_idle_by_the_closed_form(stages, micro_batches):
     for forward, backward in ((1.0, 2.0), (1.0, 3.0), (5.0, 1.0)):
         times = [forward] * stages, [backward] * stages
         idle = 1 - micro_batches * (forward + backward) / step_time(*times, micro_batches)
-        assert idle == pytest.approx(bubble(stages, micro_batches), abs=1e-12)
+        assert idle == pytest.approx(bubble_fraction(stages, micro_batches), abs=1e-12)
         assert estimate(*times, micro_batches) == pytest.approx(step_time(*times, micro_batches))
-    assert bubble(stages, micro_batches) == (stages - 1) / (micro_batches + stages - 1)
+    assert bubble_fraction(stages, micro_batches) == (stages - 1) / (micro_batches + stages - 1)
 
 
 def test_an_uneven_pipeline_by_hand():

@@ -109,7 +109,7 @@ def bias_on_every_rank() -> None:
 
 def norms_not_summed() -> None:
     """Sequence parallelism whose replicated parameters keep the gradient of their own tokens."""
-    build.sum_in_backward = lambda parameters, region: None
+    build.sum_partial_gradients = lambda live, region: None
 
 
 def stages_not_summed() -> None:

@@ -158,7 +158,7 @@ def test_mistakes_in_preprocessing(
 
 
 def test_interruption_leaves_nothing(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('"text of a document"\n' * 2_000_000)
+    (tmp_path / "a.jsonl").write_text(f'"{"text of a document " * 10}"\n' * 1_000_000)
     command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "--input", "a.jsonl", "--workers", "2"]
     command += ["--tokenizer-type", "CharLevelTokenizer", "--output-prefix", "o"]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as running:

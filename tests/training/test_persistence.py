@@ -119,3 +119,11 @@ def test_what_changed_since_a_checkpoint_is_told(tmp_path: Path) -> None:
     reader = cast(CheckpointReader, SimpleNamespace(manifest=manifest))
     assert changed_settings(reader, then) == []
     assert sorted(changed_settings(reader, now)) == ["lr: 0.01 -> 0.02", "seed: 1234 -> 5", "train_iters: 8 -> 16"]
+
+
+def test_a_first_run_that_loads_what_it_saves_is_told_of_resume(tmp_path: Path) -> None:
+    (tmp_path / LOCK).touch()
+    with pytest.raises(CheckpointError, match="Write resume: auto instead of load"):
+        source(save=str(tmp_path), load=str(tmp_path))
+    with pytest.raises(CheckpointError, match="holds: nothing"):
+        source(save=str(tmp_path / "other"), load=str(tmp_path))

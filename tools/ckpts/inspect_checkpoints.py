@@ -10,6 +10,7 @@ python tools/ckpts/inspect_checkpoints.py diff checkpoints/pile/global_step1000 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -125,4 +126,5 @@ def _compare(name: str, kind: str, first: CheckpointReader, second: CheckpointRe
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end without a word when `| head` has seen enough
     sys.exit(main())

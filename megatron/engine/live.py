@@ -1,0 +1,50 @@
+"""What engines over DeepSpeed have in common: their state is the live ZeRO optimizer's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from megatron.config.schema.config import Config
+from megatron.engine import state, zero
+from megatron.engine.base import ReadTensor
+from megatron.engine.fragments import Holdings
+from megatron.engine.step import StepEngine
+from megatron.objectives.build import Objective
+from megatron.parallel.mesh import Mesh
+from megatron.parallel.sharding import StatePiece
+
+
+class LiveEngine(StepEngine):
+    """The part of an engine that is about state. live: what deepspeed.initialize returned."""
+
+    def __init__(self, config: Config, mesh: Mesh, live: Any, objective: Objective) -> None:
+        super().__init__(config, mesh, objective)
+        self._live = live
+        state.make_states(self._holdings())
+
+    def state_pieces(self) -> Iterator[StatePiece]:
+        """Yield what this rank owns, as views of the live tensors; save or copy them before the next step."""
+        return state.pieces(self._holdings(), self._mesh)
+
+    def load_state(self, read: ReadTensor, with_optimizer: bool) -> None:
+        """Fill masters and optimizer state, then the weights from the masters; see `Engine.load_state`."""
+        problems = state.fill(self._holdings(), self._mesh, read, with_optimizer)
+        state.agree(problems, self._mesh)
+        zero.publish_masters(self._live.optimizer)
+        self.check_masters()
+
+    def read_back(self) -> dict[str, Any]:
+        """Return what the live engine does, under the names of the keys that asked for it; all ranks must call it."""
+        return zero.read_back(self._live, self._holdings(), self.model, self._mesh)
+
+    def _holdings(self) -> Holdings:
+        return zero.holdings(self._live.optimizer, self.model)
+
+    def _start(self, rate: float) -> float:
+        for group in self._live.optimizer.param_groups:
+            group["lr"] = rate
+        return self._loss_scale()
+
+    def _loss_scale(self) -> float:
+        return float(getattr(self._live.optimizer, "loss_scale", 1.0))
