@@ -36,11 +36,6 @@ def _step(scale: str, factor: float, index: int) -> int:
     return round(factor**index) if scale == "log" else round(factor * (index + 1))
 
 
-def should_save(config: CheckpointConfig, iteration: int, train_iters: int) -> bool:
-    """Say whether a run of `train_iters` saves after `iteration` optimizer steps; see `save_iterations`."""
-    return iteration in save_iterations(config, train_iters)
-
-
 def prune(root: Path, saved: int, keep_last: int | None) -> None:
     """Delete the oldest checkpoints before `saved` so that `keep_last` remain; None keeps all.
 

@@ -46,13 +46,14 @@ def complete(train: int | None, micro: int | None, accumulation: int | None, dp:
         return Contradiction(
             "train_batch_size",
             f"it is not train_micro_batch_size_per_gpu ({micro}) x gradient_accumulation_steps ({accumulation}) x "
-            f"{dp} data parallel {_processes(dp)} (= {micro * accumulation * dp}).",
+            f"{dp} data parallel {processes(dp)} (= {micro * accumulation * dp}).",
             f"Set train_batch_size to {micro * accumulation * dp}, or remove one of the three keys to have it derived.",
         )
     return Triangle(train, micro, accumulation)
 
 
-def _processes(count: int) -> str:
+def processes(count: int) -> str:
+    """Return the noun that goes with a number of processes."""
     return "process" if count == 1 else "processes"
 
 
@@ -61,6 +62,6 @@ def _indivisible(train: int, member: str, size: int, dp: int) -> Contradiction:
     nearest = f"{below} or {below + size * dp}" if below else f"{size * dp}"
     return Contradiction(
         "train_batch_size",
-        f"it is not a multiple of {member} x {dp} data parallel {_processes(dp)} (= {size * dp}).",
+        f"it is not a multiple of {member} x {dp} data parallel {processes(dp)} (= {size * dp}).",
         f"Set train_batch_size to {nearest}.",
     )

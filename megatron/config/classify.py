@@ -9,6 +9,7 @@ from typing import Any
 from megatron.config import keys
 from megatron.config.draft import Draft, show
 from megatron.config.neox_keys import ALIASES, IGNORED, IMPLIED, REFUSED
+from megatron.config.schema.deepspeed import DeepspeedConfig
 from megatron.config.yaml_reader import Setting, canonical_key, parse_value
 from megatron.errors import Problem
 
@@ -97,6 +98,7 @@ def classify(draft: Draft) -> None:
         elif status == "alias":
             continue
         del draft.settings[key]
+    _lift(draft)
     _rename(draft)
     _imply(draft)
 
@@ -129,6 +131,18 @@ def _find_secrets(draft: Draft, path: str, value: Any) -> None:
 def _at(draft: Draft, key: str) -> str:
     where = draft.where(key)
     return f" at {where}" if where else ""
+
+
+def _lift(draft: Draft) -> None:
+    """Move what stands in deepspeed_extra_args, and is a key of DeepSpeed's section, to that key if it is not set."""
+    setting = draft.settings.get("deepspeed_extra_args")
+    if setting is None or not isinstance(setting.value, dict):
+        return
+    own = {name for name in setting.value if name in DeepspeedConfig.model_fields and name not in draft.settings}
+    for name in own:
+        draft.settings[name] = Setting(setting.value[name], setting.inner.get(name, setting.where))
+    kept = {name: value for name, value in setting.value.items() if name not in own}
+    draft.settings["deepspeed_extra_args"] = Setting(kept or None, setting.where, setting.inner)
 
 
 def _rename(draft: Draft) -> None:

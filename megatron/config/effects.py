@@ -31,6 +31,7 @@ _EFFECT: dict[str, tuple[str, tuple[Any, ...]]] = {
     "vocab_file": ("tokenizer_type", tuple(kind for kind in _TOKENIZERS if kind != "CharLevelTokenizer")),
     "allow_chopped": ("pack_impl", ("pack_until_overflow", "unpacked")),
 }
+_MANY_THREADS = 64
 
 
 _NEEDS_PROCESSES = {
@@ -50,6 +51,27 @@ def without_effect(draft: Draft) -> Iterator[str]:
     for key, size in _NEEDS_PROCESSES.items():
         if _is_set(draft, key) and draft.values[size] < 2:
             yield _sentence(draft, key, f"{size}: 2 or more")
+    yield from _beyond_the_end(draft)
+    yield from _too_many_threads(draft)
+
+
+def _beyond_the_end(draft: Draft) -> Iterator[str]:
+    last, steps = draft.values["train_iters"], draft.values["extra_save_iters"] or []
+    beyond = [str(step) for step in steps if last is not None and step > last]
+    if beyond:
+        listed = ", ".join(beyond[:4]) + (f" and {len(beyond) - 4} more" if len(beyond) > 4 else "")
+        yield f"{_place(draft, 'extra_save_iters')}extra_save_iters: {listed} is beyond the end, train_iters = {last}."
+
+
+def _too_many_threads(draft: Draft) -> Iterator[str]:
+    threads = draft.values["num_workers"]
+    if threads > _MANY_THREADS:
+        why = "is more threads for each rank than read ahead faster; 2 to 8 are enough."
+        yield f"{_place(draft, 'num_workers')}num_workers = {threads} {why}"
+
+
+def _place(draft: Draft, key: str) -> str:
+    return f"{draft.where(key)}: " if draft.where(key) else ""
 
 
 def _is_set(draft: Draft, key: str) -> bool:
@@ -57,8 +79,7 @@ def _is_set(draft: Draft, key: str) -> bool:
 
 
 def _sentence(draft: Draft, key: str, needed: str) -> str:
-    place = f"{draft.where(key)}: " if draft.where(key) else ""
-    return f"{place}{key} has no effect without {needed}."
+    return f"{_place(draft, key)}{key} has no effect without {needed}."
 
 
 def _text(value: Any) -> str:

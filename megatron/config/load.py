@@ -63,10 +63,22 @@ def read(
     found = [find_file(os.fspath(path), folder) for path in paths]
     files = tuple(file for file in found if isinstance(file, Path))
     problems = [problem for problem in found if isinstance(problem, Problem)]
+    files, twice = _once(files)
+    problems.extend(twice)
     values, wrong = read_files(files)
     problems.extend(wrong)
     problems.extend(apply_overrides(values, overrides))
     return Settings(values, tuple(problems), files)
+
+
+def _once(files: Sequence[Path]) -> tuple[tuple[Path, ...], list[Problem]]:
+    """Return the files without repetition, and a problem for each one that was given again."""
+    known: dict[Path, Path] = {}
+    problems = []
+    for file in files:
+        if known.setdefault(file.resolve(), file) is not file:
+            problems.append(Problem(str(file), "the file is given twice.", "Name it once."))
+    return tuple(known.values()), problems
 
 
 def launcher_config(settings: Settings) -> LauncherConfig:

@@ -100,6 +100,7 @@ IGNORED: dict[str, str] = {
     "attention_softmax_in_fp32": "the softmax of attention is always computed in fp32",
     "distributed_backend": "processes talk through nccl on GPUs and through gloo on CPUs",
     "lazy_mpu_init": "process groups are always made at the start",
+    "log_dir": "messages go to stdout and stderr, metrics and the loss plot to <runs_dir>/<run_name>",
     "steps_per_print": "log_interval says how often a line is printed",
     "override_lr_scheduler": "the learning rate is a function of the step and of this config, never of a checkpoint",
 }
@@ -226,9 +227,6 @@ REFUSED: dict[str, Refusal] = {
         True,
         "rank 0 writes the indices of large data sets, and all ranks read them.",
         "Set data_index_dir to a folder that all machines share.",
-    ),
-    "log_dir": Refusal(
-        None, "output goes to stdout and stderr.", "Use the shell: ./deepy.py train.py ... 2>&1 | tee run.log"
     ),
     "return_logits": Refusal(False, "samples are written without logits in this version."),
     "adlr_autoresume": Refusal(False, "GPT-NeoX never used it.", "Set resume: auto."),

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 from megatron.config import combinations
+from megatron.config.corpus import absent_files, read_corpus
 from megatron.config.draft import show
 from megatron.config.schema.config import Config
+from megatron.config.tokenizer_file import count_tokens
 from megatron.errors import ConfigError, Problem
+
+_TOKENIZER_FILES = {
+    "GPT2BPETokenizer": ("vocab_file", "merge_file"),
+    "HFTokenizer": ("vocab_file",),
+    "SPMTokenizer": ("vocab_file",),
+    "TiktokenTokenizer": ("vocab_file",),
+}
+_ELSEWHERE = "Correct the path; or it may be on the machine that trains."
 
 
 def runnable(config: Config) -> list[Problem]:
@@ -36,15 +49,52 @@ def trainable(config: Config) -> list[Problem]:
 
 def tokenizer_files(config: Config) -> list[Problem]:
     """Return the files that the kind of tokenizer needs and the config does not name."""
-    needs = {
-        "GPT2BPETokenizer": ("vocab_file", "merge_file"),
-        "HFTokenizer": ("vocab_file",),
-        "SPMTokenizer": ("vocab_file",),
-        "TiktokenTokenizer": ("vocab_file",),
-    }
     kind = config.tokenizer.tokenizer_type
     return [
-        Problem(key, f"tokenizer_type {kind} needs it.", f"Add {key}: <path>")
-        for key in needs.get(kind, ())
+        Problem(key, f"tokenizer_type {kind} needs it.", f"Add {key}: <path>{_other_kind(kind)}")
+        for key in _TOKENIZER_FILES.get(kind, ())
         if not getattr(config.tokenizer, key)
     ]
+
+
+def _other_kind(kind: str) -> str:
+    """Return what to do where the model's tokenizer is one file, while the kind is GPT-NeoX's default."""
+    instead = "; where the tokenizer is a tokenizer.json, as of Pythia and 20B, set tokenizer_type: HFTokenizer and "
+    return f"{instead}vocab_file: tokenizer.json" if kind == "GPT2BPETokenizer" else ""
+
+
+def _data_prefixes(config: Config) -> Iterator[tuple[str, str]]:
+    """Yield (key, prefix) of every data set that the config names."""
+    if config.data.data_path:
+        yield "data_path", config.data.data_path
+    for part in ("train", "valid", "test"):
+        for key in (f"{part}_data_paths", f"{part}_label_data_paths"):
+            for prefix in getattr(config.data, key) or []:
+                yield key, prefix
+
+
+def absent(config: Config) -> list[Problem]:
+    """Return the files that the config names and that are not on this machine."""
+    problems = []
+    for key, prefix in _data_prefixes(config):
+        files = absent_files(prefix)
+        if files:
+            listed = " and no ".join(str(file) for file in files)
+            problems.append(Problem(f"{key} = {prefix}", f"there is no {listed} here.", _ELSEWHERE))
+    kind = config.tokenizer.tokenizer_type
+    for key in _TOKENIZER_FILES.get(kind, ()) if kind != "TiktokenTokenizer" else ():  # which may name an encoding
+        file = getattr(config.tokenizer, key)
+        if file and not Path(file).is_file():
+            problems.append(Problem(f"{key} = {file}", "there is no such file here.", _ELSEWHERE))
+    return problems
+
+
+def broken(config: Config) -> list[Problem]:
+    """Return the files that are on this machine and cannot be what the config takes them for."""
+    found: list[object] = [
+        read_corpus(prefix, key) for key, prefix in _data_prefixes(config) if not absent_files(prefix)
+    ]
+    file = config.tokenizer.vocab_file
+    if config.tokenizer.tokenizer_type == "HFTokenizer" and file and Path(file).is_file():
+        found.append(count_tokens(file))
+    return [problem for problem in found if isinstance(problem, Problem)]

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.config import keys, rules
-from megatron.config.batch import Contradiction, complete
-from megatron.config.blocks import BLOCKS, Block
+from megatron.config.batch import Contradiction, complete, processes
+from megatron.config.blocks import BLOCKS, OPTIMIZERS, Block, OptimizerParams
 from megatron.config.classify import classify
-from megatron.config.draft import Draft, UnavailableError
+from megatron.config.draft import Draft, UnavailableError, either
 from megatron.config.effects import without_effect
 from megatron.config.precision import derive_precision
 from megatron.config.schema.config import Config
@@ -100,7 +100,10 @@ def _check_blocks(draft: Draft) -> None:
         value = draft.values.get(key)
         if not isinstance(value, dict) or key not in draft.settings:
             continue
-        block = validate(draft, model, _canonical_block(model, value), prefix=f"{key}.")
+        entries = _canonical_block(model, value)
+        if key == "optimizer":
+            _refuse_foreign_params(draft, entries)
+        block = validate(draft, model, entries, prefix=f"{key}.")
         if isinstance(block, Block):
             draft.values[key] = block.given()
     zero = draft.values.get("zero_optimization", {})
@@ -109,6 +112,21 @@ def _check_blocks(draft: Draft) -> None:
         kept = {key: value for key, value in zero.items() if key != "cpu_offload"}
         draft.values["zero_optimization"] = {"stage": 0, **offload, **kept}
     _complete_optimizer(draft)
+
+
+def _refuse_foreign_params(draft: Draft, entries: dict[str, Any]) -> None:
+    """Take the parameters of other optimizers out of the block, so that nothing is said about their values."""
+    kind, params = entries.get("type", "adam"), entries.get("params")
+    takes = OPTIMIZERS.get(kind) if isinstance(kind, str) else None
+    if takes is None or not isinstance(params, dict):
+        return
+    names = ["lr", *sorted(takes)]
+    foreign = set(params) & set(OptimizerParams.model_fields) - {"weight_decay", *names}
+    for name in sorted(foreign):
+        near = keys.near_names(name, names)
+        fix = f"{near or 'Remove it;'} {kind} takes {either(names)}."
+        draft.refuse(f"optimizer.params.{name}", params[name], f"optimizer {kind} does not take it.", fix)
+    entries["params"] = {name: value for name, value in params.items() if name not in foreign}
 
 
 def _complete_optimizer(draft: Draft) -> None:
@@ -157,11 +175,13 @@ def _count_processes(draft: Draft, world_size: int | None, planning: bool) -> No
         if planning:
             count = planned or _processes_of_batch(draft, per_model) or max(world_size or stored or 1, per_model)
             if count != (world_size or 1):
-                draft.notices.append(f"Planned for {count} processes; this machine offers {world_size or 1}.")
+                draft.notices.append(f"Planned for {count} {processes(count)}; this machine offers {world_size or 1}.")
         else:
             count = world_size or stored or planned or 1
             if planned and planned != count:
-                draft.refuse(keys.PLANNING, planned, f"the launcher starts {count} processes.", "Remove the key.")
+                draft.refuse(
+                    keys.PLANNING, planned, f"the launcher starts {count} {processes(count)}.", "Remove the key."
+                )
         draft.values["world_size"] = count
         if count % per_model:
             _refuse_division(draft, count, per_model)
@@ -181,7 +201,7 @@ def _refuse_division(draft: Draft, count: int, per_model: int) -> None:
     sizes = {f"{axis}_parallel_size": max(1, draft.values[f"{axis}_parallel_size"]) for axis in _AXES}
     first, *others = sorted((key for key in sizes if sizes[key] > 1), key=list(sizes).index)
     product = " x ".join([str(sizes[first]), *(f"{key} ({sizes[key]})" for key in others)])
-    why = f"{count} processes cannot be divided into groups of {product}{f' = {per_model}' if others else ''}."
+    why = f"{count} {processes(count)} cannot be divided into groups of {product}{f' = {per_model}' if others else ''}."
     fix = f"Start a multiple of {per_model} processes, or set {'these sizes' if others else 'it'} to 1."
     draft.refuse(first, sizes[first], why, fix)
 

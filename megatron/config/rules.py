@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 
 from megatron.config import combinations, keys
 from megatron.config.attention import expand_attention
-from megatron.config.blocks import OPTIMIZERS
 from megatron.config.draft import Draft, either
 from megatron.config.split import split_shares
 from megatron.config.widths import mlp_widths
@@ -259,14 +258,9 @@ def learning_rate_is_a_range(d: Draft) -> Iterator[Problem]:
         yield d.problem("wsd_decay_fraction", d.wsd_decay_fraction, why, "Make one of them smaller.")
 
 
-def optimizer_takes_params(d: Draft) -> Iterator[Problem]:
-    """Each optimizer has parameters of its own."""
+def optimizer_params_are_in_range(d: Draft) -> Iterator[Problem]:
+    """Parameters of an optimizer have ranges, and some optimizers have no decay."""
     kind = d.optimizer["type"]
-    takes = OPTIMIZERS[kind]
-    for name, value in d.optimizer["params"].items():
-        if name != "lr" and name not in takes:
-            fix = f"Remove it; {kind} takes {either(['lr', *sorted(takes)])}."
-            yield d.problem(f"optimizer.params.{name}", value, f"optimizer {kind} does not take it.", fix)
     betas = d.optimizer["params"].get("betas", [])
     if any(not 0 <= beta < 1 for beta in betas):
         yield d.problem("optimizer.params.betas", betas, "each must be at least 0 and less than 1.",
@@ -325,6 +319,6 @@ RULES: tuple[Rule, ...] = (
     recomputed_whole_or_in_part, rotary_is_even, positions_cover_sequence, one_mlp_width, attention_pattern_fits,
     tied_norm_needs_parallel_residual, fused_gelu_needs_gelu, split_is_possible,
     one_source_of_data, lists_match, one_length_of_training, learning_rate_is_a_range,
-    optimizer_takes_params, combinations_are_allowed, engine_decides_alone, saving_needs_a_time,
+    optimizer_params_are_in_range, combinations_are_allowed, engine_decides_alone, saving_needs_a_time,
     steps_are_not_negative, addresses_hold_no_password,
 )  # fmt: skip

@@ -161,7 +161,13 @@ def read_text(text: str, name: str) -> tuple[dict[str, Setting], list[Problem]]:
         mark = error.problem_mark or error.context_mark
         where = f"{name}:{mark.line + 1}" if mark else name
         why = f"{error.problem or error.context}."
-        return {}, [Problem("not YAML", why, 'Write one `key: value` per line, or `{"key": value, ...}`.', where)]
+        fix = 'Write one `key: value` per line, or `{"key": value, ...}`.'
+        if mark and "\t" in text.splitlines()[min(mark.line, text.count("\n"))]:
+            why, fix = (
+                f"{error.problem or error.context}, and the line has a tab.",
+                "Indent with spaces; YAML has no tabs.",
+            )
+        return {}, [Problem("not YAML", why, fix, where)]
     except yaml.YAMLError as error:
         return {}, [Problem("not YAML", f"{error}.", "Save the file as UTF-8 text.", name)]
     if root is None:

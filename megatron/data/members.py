@@ -161,8 +161,13 @@ def _open(config: Config, key: str, prefix: str) -> IndexedDataset:
     try:
         return IndexedDataset(prefix, warmup=config.data.mmap_warmup)
     except DataError as error:
-        problems = [replace(problem, what=f"{key} = {prefix}: {problem.what}") for problem in error.problems]
-        raise DataError(*problems) from None
+        named = (replace(problem, what=_named(key, prefix, problem.what)) for problem in error.problems)
+        raise DataError(*named) from None
+
+
+def _named(key: str, prefix: str, what: str) -> str:
+    """Return the key and its value, with the file that is meant where it is not the value itself."""
+    return f"{key} = {prefix}" if what == prefix else f"{key} = {prefix}: {what}"
 
 
 def _empty_part(config: Config, part: str, num_documents: int) -> ConfigError:

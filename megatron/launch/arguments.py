@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from megatron.config.load import read
+from megatron.config.yaml_reader import SUFFIXES
 from megatron.errors import ConfigError, Problem
 
 # GPT-NeoX's flags, each a short way to set one key: (flags, key, help).
@@ -76,10 +79,9 @@ def parse_arguments(argv: list[str], program: str = "train.py") -> Arguments:
     Raises ConfigError for what cannot be understood, for flags of GPT-NeoX that have no feature behind them here,
     for `--set` without `=`, and where no config file is named. Leaves the program after --help.
     """
-    for word in argv:
-        flag = word.split("=", 1)[0]
-        if flag in _ABSENT:
-            raise ConfigError(Problem(flag, _ABSENT[flag], "Leave the flag out."))
+    absent, rest = _without_absent(argv)
+    if absent:
+        raise ConfigError(*absent, *_problems_of(rest, program))
     values = vars(build_parser(program).parse_args(argv))
     overrides = list(values["overrides"])
     require_assignments(overrides)
@@ -91,10 +93,33 @@ def parse_arguments(argv: list[str], program: str = "train.py") -> Arguments:
     return Arguments(values["config_files"], values["config_dir"], overrides, values["check"], values["show"])
 
 
+def _without_absent(argv: list[str]) -> tuple[list[Problem], list[str]]:
+    """Return a problem for each flag that has no feature here, and the words without these flags and their values."""
+    problems, rest, in_values = [], [], False
+    for word in argv:
+        flag = word.split("=", 1)[0]
+        if flag in _ABSENT:
+            problems.append(Problem(flag, _ABSENT[flag], "Leave the flag out."))
+            in_values = flag == word
+        elif not in_values or word.startswith("-") or word.endswith(SUFFIXES):
+            rest.append(word)
+            in_values = False
+    return problems, rest
+
+
+def _problems_of(argv: list[str], program: str) -> Sequence[Problem]:
+    """Return what is wrong with a command line and with the config that it names."""
+    try:
+        arguments = parse_arguments(argv, program)
+        read(arguments.config_files, arguments.config_dir, arguments.overrides).resolve(planning=True)
+    except ConfigError as error:
+        return error.problems
+    return ()
+
+
 def require_assignments(overrides: list[str]) -> None:
     """Raise ConfigError where a text after `--set` is not key=value."""
-    odd = [text for text in overrides if "=" not in text]
+    fix = "Put config files before --set, and write --set key=value."
+    odd = [Problem(f"--set {text}", "is not key=value.", fix) for text in overrides if "=" not in text]
     if odd:
-        raise ConfigError(
-            Problem(f"--set {odd[0]}", "is not key=value.", "Put config files before --set, and write --set key=value.")
-        )
+        raise ConfigError(*odd)

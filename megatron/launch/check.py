@@ -7,53 +7,76 @@ Nothing here imports torch, so that the answer comes at once and on a login node
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron.config import keys, readiness, rules
 from megatron.config.classify import Overrides
-from megatron.config.corpus import Corpus, read_corpus, train_fraction
+from megatron.config.corpus import Corpus, absent_files, read_corpus, train_fraction
 from megatron.config.draft import show
 from megatron.config.load import Settings, launcher_config, read
+from megatron.config.places import located
 from megatron.config.schema.config import Config
-from megatron.errors import LaunchError
+from megatron.config.tokenizer_file import count_tokens
+from megatron.config.yaml_reader import Setting
+from megatron.errors import ConfigError, LaunchError, Problem
 from megatron.launch.command import find_layout
 from megatron.model import accounting
 from megatron.optim.schedules import decay_horizon, learning_rate
 
 _KNOWN_VOCABULARIES = {"GPT2BPETokenizer": 50257, "HFGPT2Tokenizer": 50258, "CharLevelTokenizer": 512}
 _USUAL_VOCABULARY = 50257
-_LARGEST_TOKENIZER = 8_000_000
-"""Bytes of a tokenizer file that is worth reading only to count its vocabulary."""
 
 
 def run_check(paths: Sequence[str], config_dir: str | None = None, overrides: Overrides | None = None) -> int:
     """Print the report on some config files and return 0. Raises ConfigError with all problems."""
     settings = read(paths, config_dir, overrides)
-    resolution = settings.resolve(_processes_here(settings), planning=True)
+    processes, wrong, unknown = _find_hosts(settings)
+    try:
+        resolution = settings.resolve(processes, planning=True)
+    except ConfigError as error:
+        raise ConfigError(*error.problems, *wrong, *unknown) from None
+    if wrong:
+        raise ConfigError(*wrong)
+    text = report(resolution.config, resolution.notices, settings.values, unknown)
     print(" + ".join(str(file) for file in settings.files))
-    print(report(resolution.config, resolution.notices))
+    print(text)
     return 0
 
 
-def _processes_here(settings: Settings) -> int:
-    """Return how many processes a run would start from this machine; 1 where the hosts cannot be known here."""
+def _find_hosts(settings: Settings) -> tuple[int, list[Problem], list[Problem]]:
+    """Return (processes that a run would start from this machine, lines of the hostfile that are wrong, why hosts or
+    devices cannot be known here); 1 process in both cases."""
     try:
-        return find_layout(launcher_config(settings), os.environ).world_size
-    except LaunchError:
-        return 1
+        return find_layout(launcher_config(settings), os.environ).world_size, [], []
+    except LaunchError as error:
+        wrong = [problem for problem in error.problems if problem.where]
+        return 1, wrong, located([problem for problem in error.problems if not problem.where], settings.values)
+    except ConfigError:
+        return 1, [], []  # which is said with the rest
 
 
-def report(config: Config, notices: Iterable[str] = ()) -> str:
+def report(
+    config: Config,
+    notices: Iterable[str] = (),
+    settings: Mapping[str, Setting] | None = None,
+    hosts: Iterable[Problem] = (),
+) -> str:
     """Return what a person should know before the run starts: notices, what differs from the defaults, what follows
-    from it, and what is still missing."""
-    told = [f"[note] {notice}" for notice in notices]
-    missing = [*readiness.runnable(config), *readiness.trainable(config)]
+    from it, and what is still missing.
+
+    settings: the located values of the config, so that what is missing has its place. hosts: why it cannot be launched.
+    Raises ConfigError for files that are here and broken."""
+    places = settings or {}
+    broken = readiness.broken(config)
+    if broken:
+        raise ConfigError(*located(broken, places))
+    needs = [*readiness.runnable(config), *readiness.trainable(config), *readiness.absent(config)]
+    missing = [*located(needs, places), *hosts]
     sections = [
-        *told,
+        *(f"[note] {notice}" for notice in notices),
         "",
         "Differs from the defaults:",
         *_table(differences(config)),
@@ -146,9 +169,8 @@ def _data(config: Config) -> list[tuple[str, str]]:
     weights = data.train_data_weights if not data.data_path and data.train_data_weights else [1.0] * len(prefixes)
     iterations = config.training.train_iters
     for prefix, weight in zip(prefixes, weights, strict=False):
-        corpus = read_corpus(prefix)
+        corpus = None if absent_files(prefix) else read_corpus(prefix)
         if not isinstance(corpus, Corpus):
-            rows.append(("data", f"{prefix}: {corpus}"))
             continue
         text = f"{prefix}: {_count(corpus.tokens)} tokens in {corpus.documents:,} documents"
         share = train_fraction(data.split) if data.data_path else 1.0
@@ -178,19 +200,17 @@ def _model(config: Config) -> list[tuple[str, str]]:
 
 
 def vocabulary_size(config: Config) -> tuple[int, bool]:
-    """Return (token ids of the tokenizer, whether that is known rather than the usual GPT-2 size)."""
+    """Return (token ids of the tokenizer, whether that is known rather than the usual GPT-2 size).
+
+    Raises ConfigError where the tokenizer's file is here and is none."""
     kind, file = config.tokenizer.tokenizer_type, config.tokenizer.vocab_file
-    if kind == "HFTokenizer" and file and Path(file).is_file() and Path(file).stat().st_size < _LARGEST_TOKENIZER:
-        return _count_tokens(json.loads(Path(file).read_text(encoding="utf-8"))), True
+    if kind == "HFTokenizer" and file and Path(file).is_file():
+        count = count_tokens(file)
+        if isinstance(count, Problem):
+            raise ConfigError(count)
+        return count, True
     is_known = kind in _KNOWN_VOCABULARIES and (file is not None or kind != "GPT2BPETokenizer")
     return _KNOWN_VOCABULARIES.get(kind, _USUAL_VOCABULARY), is_known
-
-
-def _count_tokens(tokenizer: dict[str, Any]) -> int:
-    """Return the vocabulary size of a tokenizer.json: the model's tokens and those added to them."""
-    vocabulary = tokenizer.get("model", {}).get("vocab", {})
-    known = set(vocabulary) if isinstance(vocabulary, dict) else {entry[0] for entry in vocabulary}
-    return len(known | {token["content"] for token in tokenizer.get("added_tokens", [])})
 
 
 def _rates(config: Config) -> list[tuple[str, str]]:

@@ -18,7 +18,6 @@ from megatron.launch import check, doctor, parity, plan
 from megatron.launch.arguments import Arguments, build_parser, parse_arguments
 from megatron.launch.command import (
     Layout,
-    find_layout,
     local_environments,
     runner_command,
     single_layout,
@@ -26,9 +25,10 @@ from megatron.launch.command import (
 )
 from megatron.launch.decoding import decoding_processes
 from megatron.launch.devices import torch_has_cuda, visible_gpus
+from megatron.launch.hosts import require_reachable
 from megatron.launch.port import hold_port
 from megatron.launch.prelude import PAYLOAD_FLAG
-from megatron.launch.read_config import read_launcher, read_settings, resolve_for
+from megatron.launch.read_config import read_launcher, read_layout, read_settings, resolve_for
 from megatron.launch.supervise import run_ranks
 
 # Scripts that need no more processes than hold the model, all on this machine, whatever layout the config trains with.
@@ -104,7 +104,7 @@ def _run(script: str, arguments: Arguments) -> int:
         config = resolve_for(settings, None, planning=True)
         layout = _decoding_layout(config)
     else:
-        layout = find_layout(launcher, os.environ)
+        layout = read_layout(settings, launcher, os.environ)
         config = resolve_for(settings, layout.world_size)
     payload = pack(config, settings.texts())
     if layout.uses_runner:
@@ -112,6 +112,7 @@ def _run(script: str, arguments: Arguments) -> int:
         if arguments.show:
             print(shlex.join(command))
             return 0
+        require_reachable(layout.hosts, launcher.launcher, not launcher.no_ssh_check)
         return _run_runner(command, unsent_secrets(launcher, os.environ))
     if arguments.show:
         print(_show_local(script, arguments, layout, local_environments(layout, launcher, os.environ)))

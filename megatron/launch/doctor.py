@@ -25,20 +25,20 @@ from megatron.launch.devices import torch_has_cuda, usable_cores, visible_gpus
 from megatron.launch.memory import total_memory
 
 REQUIRED = ("deepspeed", "numpy", "pydantic", "yaml", "safetensors", "tokenizers", "transformers", "rich")
-# (module, what it is for, how to get it)
+# (module, what it is for, how to get it, whether anything in this version uses it)
 OPTIONAL = (
-    ("gigatoken", "fast tokenization of data", "pip install gigatoken"),
-    ("sentencepiece", "SPMTokenizer", "pip install sentencepiece"),
-    ("tiktoken", "TiktokenTokenizer", "pip install tiktoken"),
-    ("matplotlib", "the loss plot", "pip install matplotlib"),
-    ("triton", "fused kernels", "comes with torch for CUDA"),
-    ("flash_attn", "FlashAttention", "pip install -r requirements/flash-attn.txt"),
-    ("transformer_engine.pytorch", "fp8 and fused layers", "pip install -r requirements/transformer-engine.txt"),
-    ("apex", "fused optimizers", "see requirements/apex.txt"),
-    ("wandb", "Weights & Biases", "pip install -r requirements/wandb.txt"),
-    ("tensorboard", "TensorBoard", "pip install -r requirements/tensorboard.txt"),
-    ("comet_ml", "Comet", "pip install -r requirements/comet.txt"),
-    ("lm_eval", "evaluation", "pip install -r requirements/eval.txt"),
+    ("gigatoken", "fast tokenization of data", "pip install gigatoken", True),
+    ("sentencepiece", "SPMTokenizer", "pip install sentencepiece", True),
+    ("tiktoken", "TiktokenTokenizer", "pip install tiktoken", True),
+    ("matplotlib", "the loss plot", "pip install matplotlib", True),
+    ("triton", "fused kernels", "comes with torch for CUDA", True),
+    ("flash_attn", "FlashAttention", "pip install -r requirements/flash-attn.txt", False),
+    ("transformer_engine.pytorch", "fp8 and fused layers", "pip install -r requirements/transformer-engine.txt", False),
+    ("apex", "fused optimizers", "see requirements/apex.txt", False),
+    ("wandb", "Weights & Biases", "pip install -r requirements/wandb.txt", True),
+    ("tensorboard", "TensorBoard", "pip install -r requirements/tensorboard.txt", True),
+    ("comet_ml", "Comet", "pip install -r requirements/comet.txt", True),
+    ("lm_eval", "evaluation", "pip install -r requirements/eval.txt", False),
 )
 GIBIBYTE = 2**30
 
@@ -147,8 +147,11 @@ def _probe(module: str) -> Finding:
     return Finding(module, result.get("value", "not usable"), result.get("problem", ""))
 
 
-def _optional(module: str, purpose: str, install: str) -> Finding:
+def _optional(module: str, purpose: str, install: str, is_used: bool) -> Finding:
+    """Return what is here of a package; nobody is told to install, or to mend, what this version does not use."""
     finding = _probe(module)
+    if not is_used:
+        return Finding(module, f"{'not here' if finding.problem else finding.value} (not used by this version)")
     note = f"({purpose})" if not finding.problem else f"({purpose}: {install})"
     return Finding(module, f"{finding.value} {note}", finding.problem)
 

@@ -18,8 +18,10 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 
+from megatron.config.places import locate_error
 from megatron.config.schema.config import Config
 from megatron.config.transport import unpack, unpack_files
+from megatron.errors import DeepyError
 from megatron.launch import check
 from megatron.launch.arguments import parse_arguments
 from megatron.launch.decoding import decoding_processes
@@ -59,9 +61,12 @@ def run_worker(work: Work, argv: list[str], decoding: bool = False) -> int:
                 return 0
         board = find_board(os.environ)
         worker = decoding_worker(config, place, board) if decoding else start_worker(config, place, board)
-        if not decoding:
-            logger.info(f"{check.report(config)}\n")
-        work(config, worker.mesh, files)
+        try:
+            if not decoding:
+                logger.info(f"{check.report(config)}\n")
+            work(config, worker.mesh, files)
+        except DeepyError as error:
+            raise locate_error(error, files, config.flat()) from error.__cause__
         worker.finish()
     except KeyboardInterrupt:
         return 130

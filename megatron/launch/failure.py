@@ -32,6 +32,8 @@ _ECHOES = (
     "failed to recv, got 0 bytes",
     "another rank failed",
 )
+# What the traceback of an error between ranks names; other connections, to a web server say, name none of it.
+_BETWEEN_RANKS = ("torch/distributed/", "gloo/", "nccl")
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,13 @@ class Failure:
             return self.text
         at = "before its first step" if self.step is None else f"at step {self.step}"
         rank = f"rank {self.rank} of {self.world_size}" if self.world_size > 1 else f"rank {self.rank}"
+        if self.is_echo and any(word in self.text.lower() for word in _BETWEEN_RANKS):
+            saw = self.text.rstrip().splitlines()[-1].split(". ")[0]
+            return (
+                f"{rank} on host {self.host} lost another rank {at}, which ended without a word (killed?). The end of "
+                "the other ranks' output and `dmesg | tail` on their hosts may name the reason; most often a machine "
+                f"ran out of memory. What rank {self.rank} saw: {saw}"
+            )
         others = " The other ranks were stopped." if self.world_size > 1 else ""
         return f"{self.text.rstrip()}\n\n{rank} on host {self.host} failed {at}, exit code {self.exit_code}.{others}"
 

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.errors import LaunchError, Problem
 
 DEFAULT_HOSTFILE = "/job/hostfile"
+CONNECT_SECONDS = 10
+# What DeepSpeed's runner starts for each launcher, and the package that has it on Debian and Ubuntu.
+_PROGRAMS = {
+    "pdsh": {"pdsh": "pdsh", "ssh": "openssh-client"},
+    "openmpi": {"mpirun": "openmpi-bin"},
+    "mvapich": {"mpirun": "mvapich2"},
+    "slurm": {"srun": "slurm-client"},
+}
 
 
 @dataclass(frozen=True)
@@ -136,3 +146,42 @@ def _parse_filter(text: str, hosts: Mapping[str, Host]) -> dict[str, tuple[int, 
             )
         named[name] = tuple(sorted({*named.get(name, ()), *slots}))
     return named
+
+
+def require_reachable(hosts: Sequence[Host], launcher: str, checks_ssh: bool = True) -> None:
+    """Raise LaunchError naming every program that the launcher needs and this machine lacks, and every host that ssh
+    cannot log into without a password.
+
+    launcher: pdsh, openmpi, mvapich or slurm; only pdsh goes through ssh. checks_ssh: False under no_ssh_check."""
+    problems = [
+        Problem(
+            f"launcher = {launcher}",
+            f"the program {program} is not installed on this machine.",
+            f"Install it (apt-get install {package}), or start the ranks yourself with torchrun on each host.",
+        )
+        for program, package in _PROGRAMS.get(launcher, {}).items()
+        if shutil.which(program) is None
+    ]
+    if not problems and launcher == "pdsh" and checks_ssh:
+        problems = _unreachable(hosts)
+    if problems:
+        raise LaunchError(*problems)
+
+
+def _unreachable(hosts: Sequence[Host]) -> list[Problem]:
+    """Return a problem for each host that ssh cannot log into; all are tried at once."""
+    options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}"]
+    tries = [
+        subprocess.Popen(
+            ["ssh", *options, host.name, "true"], stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True
+        )
+        for host in hosts
+    ]
+    fix = "Make `ssh {0} true` work without a password, correct the hostfile, or set exclude: {0}"
+    problems = []
+    for host, attempt in zip(hosts, tries, strict=True):
+        said = attempt.communicate()[1].strip().splitlines()
+        if attempt.returncode:
+            why = f"ssh cannot log into it ({said[-1] if said else f'exit code {attempt.returncode}'})."
+            problems.append(Problem(f"host {host.name}", why, fix.format(host.name)))
+    return problems

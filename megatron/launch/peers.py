@@ -27,6 +27,8 @@ from megatron.launch.place import Place
 from megatron.launch.port import take_inherited
 
 CHECK_IN_SECONDS = 120.0
+QUIET_SECONDS = 3.0
+"""How long a rank waits for the others before it says so."""
 _FAILURE, _COUNT, _SHOWN = "deepy/failure", "deepy/failures", "deepy/shown"
 logger = logs.get_logger(__name__)
 
@@ -37,10 +39,22 @@ def open_store(place: Place, seconds: float = CHECK_IN_SECONDS) -> dist.Store:
     Rank 0 serves it at the socket that our launcher holds for it, where that is who started it.
     Raises LaunchError where it cannot be reached, or opened, within `seconds`."""
     inherited = take_inherited(os.environ)
+    told = threading.Timer(QUIET_SECONDS, _tell_waiting, ["rank 0", place])
+    told.daemon = True
+    told.start()
     try:
         if inherited is not None:
             return _serve(place, inherited, seconds)
-        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun, which has started all ranks
+            return next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))[0]
+        return dist.TCPStore(
+            place.master_addr,
+            place.master_port,
+            is_master=place.rank == 0,
+            wait_for_workers=False,  # `check_in` waits, and can name who is missing
+            multi_tenant=True,
+            timeout=timedelta(seconds=seconds),
+        )
     except (RuntimeError, dist.DistError) as error:
         where = f"{place.master_addr}:{place.master_port}"
         raise LaunchError(
@@ -50,7 +64,14 @@ def open_store(place: Place, seconds: float = CHECK_IN_SECONDS) -> dist.Store:
                 "Look whether rank 0 has failed, whether that address is right, and whether its port is open and free.",
             )
         ) from error
-    return store
+    finally:
+        told.cancel()
+
+
+def _tell_waiting(ranks: str, place: Place) -> None:
+    """Say whom this rank waits for: rank 0 in a line, the others in a warning."""
+    say = logger.info if place.rank == 0 else logger.warning
+    say(f"waiting for {ranks} of {place.world_size} at {place.master_addr}:{place.master_port}")
 
 
 def _serve(place: Place, descriptor: int, seconds: float) -> dist.Store:
@@ -59,6 +80,7 @@ def _serve(place: Place, descriptor: int, seconds: float) -> dist.Store:
         place.master_port,
         place.world_size,
         is_master=True,
+        wait_for_workers=False,
         timeout=timedelta(seconds=seconds),
         multi_tenant=True,
         master_listen_fd=descriptor,
@@ -82,7 +104,7 @@ def check_in(store: dist.Store, place: Place, config: Config, device: str, secon
         "config": hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:12],
     }
     store.set(f"deepy/card/{place.rank}", json.dumps(card))
-    cards = _collect(store, place.world_size, time.monotonic() + seconds, seconds)
+    cards = _collect(store, place, seconds)
     _let_all_read(store, place)
     for what in ("torch", "config"):
         _require_equal(what, [card[what] for card in cards], [card["host"] for card in cards])
@@ -92,22 +114,28 @@ def check_in(store: dist.Store, place: Place, config: Config, device: str, secon
     logger.info(f"{place.world_size} processes on {len(hosts)} host{'s'[: len(hosts) > 1]} ({shown}): {devices[0]}")
 
 
-def _collect(store: dist.Store, world_size: int, deadline: float, seconds: float) -> list[dict[str, str]]:
+def _collect(store: dist.Store, place: Place, seconds: float) -> list[dict[str, str]]:
+    world_size, begin, is_told = place.world_size, time.monotonic(), place.rank > 0
     keys = [f"deepy/card/{rank}" for rank in range(world_size)]
     present: set[int] = set()
-    while len(present) < world_size:
+    while True:
         present |= {rank for rank in range(world_size) if rank not in present and store.check([keys[rank]])}
-        if len(present) < world_size and time.monotonic() > deadline:
+        if len(present) == world_size:
+            return [json.loads(store.get(key)) for key in keys]
+        missing, waited = _ranges(set(range(world_size)) - present), time.monotonic() - begin
+        if waited > seconds:
             known = sorted({json.loads(store.get(keys[rank]))["host"] for rank in present})
             raise LaunchError(
                 Problem(
-                    f"ranks {_ranges(set(range(world_size)) - present)} of {world_size}",
+                    f"{missing} of {world_size}",
                     f"did not come within {seconds:.0f} s; the others are on {', '.join(known)}.",
                     "Look at the output of the missing ranks; can their machines reach MASTER_ADDR:MASTER_PORT?",
                 )
             )
-        time.sleep(0.0 if len(present) == world_size else 0.02)
-    return [json.loads(store.get(key)) for key in keys]
+        if waited > QUIET_SECONDS and not is_told:
+            is_told = True
+            _tell_waiting(missing, place)
+        time.sleep(0.02)
 
 
 def _let_all_read(store: dist.Store, place: Place) -> None:
@@ -132,14 +160,15 @@ def _require_equal(what: str, values: list[str], hosts: list[str]) -> None:
 
 
 def _ranges(ranks: set[int]) -> str:
-    """Return ranks briefly: {0, 1, 2, 5} -> `0-2, 5`."""
+    """Return ranks briefly: {0, 1, 2, 5} -> `ranks 0-2, 5`."""
     pieces: list[list[int]] = []
     for rank in sorted(ranks):
         if pieces and pieces[-1][-1] == rank - 1:
             pieces[-1].append(rank)
         else:
             pieces.append([rank])
-    return ", ".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in pieces)
+    listed = ", ".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in pieces)
+    return f"rank{'s'[: len(ranks) > 1]} {listed}"
 
 
 class PeerWatch:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from megatron import logs
 from megatron.config.load import Settings, launcher_config, read
+from megatron.config.places import located
 from megatron.config.schema.config import Config
 from megatron.config.schema.run import LauncherConfig
-from megatron.errors import ConfigError
+from megatron.errors import ConfigError, LaunchError, Problem
 from megatron.launch.arguments import Arguments
+from megatron.launch.command import Layout, find_layout
 
 logger = logs.get_logger(__name__)
 
@@ -24,6 +28,27 @@ def read_launcher(settings: Settings) -> LauncherConfig:
     except ConfigError:
         settings.resolve(planning=True)
         raise
+
+
+def read_layout(settings: Settings, launcher: LauncherConfig, environ: Mapping[str, str]) -> Layout:
+    """Return where the ranks will run. Raises LaunchError where hosts or devices cannot be had, and ConfigError with
+    that and the problems of all keys where the config is wrong as well."""
+    try:
+        return find_layout(launcher, environ)
+    except LaunchError as error:
+        hosts = located(error.problems, settings.values)
+        wrong = _problems_of(settings)
+        if wrong:
+            raise ConfigError(*wrong, *hosts) from error
+        raise LaunchError(*hosts) from error
+
+
+def _problems_of(settings: Settings) -> Sequence[Problem]:
+    try:
+        settings.resolve(planning=True)
+    except ConfigError as error:
+        return error.problems
+    return ()
 
 
 def resolve_for(settings: Settings, world_size: int | None, planning: bool = False) -> Config:

@@ -34,12 +34,12 @@ class Patience:
 
     echo: after the first failure, for other ranks to report theirs before SIGTERM.
     failed: between SIGTERM and SIGKILL once a rank has failed.
-    asked: between a forwarded SIGTERM and SIGKILL: the time to save a checkpoint.
+    asked: between a forwarded SIGTERM and SIGKILL: the time to end the step under way and to save a checkpoint.
     interrupted: between a forwarded SIGINT and SIGTERM.
     """
 
     echo: float = 0.3
-    failed: float = 4.0
+    failed: float = 1.0
     asked: float = 120.0
     interrupted: float = 5.0
 

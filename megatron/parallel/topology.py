@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from megatron.config.batch import processes
 from megatron.errors import LaunchError, Problem
 
 
@@ -44,12 +45,12 @@ class Topology:
 
         Raises LaunchError where world_size is not a multiple of tp * pp * cp.
         """
-        per_model = tp * pp * cp
+        per_model, noun = tp * pp * cp, processes(world_size)
         if min(tp, pp, cp, world_size) < 1 or world_size % per_model:
             raise LaunchError(
                 Problem(
                     what=f"model_parallel_size = {tp}, pipe_parallel_size = {pp}, context_parallel_size = {cp}",
-                    why=f"{world_size} processes cannot be divided into groups of {tp} * {pp} * {cp} = {per_model}.",
+                    why=f"{world_size} {noun} cannot be divided into groups of {tp} * {pp} * {cp} = {per_model}.",
                     fix=f"Start a multiple of {max(1, per_model)} processes, or lower one of the sizes.",
                 )
             )

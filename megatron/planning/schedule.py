@@ -52,12 +52,6 @@ def _needs(kind: str, stage: int, index: int, stages: int) -> tuple[str, int, in
     return ("backward", stage + 1, index) if stage < stages - 1 else None
 
 
-def idle_share(forward: Sequence[float], backward: Sequence[float], micro_batches: int) -> float:
-    """Return the share of all stages' time in a step in which nothing runs there, simulated."""
-    work = micro_batches * (sum(forward) + sum(backward))
-    return 1.0 - work / (len(forward) * step_time(forward, backward, micro_batches))
-
-
 def estimate(forward: Sequence[float], backward: Sequence[float], micro_batches: int) -> float:
     """Return the time of a step without simulation: one micro-batch through all stages, the
     others through the slowest.

@@ -13,6 +13,7 @@ from megatron.monitor.build import Monitor
 from megatron.training.evaluate import Evaluator
 from megatron.training.persistence import Keeper
 from megatron.training.progress import Progress
+from megatron.training.stop import StopRequest
 
 logger = get_logger(__name__)
 
@@ -29,10 +30,11 @@ class Run:
     valid: Evaluator | None
     keeper: Keeper
     monitor: Monitor
+    stop: StopRequest
 
 
 def run_loop(run: Run, progress: Progress) -> Progress:
-    """Train from `progress` to the end of the run, or to its exit_interval; return how far it came."""
+    """Train from `progress` to the end of the run, its exit_interval or a SIGTERM; return how far it came."""
     if progress.iteration >= run.train_iters:
         run.monitor.message(
             f"nothing left to train: the checkpoint is of iteration {progress.iteration} and train_iters is "
@@ -58,6 +60,9 @@ def run_loop(run: Run, progress: Progress) -> Progress:
         save_if_due(run, progress)
         if is_due(progress, run.training.exit_interval):
             run.monitor.message(f"stopping at iteration {progress.iteration}, a multiple of exit_interval")
+            break
+        if run.stop.agreed():
+            run.monitor.message(f"stopping at iteration {progress.iteration}, as SIGTERM asks")
             break
     tell_saved(run, progress, run.keeper.save(run.engine, progress))
     return progress

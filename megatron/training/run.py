@@ -31,6 +31,7 @@ from megatron.training.evaluate import Evaluator
 from megatron.training.loop import Run, run_loop
 from megatron.training.persistence import Keeper
 from megatron.training.progress import Progress
+from megatron.training.stop import StopRequest
 
 logger = get_logger(__name__)
 
@@ -65,6 +66,7 @@ def train(config: Config, mesh: Mesh, config_files: Mapping[str, str] | None = N
             valid=assembly.evaluator(data.valid),
             keeper=keeper,
             monitor=monitor,
+            stop=assembly.stop_request(),
         )
         progress = run_loop(run, progress)
         test = assembly.evaluator(data.test)
@@ -112,6 +114,12 @@ class _Assembly:
         ranks = {"dp_rank": self.mesh.dp.rank, "dp_size": self.mesh.dp.size}
         loader = build_loader(self.config, dataset, consumed_samples=consumed_samples, eod_token=eod, **ranks)
         return self.stack.enter_context(loader)
+
+    def stop_request(self) -> StopRequest:
+        """Return what takes a SIGTERM from now on, until the run ends."""
+        stop = StopRequest(self.mesh)
+        self.stack.callback(stop.close)
+        return stop
 
     def evaluator(self, dataset: SampleReader | None) -> Evaluator | None:
         """Return the evaluator of a validation or test set, or None where there is none or eval_iters is 0."""

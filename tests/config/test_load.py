@@ -148,3 +148,10 @@ def test_files_are_kept_as_they_were_written(tmp_path: Path) -> None:
     assert list(texts.values()) == ["# of a\n", "# of b\n"]
     assert "x.yml" in texts
     assert all("/" not in name for name in texts)
+
+
+def test_the_same_file_given_twice_is_one_problem(folder: Path) -> None:
+    said = failure(folder, "model", "../" + folder.name + "/model.yml", "model", overrides=["seed=x"]).splitlines()
+    assert len(said) == 3
+    assert said[0].startswith("--set seed=x: seed")
+    assert all(line.endswith("model.yml: the file is given twice. Name it once.") for line in said[1:])

@@ -134,6 +134,11 @@ CASES: list[tuple[dict[str, Any], str]] = [
         "optimizer.params.eps = 1e-08: optimizer lion does not take it. Remove it; lion takes lr or betas.",
     ),
     (
+        {"optimizer": {"type": "adam", "params": {"lr": 1, "beta": [0.9]}}},
+        "optimizer.params.beta = [0.9]: optimizer adam does not take it. Did you mean betas? adam takes lr, "
+        "betas or eps.",
+    ),
+    (
         {"optimizer": {"type": "adam", "params": {"lr": 1, "betas": [0.9, 1]}}},
         "each must be at least 0 and less than 1.",
     ),
@@ -229,3 +234,18 @@ def test_what_training_needs() -> None:
     assert found == ["train_iters", "data_path", "vocab_file", "merge_file"]
     complete = {"train_iters": 1, "data_path": "x", "tokenizer_type": "CharLevelTokenizer"}
     assert readiness.trainable(resolve({**SMALL, **complete})) == []
+
+
+def test_what_does_nothing_useful_is_said() -> None:
+    values = {**SMALL, "train_iters": 100, "extra_save_iters": [0, 100, 101, 500], "num_workers": 100_000}
+    settings = {key: Setting(value, "a.yml:2") for key, value in values.items()}
+    assert resolve_settings(settings).notices == (
+        "a.yml:2: extra_save_iters: 101, 500 is beyond the end, train_iters = 100.",
+        "a.yml:2: num_workers = 100000 is more threads for each rank than read ahead faster; 2 to 8 are enough.",
+    )
+    usual = {**SMALL, "train_iters": 100, "extra_save_iters": [0, 100], "num_workers": 64}
+    assert resolve_settings({key: Setting(value) for key, value in usual.items()}).notices == ()
+
+
+def test_one_process_is_one() -> None:
+    assert "1 process cannot be divided into groups of 2." in problems(model_parallel_size=2)

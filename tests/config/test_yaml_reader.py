@@ -146,3 +146,11 @@ def test_values_of_the_command_line() -> None:
     assert parse_value("{a: 1}", "--set").value == {"a": 1}
     assert parse_value("a: b: c", "--set").value == "a: b: c"
     assert parse_value("", "--set").value is None
+
+
+@pytest.mark.parametrize("text", ["a:\n\tb: 1\n", "a: 1\n\tb: 2\n"])
+def test_a_tab_is_named(text: str) -> None:
+    _, problems = read_text(text, "x.yml")
+    assert problems[0].where == "x.yml:2"
+    assert "and the line has a tab. Indent with spaces; YAML has no tabs." in str(problems[0])
+    assert "tab" not in str(read_text("a: b: c\n", "x.yml")[1][0])

@@ -143,3 +143,30 @@ def test_load_that_finds_nothing_stops(folders: tuple[Path, Path]) -> None:
     whole, _ = folders
     with pytest.raises(CheckpointError, match="There is no such folder"):
         run_ranks(1, lambda: run(whole, load=str(whole / "nowhere")))
+
+
+def run_stopped(folder: Path, at: int, **changes: Any) -> dict[str, int]:
+    """Train on two ranks, of which the second gets a SIGTERM in the step after `at` updates."""
+    step: Callable[..., Any] = DeepSpeedEngine.train_step
+
+    def stopped_step(self: DeepSpeedEngine, batches: Any, iteration: int) -> Any:
+        if iteration == at and torch.distributed.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batches, iteration)
+
+    DeepSpeedEngine.train_step = stopped_step  # type: ignore[method-assign]
+    progress = run(folder, 2, **changes)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    return progress
+
+
+def test_a_sigterm_on_one_rank_ends_all_with_a_checkpoint(folders: tuple[Path, Path]) -> None:
+    whole, broken = folders
+    run_ranks(2, lambda: run(whole, 2, checkpoint_factor=100))
+    stopped = run_ranks(2, lambda: run_stopped(broken, 2, checkpoint_factor=100))
+    assert [progress["iteration"] for progress in stopped] == [3, 3]
+    assert [path.name for path in (broken / "checkpoints").glob("global_step*")] == ["global_step3"]
+    run_ranks(2, lambda: run(broken, 2, checkpoint_factor=100))
+    expected, found = tensors(whole), tensors(broken)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[key], found[key]) for key in expected)

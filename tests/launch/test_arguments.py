@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 
 import pytest
 
@@ -53,3 +54,24 @@ def test_the_command_line_can_be_typed_again() -> None:
 def test_what_cannot_be_understood(line: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_arguments(line.split(), "./deepy.py train.py")
+
+
+def test_absent_flags_come_with_all_that_is_wrong_besides(tmp_path: Path) -> None:
+    (tmp_path / "a.yml").write_text("num_layer: 2\n")
+    words = ["--eval_tasks", "piqa", "lambada", str(tmp_path / "a.yml"), "--check", "--autotuning=tune"]
+    with pytest.raises(ConfigError) as caught:
+        parse_arguments([*words, "--set", "seed=x"])
+    said = str(caught.value).replace(f"{tmp_path}/", "").splitlines()
+    assert [line.split(": ")[0] for line in said] == [
+        "--eval_tasks",
+        "--autotuning",
+        "--set seed=x",
+        "a.yml:1",
+        "num_layers, hidden_size, num_attention_heads, seq_length, max_position_embeddings",
+    ]
+
+
+def test_every_text_that_is_no_override_is_named() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_arguments(["a.yml", "--set", "seed", "b.yml"])
+    assert [problem.what for problem in caught.value.problems] == ["--set seed", "--set b.yml"]

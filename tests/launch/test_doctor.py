@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 from typing import NoReturn
 
 import pytest
@@ -17,9 +18,24 @@ def test_a_package_that_works_has_its_version() -> None:
 
 
 def test_a_missing_package_has_pythons_own_words() -> None:
-    found = doctor._optional("no_such_kernels", "speed", "pip install it")
+    found = doctor._optional("no_such_kernels", "speed", "pip install it", True)
     assert found.value == "not usable (speed: pip install it)"
     assert found.problem == "ModuleNotFoundError: No module named 'no_such_kernels'"
+
+
+def test_what_this_version_does_not_use_is_recommended_to_nobody() -> None:
+    found = doctor._optional("no_such_kernels", "speed", "pip install it", False)
+    assert found == Finding("no_such_kernels", "not here (not used by this version)")
+    assert doctor._optional("numpy", "speed", "", False).value.endswith(" (not used by this version)")
+
+
+def test_the_files_of_unused_packages_say_so() -> None:
+    folder = Path(doctor.__file__).parents[2] / "requirements"
+    for _, _, install, is_used in doctor.OPTIONAL:
+        name = install.rpartition("requirements/")[2]
+        if install != name:
+            assert ("Not used by this version" in (folder / name).read_text()) is not is_used, name
+    assert "Not used by this version" in (folder / "s3.txt").read_text()
 
 
 def test_an_import_that_crashes_harms_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

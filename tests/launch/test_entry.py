@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -78,6 +80,21 @@ def test_a_failed_rank_ends_the_others_without_a_launcher_of_ours(tmp_path: Path
     assert "ends because rank 1 on host" in output0 or "failed as well" in output0
 
 
+def test_a_killed_rank_is_not_blamed_on_the_survivor(tmp_path: Path) -> None:
+    def work(config: Config, mesh: Mesh, files: Mapping[str, str]) -> None:
+        logs.set_step(9)
+        if mesh.world.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        dist.all_reduce(torch.ones(()))
+
+    (code0, output0), (code1, _) = [rank.end() for rank in two_ranks(work, tmp_path, payload(tmp_path, 2))]
+    assert (code0, code1) == (1, -signal.SIGKILL)
+    last = output0.strip().splitlines()[-1]
+    assert last.startswith("rank 0 of 2 on host ")
+    assert "lost another rank at step 9, which ended without a word (killed?)." in last
+    assert "Traceback" not in output0
+
+
 def test_ranks_with_other_configs_are_told_apart(tmp_path: Path) -> None:
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port(0))}
     ranks = [
@@ -138,3 +155,33 @@ def test_a_wrong_config_is_a_mistake(tmp_path: Path) -> None:
     code, output = fork(lambda: run_worker(all_reduced, [str(tmp_path / "wrong.yml")]), tmp_path / "output").end()
     assert code == 2
     assert "wrong.yml:1: num_layer = 3: there is no such key. Did you mean num_layers" in output
+
+
+def test_late_problems_have_the_place_of_their_key(tmp_path: Path) -> None:
+    import yaml
+
+    from megatron.training.run import train
+
+    keys = {**settings(tmp_path), "data_path": "nope"}
+    (tmp_path / "tiny.yml").write_text(yaml.safe_dump(keys))
+    code, output = fork(lambda: run_worker(train, [str(tmp_path / "tiny.yml")]), tmp_path / "output").end()
+    assert code == 2
+    said = output.strip().splitlines()[-1]
+    assert "data_path = nope: there is no nope.bin and no nope.idx." in said
+    place = said.split(": data_path")[0]
+    assert place.startswith("tiny.yml:")
+    number = int(place.rpartition(":")[2])
+    assert (tmp_path / "tiny.yml").read_text().splitlines()[number - 1] == "data_path: nope"
+
+
+def test_a_vocab_file_that_is_no_tokenizer_ends_a_start_with_its_place(tmp_path: Path) -> None:
+    from megatron.training.run import train
+
+    (tmp_path / "list.json").write_text("[1]")
+    changes = {"tokenizer_type": "HFTokenizer", "vocab_file": str(tmp_path / "list.json")}
+    word = pack(resolve(settings(tmp_path, **changes), 1), {"a.yml": f"\nvocab_file: {tmp_path / 'list.json'}\n"})
+    code, output = fork(lambda: run_worker(train, [PAYLOAD_FLAG, word]), tmp_path / "output").end()
+    assert code == 2
+    assert output.strip().splitlines()[-1].startswith("a.yml:2: vocab_file = ")
+    assert "so no tokenizer." in output
+    assert "Traceback" not in output

@@ -55,6 +55,15 @@ def test_the_end_of_a_peer_is_an_echo(text: str) -> None:
     assert from_exception(RuntimeError(text), 0, 2, "n1", 5).is_echo
 
 
+def test_an_echo_alone_names_the_loss_and_not_its_own_traceback() -> None:
+    text = "Traceback ...\n  File torch/distributed/x.py\nError: [gloo/pair.cc] Connection reset by peer. GLHF!\n"
+    said = str(failure(rank=0, text=text, is_echo=True))
+    assert said.startswith("rank 0 of 2 on host n1 lost another rank at step 5, which ended without a word (killed?).")
+    assert said.endswith("What rank 0 saw: Error: [gloo/pair.cc] Connection reset by peer")
+    web = "Traceback ...\nurllib.error.URLError: Connection refused"
+    assert str(failure(text=web, is_echo=True)).startswith(web)
+
+
 def test_first_cause() -> None:
     echo, early, late = failure(is_echo=True, when=1.0), failure(when=2.0), failure(when=3.0)
     assert first_cause([late, echo, early]) is early

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from megatron.errors import LaunchError
-from megatron.launch.hosts import Host, hostfile_path, read_hostfile, select
+from megatron.launch import cli
+from megatron.launch.hosts import Host, hostfile_path, read_hostfile, require_reachable, select
 
 HOSTS = [Host("n1", (0, 1, 2, 3)), Host("n2", (0, 1, 2, 3))]
 
@@ -77,3 +78,49 @@ def test_filters(keys: dict[str, str | int], expected: list[Host]) -> None:
 def test_filters_that_cannot_be_met(keys: dict[str, str | int], message: str) -> None:
     with pytest.raises(LaunchError, match=message):
         select(HOSTS, **{"include": None, "exclude": None, **keys})  # type: ignore[arg-type]
+
+
+def programs(folder: Path, monkeypatch: pytest.MonkeyPatch, **bodies: str) -> None:
+    """Let PATH hold nothing but some shell scripts."""
+    for name, body in bodies.items():
+        (folder / name).write_text(f"#!/bin/sh\n{body}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder))
+
+
+def test_programs_that_a_launcher_lacks_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    programs(tmp_path, monkeypatch)
+    with pytest.raises(LaunchError) as caught:
+        require_reachable(HOSTS, "pdsh")
+    assert [str(problem).split(" on this")[0] for problem in caught.value.problems] == [
+        "launcher = pdsh: the program pdsh is not installed",
+        "launcher = pdsh: the program ssh is not installed",
+    ]
+    with pytest.raises(LaunchError, match=r"launcher = slurm: the program srun is not installed"):
+        require_reachable(HOSTS, "slurm")
+
+
+def test_every_host_that_ssh_cannot_reach_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = 'case "$*" in *n2*) echo "ssh: Could not resolve hostname n2" >&2; exit 255;; esac'
+    programs(tmp_path, monkeypatch, ssh=body, pdsh="exit 0")
+    require_reachable(HOSTS[:1], "pdsh")
+    require_reachable(HOSTS, "pdsh", checks_ssh=False)
+    with pytest.raises(LaunchError) as caught:
+        require_reachable(HOSTS, "pdsh")
+    assert str(caught.value) == (
+        "host n2: ssh cannot log into it (ssh: Could not resolve hostname n2). Make `ssh n2 true` work without a "
+        "password, correct the hostfile, or set exclude: n2"
+    )
+
+
+def test_nothing_is_started_where_a_host_cannot_be_reached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    programs(tmp_path, monkeypatch, ssh='echo "Permission denied" >&2; exit 255', pdsh="exit 0")
+    model = Path(__file__).parents[2] / "configs" / "125M.yml"
+    words = ["train.py", str(model), "-H", write(tmp_path, "n1 slots=1\nn2 slots=1\n")]
+    assert cli.main(words) == 1
+    said = capsys.readouterr().err
+    assert said.count("ssh cannot log into it (Permission denied).") == 2
+    assert "Traceback" not in said
+    assert cli.main([*words, "--print"]) == 0

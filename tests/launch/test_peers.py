@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from megatron import logs
 from megatron.config.resolve import resolve
 from megatron.errors import LaunchError
+from megatron.launch import peers
 from megatron.launch.failure import Failure
 from megatron.launch.peers import PeerWatch, check_in, open_store
 from megatron.launch.place import Place
@@ -23,6 +25,21 @@ def test_a_rank_that_cannot_reach_rank_0_says_where_it_looked(monkeypatch: pytes
         monkeypatch.setenv(name, value)
     with pytest.raises(LaunchError, match=r"rank 1 on n1: found no rank 0 at .* = 127\.0\.0\.1:\d+ within 0 s"):
         open_store(place, seconds=0.2)
+
+
+def test_who_is_waited_for_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    logs.setup()
+    monkeypatch.setattr(peers, "QUIET_SECONDS", 0.1)
+    first = Place(0, 3, 0, 3, "127.0.0.1", free_port(0), "n0")
+    where = f"127.0.0.1:{first.master_port}"
+    with pytest.raises(LaunchError, match=rf"rank 1 on n1: found no rank 0 at .* = {where}"):
+        open_store(Place(1, 3, 1, 3, "127.0.0.1", first.master_port, "n1"), seconds=0.5)
+    assert f"waiting for rank 0 of 3 at {where}" in capsys.readouterr().err
+    with pytest.raises(LaunchError, match="ranks 1-2 of 3: did not come within 0 s; the others are on n0"):
+        check_in(open_store(first, seconds=1), first, resolve(settings(tmp_path), 3), "CPU", seconds=0.4)
+    assert capsys.readouterr().err.count(f"waiting for ranks 1-2 of 3 at {where}\n") == 1
 
 
 @pytest.fixture
