@@ -32,8 +32,12 @@ def take(parameter: Tensor, name: str, shape: Sequence[int], dtype: torch.dtype)
 
 def keep(parameter: Tensor, name: str, buffer: Tensor) -> None:
     """Hand back what was taken; only a CPU's is kept."""
-    if buffer.device.type == "cpu" and not torch.compiler.is_compiling():
+    if _is_worth_keeping(buffer) and not torch.compiler.is_compiling():
         parameter.__dict__.setdefault(_KEPT, {})[name] = buffer
+
+
+def _is_worth_keeping(buffer: Tensor) -> bool:
+    return buffer.device.type == "cpu"
 
 
 def take_gradient(parameter: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from megatron.model import recompute
 from megatron.model.build import build_model
 from megatron.model.stream import Stream
 from megatron.ops import cross_entropy
-from megatron.ops.heads import split_heads_reference
 from megatron.parallel.mesh import Mesh
 from megatron.planning.activations import CHUNK_BYTES, block_bytes, boundary_bytes, loss_bytes
 from megatron.planning.layout import Layout
@@ -34,13 +33,6 @@ BLOCKS = {
     "bilinear": {"pos_emb": "none", "activation": "bilinear", "precision": "fp32"},
     "window": {"pos_emb": "none", "sliding_window_width": 8},
 }
-
-
-@pytest.fixture(autouse=True)
-def _attention_of_a_gpu(monkeypatch):
-    """A plan is for GPUs, whose attention is PyTorch's; on a CPU another path may serve training."""
-    monkeypatch.setattr("megatron.ops.attention._trains_on_cpu", lambda query: False)
-    monkeypatch.setattr("megatron.model.attention.split_heads", split_heads_reference)
 
 
 def _kept(function, model, starts=()):

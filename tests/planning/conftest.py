@@ -1,0 +1,13 @@
+"""A plan is for GPUs: what only a CPU does otherwise is off while it is compared with live engines."""
+
+import pytest
+
+from megatron.ops.heads import split_heads_reference
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch):
+    """PyTorch's attention, heads that are not copied apart, and no buffers that wait for the next step."""
+    monkeypatch.setattr("megatron.ops.attention._trains_on_cpu", lambda query: False)
+    monkeypatch.setattr("megatron.model.attention.split_heads", split_heads_reference)
+    monkeypatch.setattr("megatron.ops.memory._is_worth_keeping", lambda buffer: False)
