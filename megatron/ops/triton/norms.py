@@ -24,7 +24,7 @@ from megatron.ops.triton.partials import sum_partials
 
 WHOLE_FORWARD = 32768
 WHOLE_BACKWARD = 8192
-_CHUNK = 4096
+CHUNK = 4096
 
 
 @triton.jit
@@ -228,7 +228,7 @@ def norm_forward(
         tensors = (inputs, residual, weight, bias, output, total, mean, scale)
         numbers = (rows, width, inputs.stride(0), residual_stride, eps)
         if width > WHOLE_FORWARD:
-            start(_forward_wide, (rows,), *tensors, *numbers, CENTRED=centred, COLUMNS=_CHUNK, num_warps=8)
+            start(_forward_wide, (rows,), *tensors, *numbers, CENTRED=centred, COLUMNS=CHUNK, num_warps=8)
         else:
             tile_rows, columns, warps = _tile(width)
             grid = (triton.cdiv(rows, tile_rows),)
@@ -257,7 +257,7 @@ def norm_backward(
         strides = (gradient.stride(0), total_stride, values.stride(0))
         tensors = (gradient, total_gradient, values, weight, mean, scale, input_gradient)
         if width > WHOLE_BACKWARD:
-            shape = {"CENTRED": centred, "COLUMNS": _CHUNK, "num_warps": 8}
+            shape = {"CENTRED": centred, "COLUMNS": CHUNK, "num_warps": 8}
             start(_backward_wide, (rows,), *tensors, width, *strides, **shape)
             if weight is not None:
                 partials = (gradient, values, mean, scale, weight_partials, bias_partials)
@@ -360,13 +360,16 @@ def add_rms_norm(inputs: Tensor, residual: Tensor, weight: Tensor, eps: float) -
 
 
 def samples() -> list[Sample]:
-    """The norms of hidden states from 125M to 70B parameters, and one beyond a program's registers."""
-    sizes = [(width, torch.bfloat16) for width in (768, 2560, 4096, 8192, 16384)] + [(4096, torch.float32)]
+    """The norms of hidden states from 125M to 13B parameters, and one beyond a program's registers."""
+    bf16, fp32 = torch.bfloat16, torch.float32
     return [
-        Sample(f"{name} {width} {str(dtype).removeprefix('torch.')}", partial(_sample, centred, width, dtype))
-        for name, centred in (("add_layer_norm", True), ("add_rms_norm", False))
-        for width, dtype in sizes
+        *(_named("add_layer_norm", True, width, bf16) for width in (768, 4096, 8192, 16384)),
+        *(_named("add_rms_norm", False, width, dtype) for width, dtype in ((4096, bf16), (8192, bf16), (4096, fp32))),
     ]
+
+
+def _named(name: str, centred: bool, width: int, dtype: torch.dtype) -> Sample:
+    return Sample(f"{name} {width} {str(dtype).removeprefix('torch.')}", partial(_sample, centred, width, dtype))
 
 
 def _sample(centred: bool, width: int, dtype: torch.dtype, device: torch.device) -> None:
