@@ -18,6 +18,8 @@ FOLDER = Path(__file__).parent
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 try:
+    import triton.experimental.gluon  # which triton itself imports late, and which asks for TRITON_INTERPRET too
+
     import megatron.ops.triton.launch
     import megatron.ops.triton.samples  # noqa: F401  (imports every kernel)
 finally:
