@@ -34,6 +34,7 @@ _OPERATIONS = (
     _operation(
         "add_rms_norm", "norms:add_rms_norm", "norms:add_rms_norm_reference", probes.add_rms_norm,
         "norms:add_rms_norm",
+        Candidate("liger", f"{_LIGER}:add_rms_norm", "liger_kernel"),
     ),
     _operation(
         "rotate_packed", "rotary:rotate_packed", "rotary:rotate_packed", probes.rotate_packed, "rotary:rotate_packed"
@@ -57,6 +58,31 @@ _OPERATIONS = (
     _operation(
         "add_dropped", "dropout_add:add_dropped", "dropout_add:add_dropped_reference", probes.add_dropped,
         "dropout_add:add_dropped",
+    ),
+    _operation(
+        "cross_entropy", "cross_entropy:block_losses", "cross_entropy:block_losses", probes.cross_entropy,
+        "cross_entropy:block_losses",
+    ),
+    _operation(
+        "share_losses", "logits:share_losses", "logits:share_losses", probes.share_losses, "cross_entropy:share_losses"
+    ),
+    _operation(
+        "masked_softmax", "softmax:masked_softmax", "softmax:masked_softmax", probes.masked_softmax,
+        "softmax:masked_softmax",
+    ),
+    _operation(
+        "grouped_matmul", "grouped_gemm:grouped_matmul", "grouped_gemm:grouped_matmul", probes.grouped_matmul,
+        "grouped_matmul:grouped_matmul",
+    ),
+    _operation(
+        "selective_scan", "scan:selective_scan", "scan:selective_scan", probes.selective_scan, "scan:selective_scan"
+    ),
+    _operation(
+        "sum_of_squares", "adamw:sum_of_squares", "adamw:sum_of_squares", probes.sum_of_squares,
+        "adamw:sum_of_squares",
+    ),
+    _operation(
+        "adamw_update_", "adamw:adamw_update_", "adamw:adamw_update_", probes.adamw_update_, "adamw:adamw_update_"
     ),
 )  # fmt: skip
 

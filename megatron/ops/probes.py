@@ -89,3 +89,65 @@ def add_dropped(function: Function, device: torch.device, dtype: torch.dtype, hi
     hidden, bias, residual, upstream = _draw(device, dtype, rows, (hidden_size,), rows, rows)
     output = function(hidden, bias, residual, 0.25, torch.tensor([0x123456789ABCDEF], device=device))
     return _results([output], [hidden, bias, residual], [upstream])
+
+
+def cross_entropy(function: Function, device: torch.device, dtype: torch.dtype, hidden_size: int) -> list[Tensor]:
+    """Losses, and gradients in the logits' place."""
+    width = 4 * hidden_size + 1
+    logits, labels = _draw(device, dtype, (_ROWS, width))[0].detach(), _spread(width, device)
+    return [function(logits, labels, 1.0), logits]
+
+
+def share_losses(function: Function, device: torch.device, dtype: torch.dtype, hidden_size: int) -> list[Tensor]:
+    """The second half of a vocabulary, which has every second label, as if the first held nothing."""
+    width = 4 * hidden_size + 1
+    logits, labels = _draw(device, dtype, (_ROWS, width))[0].detach(), _spread(2 * width, device)
+    return [function(logits, labels, 1.0, width, lambda statistics: statistics), logits]
+
+
+def _spread(size: int, device: torch.device) -> Tensor:
+    """Return a label for each row, from 0 to size - 1."""
+    return torch.arange(_ROWS, device=device) * (size - 1) // (_ROWS - 1)
+
+
+def masked_softmax(function: Function, device: torch.device, dtype: torch.dtype, hidden_size: int) -> list[Tensor]:
+    """Causal with a window, and a padding mask that hides everything from one sequence."""
+    scores, upstream = _draw(device, dtype, (2, 3, 5, _ROWS), (2, 3, 5, _ROWS))
+    mask = (torch.arange(_ROWS, device=device) < torch.tensor([[0], [20]], device=device))[:, None, None]
+    windowed, padded = function(scores, 0.5, True, 7), function(scores, 0.5, False, None, mask)
+    return [*_results([windowed], [scores], [upstream]), *_results([padded], [scores], [upstream])]
+
+
+def grouped_matmul(function: Function, device: torch.device, dtype: torch.dtype, hidden_size: int) -> list[Tensor]:
+    """Four experts, one of them without tokens."""
+    inputs, weights, upstream = _draw(device, dtype, (_ROWS, hidden_size), (4, hidden_size, 96), (_ROWS, 96))
+    weights = weights.detach().div(hidden_size**0.5).requires_grad_()
+    output = function(inputs, weights, torch.tensor([0, 5, 5, 36, _ROWS], device=device))
+    return _results([output], [inputs, weights], [upstream])
+
+
+def selective_scan(function: Function, device: torch.device, dtype: torch.dtype, hidden_size: int) -> list[Tensor]:
+    """Sixteen states and gates, steps as small as those of training, and neither tokens nor channels fill a tile."""
+    tokens = (1, _ROWS, 5)
+    u, delta, z, upstream, b, c = _draw(device, dtype, *[tokens] * 4, *[(1, _ROWS, 16)] * 2)
+    skip, bias = _draw(device, torch.float32, (5,), (5,))
+    bias = bias.detach().sub(4.0).requires_grad_()
+    a = -torch.arange(1.0, 17.0, device=device).repeat(5, 1).requires_grad_()
+    arguments = [u, delta, a, b, c, skip, z, bias]
+    return _results([function(*arguments)], arguments, [upstream])
+
+
+def sum_of_squares(function: Function, device: torch.device, dtype: torch.dtype, hidden_size: int) -> list[Tensor]:
+    """Two fp32 tensors, whatever the model's dtype; the mean, since all results are compared with one tolerance."""
+    tensors = [leaf.detach() for leaf in _draw(device, torch.float32, (_ROWS, hidden_size), (_ROWS * hidden_size,))]
+    return [function(tensors) / tensors[0].numel()]
+
+
+def adamw_update_(function: Function, device: torch.device, dtype: torch.dtype, hidden_size: int) -> list[Tensor]:
+    """One large step on two masters, and the weights that they are rounded into."""
+    shapes = [(_ROWS, hidden_size), (3,)]
+    lists = [[leaf.detach() for leaf in _draw(device, torch.float32, *shapes)] for _ in range(4)]
+    lists[3] = [leaf.square() for leaf in lists[3]]
+    weights = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+    function(*lists, weights, torch.tensor([0.5, 1.25, 1.5], device=device), 0.5, 0.75, 0.5, 1e-8, 1.0)
+    return [*lists[1], *lists[2], *lists[3], *weights]

@@ -3,7 +3,7 @@
 A row's maximum and sum of exponentials are found in one pass (Milakov & Gimelshein 2018): a block's own maximum
 rescales the sum so far. A second pass writes the gradient over the logits; the row is in the L2 cache by then, so
 device memory sees one read and one write. All arithmetic is fp32. Where ranks hold shares of the vocabulary,
-`logits_statistics` and `logits_gradient_` are the two halves, and what lies between them is theirs to add up.
+`logits_statistics` and `logits_gradient_` are the two halves, between which the ranks meet.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron.ops.logits import Meet
 from megatron.ops.triton.launch import Sample, operator, runs, start
 
 BLOCK = 4096
@@ -164,6 +165,14 @@ def block_losses(logits: Tensor, labels: Tensor, scale: float | None) -> Tensor:
     return losses
 
 
+def share_losses(logits: Tensor, labels: Tensor, scale: float | None, first: int, meet: Meet) -> Tensor:
+    """`megatron.ops.logits.share_losses`; without a scale the logits stay."""
+    maximum, total, target = meet(logits_statistics(logits, labels, first))
+    if scale is not None:
+        logits_gradient_(logits, labels, first, maximum, total, scale)
+    return total.log() + (maximum - target)
+
+
 def samples() -> list[Sample]:
     """Rows of GPT-NeoX's vocabulary, whole and in halves."""
     return [Sample(f"cross_entropy {name}", partial(_sample, dtype)) for name, dtype in _DTYPES.items()]
@@ -177,5 +186,4 @@ def _sample(dtype: torch.dtype, device: torch.device) -> None:
     block_losses(torch.empty(4096, 50304, dtype=dtype, device=device), labels, 1.0)
     block_losses(torch.empty(4096, 50304, dtype=dtype, device=device), labels, None)
     share = torch.empty(4096, 25152, dtype=dtype, device=device)
-    maximum, total, _ = logits_statistics(share, labels, 25152)
-    logits_gradient_(share, labels, 25152, maximum, total, 1.0)
+    share_losses(share, labels, 1.0, 25152, lambda statistics: statistics)
