@@ -17,7 +17,8 @@ from megatron.model.cache import KVCache
 from megatron.model.positions import ALONE, AttentionMask, RelativePositionBias, RotaryTables, Span
 from megatron.model.recompute import recomputed
 from megatron.ops.attention import attention
-from megatron.ops.rotary import rotate
+from megatron.ops.choice import Function
+from megatron.ops.rotary import rotate_packed
 from megatron.parallel.collectives import TensorRegion
 from megatron.parallel.layers import ColumnParallelLinear, Initializer, RowParallelLinear
 
@@ -32,6 +33,7 @@ class SelfAttention(nn.Module):
     rotary: tables, or None. mask: what is seen and any alibi bias. rpe: relative position bias, or None.
     across: how tokens see those of the other ranks of the context axis; None where this rank has all of them.
     recompute: compute scores and what follows from them again in the backward pass.
+    turn: what computes rotate_packed.
     """
 
     def __init__(
@@ -52,10 +54,12 @@ class SelfAttention(nn.Module):
         key_scaling: float = 1.0,
         across: AcrossRanks | None = None,
         recompute: bool = False,
+        turn: Function = rotate_packed,
     ) -> None:
         super().__init__()
         self.layer = layer
         self.recompute = recompute
+        self.turn = turn
         self.head_dim = hidden_size // num_heads
         self.group_size = num_heads // num_kv_heads
         self.num_groups = num_kv_heads // region.axis.size
@@ -101,12 +105,12 @@ class SelfAttention(nn.Module):
         groups = self.query_key_value(hidden).view(rows, length, self.num_groups, self.group_size + 2, self.head_dim)
         if self.qk_norm is not None:
             groups = self._normed(groups)
-        turning, value = groups.split([groups.shape[3] - 1, 1], dim=3)
         if self.rotary is not None:
-            turning = rotate(turning, *self.rotary(span, hidden.device))  # queries and key of a group in one go
-        query, key = turning.split([turning.shape[3] - 1, 1], dim=3)
-        query, key, value = (heads.flatten(2, 3).transpose(1, 2) for heads in (query, key, value))
-        return query, key, value
+            query, key, value = self.turn(groups, *self.rotary(span, hidden.device))
+        else:
+            sizes = [groups.shape[3] - 2, 1, 1]
+            query, key, value = (heads.flatten(2, 3) for heads in groups.split(sizes, dim=3))
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
     def _normed(self, groups: Tensor) -> Tensor:
         """Return groups [b, s, k, n/k + 2, d] as [b, s, n, 3, d], with queries and keys normed.

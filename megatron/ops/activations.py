@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Activation = Callable[[Tensor], Tensor]
+BiasActivation = Callable[[Tensor, Tensor | None], Tensor]
+"""(inputs [..., f], bias [f] or None) -> the activation of their sum."""
 
 
 def gelu(inputs: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Which implementation of each operation a run uses: chosen once, at the start, and shown in one table.
 
-    choices = choose({"rms_norm": "auto"}, Situation(torch.device("cuda"), torch.bfloat16, hidden_size=4096))
-    output = choices["rms_norm"](inputs, weight, eps)
+    choices = choose({"rms_norm": "auto"}, Situation(torch.device("cuda"), torch.bfloat16, 4096), CATALOGUE)
+    norm = choices.get("rms_norm", rms_norm)
     print(choices.table())
 
 `CATALOGUE` (catalogue.py) lists for each operation what can compute it. What is asked for settles the order:
@@ -104,29 +104,25 @@ class Choice:
     refused: tuple[tuple[str, str], ...] = ()
 
 
-class Choices(Mapping[str, Function]):
-    """The function of each operation by its name."""
+@dataclass(frozen=True)
+class Choices:
+    """What computes each operation of a run; none at all is PyTorch's own for everything."""
 
-    def __init__(self, choices: Sequence[Choice]) -> None:
-        self.choices = {choice.operation: choice for choice in choices}
+    choices: tuple[Choice, ...] = ()
 
-    def __getitem__(self, operation: str) -> Function:
-        return self.choices[operation].function
+    def get(self, operation: str, otherwise: Function) -> Function:
+        """Return what computes an operation, or `otherwise` where it is not among the choices."""
+        return next((choice.function for choice in self.choices if choice.operation == operation), otherwise)
 
-    def __iter__(self) -> Any:
-        return iter(self.choices)
-
-    def __len__(self) -> int:
-        return len(self.choices)
-
-    def is_fused(self, operation: str) -> bool:
-        """Return whether something other than eager computes it."""
-        return operation in self.choices and self.choices[operation].candidate != EAGER
+    def fused(self, operation: str | None) -> Function | None:
+        """Return what computes an operation, or None where that is eager, or not among the choices."""
+        fused = (choice for choice in self.choices if choice.candidate != EAGER)
+        return next((choice.function for choice in fused if choice.operation == operation), None)
 
     def table(self) -> str:
         """Return a line for each operation: what computes it, why, and why not something else."""
         rows = [("operation", "computed by", "because")]
-        for choice in self.choices.values():
+        for choice in self.choices:
             rows.append((choice.operation, choice.candidate, choice.why))
             rows.extend(("", f"not {name}", reason) for name, reason in choice.refused)
         widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
@@ -144,7 +140,7 @@ def choose(
     measured: the name of the fastest candidate where that is known, for "auto".
     """
     fastest = {name: measured(name, situation) for name in asked}
-    return Choices([_choose(catalogue[name], wish, situation, fastest[name]) for name, wish in asked.items()])
+    return Choices(tuple(_choose(catalogue[name], wish, situation, fastest[name]) for name, wish in asked.items()))
 
 
 def _choose(operation: Operation, wish: Asked, situation: Situation, fastest: str | None) -> Choice:
@@ -169,9 +165,15 @@ def _order(operation: Operation, wish: Asked, situation: Situation, fastest: str
             return [*((each, "auto: moves fewer bytes; not measured on this device") for each in fused), _last(eager)]
         first = [each for each in operation.candidates if each.name == fastest]
         return [*((each, "auto: the fastest measured on this device") for each in first), _last(eager)]
-    chosen = fused if wish is True else [each for each in fused if each.name == wish]
-    known = "true" if wish is True else wish
-    return [*((each, f"{known} was asked for") for each in chosen), _last(eager)]
+    if wish is True:
+        return [*((each, "true was asked for") for each in fused), _last(eager)]
+    named = [(each, f"{wish} was asked for") for each in fused if each.name == wish]
+    return [*named, _last(eager)] if named else [(eager, f"there is no {wish} for it")]
+
+
+def probe_device(situation: Situation) -> torch.device:
+    """Return where candidates are compared with their formulae."""
+    return situation.device
 
 
 def _last(eager: Candidate) -> tuple[Candidate, str]:
@@ -182,11 +184,12 @@ def _disagreement(operation: Operation, candidate: Candidate, situation: Situati
     """Return how the candidate fails on the device, in its own words, or differs from the formula; "" if neither."""
     if candidate.name == EAGER:
         return ""
+    device = probe_device(situation)
     try:
-        found = operation.probe(candidate.load(), situation.device, situation.dtype, situation.hidden_size)
-        exact = operation.probe(operation.formula(), situation.device, torch.float32, situation.hidden_size)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}".splitlines()[0]
+        found = operation.probe(candidate.load(), device, situation.dtype, situation.hidden_size)
+        exact = operation.probe(operation.formula(), device, torch.float32, situation.hidden_size)
+    except Exception as error:  # whatever an optional library or a compiler raises: it cannot be used here
+        return " ".join(f"{type(error).__name__}: {error}".split())
     for number, (one, other) in enumerate(zip(found, exact, strict=True)):
         difference = (one.float() - other).abs().max().item()
         allowed = 8 * torch.finfo(situation.dtype).eps * max(1.0, other.abs().max().item())

@@ -28,3 +28,11 @@ class KernelsConfig(Section):
     bias_dropout_fusion: Fusion = setting(
         "auto", f"What computes the hidden dropout and the addition to the residual stream. {_MEANING}"
     )
+    cross_entropy_fusion: Fusion = setting(
+        "auto", f"What turns logits into losses, and into their own gradients. {_MEANING}"
+    )
+    optimizer_fusion: Fusion = setting(
+        "auto",
+        "What applies AdamW in the library's own engine, at ZeRO stage 0: a fused kernel clips, updates and rounds the "
+        f"weights in one pass over memory. {_MEANING}",
+    )
