@@ -18,23 +18,18 @@ def sum_of_squares(tensors: list[Tensor]) -> Tensor:
     return norms.square().sum()
 
 
-def step_scalars(
-    squares: Tensor, step: Tensor, loss_scale: float, clip: float, beta1: float, beta2: float
-) -> tuple[Tensor, Tensor]:
-    """Return what an update takes, [3] fp32 on the device, and the norm of the gradient, an fp64 scalar there.
+def step_scalars(norm: Tensor, step: Tensor, loss_scale: float, clip: float, beta1: float, beta2: float) -> Tensor:
+    """Return what an update takes, [3] fp32 on the device: the coefficient, 1 / (1 - b1^t) and 1 / sqrt(1 - b2^t).
 
-    They are the gradient's coefficient, 1 / (1 - b1^t) and 1 / sqrt(1 - b2^t). squares: of the gradient times
-    loss_scale, fp64. clip: the largest norm of a gradient, 0 for any. step: the updates so far, an fp32 scalar on the
-    device; it becomes t, or stays where the norm is not finite, and then so is the coefficient.
+    norm: of the gradient, fp64 scalar. step: t, fp32 scalar, both on the device. loss_scale: what gradients that are
+    to be updated with are larger by. clip: the largest norm, 0 for any. Where the norm is not finite, nor is the
+    coefficient.
     """
-    norm = squares.sqrt() / loss_scale
-    step += torch.isfinite(norm).to(step.dtype)
     shrink = ((norm + 1e-6) / clip).clamp(min=1.0) if clip > 0 else torch.ones_like(norm)
-    # A norm of infinity would give a coefficient of 0; the difference makes it NaN.
+    # An infinite norm would give the coefficient 0; the difference makes it NaN.
     coefficient = 1.0 / (shrink * loss_scale) + (norm - norm)
     count = step.double().clamp(min=1.0)
-    corrections = (1.0 - beta1**count).reciprocal(), (1.0 - beta2**count).rsqrt()
-    return torch.stack((coefficient, *corrections)).float(), norm
+    return torch.stack((coefficient, (1.0 - beta1**count).reciprocal(), (1.0 - beta2**count).rsqrt())).float()
 
 
 def adamw_update_(

@@ -140,7 +140,7 @@ def sum_of_squares(tensors: list[Tensor]) -> Tensor:
     tensors: contiguous, of one dtype and one device.
     """
     total = torch.zeros((), dtype=torch.float64, device=tensors[0].device)
-    if runs(total):
+    if runs(total) and any(tensor.numel() for tensor in tensors):
         table, num_programs, aligned = _table([tensors])
         partial = total.new_empty(num_programs)
         constants = {"ALIGNED": aligned, "TENSORS": triton.next_power_of_2(len(tensors)), "SPAN": SPAN, "BLOCK": BLOCK}
@@ -165,7 +165,7 @@ def adamw_update_(
     weight_decay: float,
 ) -> None:
     """Update masters and moments, and round the masters into the weights; see `megatron.ops.adamw.adamw_update_`."""
-    if not runs(scalars):
+    if not runs(scalars) or not any(tensor.numel() for tensor in masters):
         return
     table, num_programs, aligned = _table([gradients, masters, averages, squares, *([weights] if weights else [])])
     start(

@@ -65,13 +65,13 @@ def test_several_steps(weight_type: torch.dtype | None, device: torch.device) ->
         optimizer.step()
         with poisoned():
             total = adamw.sum_of_squares(gradients)
-        scalars, found = plain.step_scalars(total, step, 1.0, 1.0, 0.9, 0.95)
-        torch.testing.assert_close(found, norm, rtol=1e-6, atol=0)
+        torch.testing.assert_close(total.sqrt(), norm, rtol=1e-6, atol=0)
+        step += 1
+        scalars = plain.step_scalars(total.sqrt(), step, 1.0, 1.0, 0.9, 0.95)
         copies = weights.tensors if weights else []
         adamw.adamw_update_(gradients, masters, averages, squares, copies, scalars, rate, **SETTINGS)
         for each in [*lists, *([weights] if weights else [])]:
             each.check()
-        assert step == number + 1
     for index, twin in enumerate(twins):
         state = optimizer.state[twin]
         for ours, theirs in (
@@ -96,7 +96,7 @@ def test_the_plain_update_is_the_same(scale: float, device: torch.device) -> Non
     for operations, state, copies in ((adamw, lists, weights), (plain, twins, twin_weights)):
         step = torch.tensor(4.0, device=device)
         total = operations.sum_of_squares(state[0])
-        scalars, _ = plain.step_scalars(total, step, scale, 0.1, 0.9, 0.95)
+        scalars = plain.step_scalars(total.sqrt() / scale, step, scale, 0.1, 0.9, 0.95)
         operations.adamw_update_(*state, copies, scalars, 1e-2, **SETTINGS)
     for ours, theirs in zip([*lists, weights], [*twins, twin_weights], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=1e-7)
@@ -104,18 +104,17 @@ def test_the_plain_update_is_the_same(scale: float, device: torch.device) -> Non
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e38])
 def test_a_gradient_that_is_not_finite_changes_nothing(poison: float, device: torch.device) -> None:
-    """1e38 is finite and its square is not in fp32: the step is skipped as the engine's own norm would skip it."""
+    """1e38 is finite, and its square is not in fp32."""
     generator = torch.Generator().manual_seed(2)
     lists = [Guarded(device).fill(generator) for _ in range(4)]
     weights = Guarded(device, torch.bfloat16).fill(generator)
     lists[0][3][2, 1] = poison
     before = [[tensor.clone() for tensor in each] for each in [*lists, weights]]
     for operations in (adamw, plain):
-        step = torch.tensor(2.0, device=device)
-        total = adamw.sum_of_squares(lists[0])
-        scalars, norm = plain.step_scalars(total, step, 1.0, 1.0, 0.9, 0.95)
-        assert not torch.isfinite(norm)
-        assert step == 2
+        norm = operations.sum_of_squares(lists[0]).sqrt()
+        assert not torch.isfinite(norm) or (operations is plain and poison == 1e38)
+        norm = torch.full_like(norm, float("inf")) if poison == 1e38 else norm
+        scalars = plain.step_scalars(norm, torch.tensor(2.0, device=device), 1.0, 1.0, 0.9, 0.95)
         operations.adamw_update_(*lists, [], scalars, 1e-2, **SETTINGS)
         for old, new in zip(before[1:4], lists[1:4], strict=True):
             assert all(torch.equal(*pair) for pair in zip(old, new, strict=True))
@@ -139,10 +138,15 @@ def test_one_flat_buffer(device: torch.device) -> None:
     torch.testing.assert_close(adamw.sum_of_squares([flat]), flat.double().square().sum(), rtol=1e-6, atol=0)
 
 
+def test_nothing_at_all(device: torch.device) -> None:
+    empty = torch.empty(0, device=device)
+    assert adamw.sum_of_squares([empty, empty]) == 0
+    adamw.adamw_update_(*[[empty]] * 4, [], torch.ones(3, device=device), 1e-2, **SETTINGS)
+
+
 def test_no_clipping(device: torch.device) -> None:
-    step = torch.zeros((), device=device)
-    scalars, norm = plain.step_scalars(torch.tensor(9.0, dtype=torch.float64, device=device), step, 2.0, 0.0, 0.9, 0.5)
-    assert norm == 1.5
+    norm = torch.tensor(1.5, dtype=torch.float64, device=device)
+    scalars = plain.step_scalars(norm, torch.tensor(1.0, device=device), 2.0, 0.0, 0.9, 0.5)
     torch.testing.assert_close(scalars, torch.tensor([0.5, 10.0, 2**0.5], device=device))
 
 
