@@ -16,6 +16,7 @@ Where W holds a share of the vocabulary only, the caller gives another function 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,7 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_BYTES = 104 * 2**20
-"""Bytes of a chunk's logits: with fewer, the fp32 gradient of W is read and written too often."""
+"""Bytes of a chunk's logits on a CPU: with fewer, the fp32 gradient of W is read and written too often."""
+
+CUDA_CHUNK_BYTES = 512 * 2**20
+"""The same on a GPU. Reading and writing the fp32 gradient of W takes 233 / (a chunk's tokens) of the time of the
+chunk's products, at 4 TB/s and 700 TFLOP/s: 4 % with the 5336 tokens of a vocabulary of 50304 in bf16."""
 
 BLOCK_BYTES = 6 * 2**20
 """Bytes of fp32 logits that are turned into gradients at once on a CPU, so that they stay in its cache."""
@@ -140,6 +145,10 @@ class _Gradients:
         if self.weight.dtype == weighted.dtype:
             torch.addmm(self.weight, logits_gradient.t(), weighted, beta=1 if start else 0, out=self.weight)
             return
+        if weighted.device.type == "cuda" and _sums_in_fp32(weighted.dtype):
+            settings: dict[str, Any] = {"out_dtype": torch.float32, "beta": 1 if start else 0, "out": self.weight}
+            torch.addmm(self.weight, logits_gradient.t(), weighted, **settings)
+            return
         for block in _blocks(self.weight):
             part = torch.mm(logits_gradient[:, block].t(), weighted)
             self.weight[block] = self.weight[block] + part if start else part
@@ -181,7 +190,20 @@ def _walk(
 
 def _chunk(weight: Tensor) -> int:
     """Return how many tokens' logits make a chunk."""
-    return max(1, CHUNK_BYTES // (weight.element_size() * len(weight)))
+    budget = CUDA_CHUNK_BYTES if weight.device.type == "cuda" else CHUNK_BYTES
+    return max(1, budget // (weight.element_size() * len(weight)))
+
+
+@cache
+def _sums_in_fp32(dtype: torch.dtype) -> bool:
+    """Return whether this PyTorch adds products of a half precision, unrounded, to an fp32 matrix on a GPU."""
+    ones = torch.ones((16, 16), dtype=dtype, device="cuda")
+    total = torch.ones((16, 16), device="cuda")
+    try:
+        torch.addmm(total, ones, ones, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return bool((total == 17.0).all())
 
 
 def _blocks(matrix: Tensor) -> list[slice]:
