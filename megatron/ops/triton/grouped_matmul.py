@@ -19,6 +19,9 @@ from torch import Tensor
 
 from megatron.ops.triton.launch import INTERPRETED, Sample, as_rows, operator, runs, start
 
+GROUP = 4 if INTERPRETED else 8
+"""Tiles of rows that are computed side by side."""
+
 
 @triton.jit
 def _find(tile, offsets, num_experts, ROWS: tl.constexpr, EXPERTS: tl.constexpr):
@@ -52,16 +55,19 @@ def _dot(left, right, sums, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
 def _rows(
     inputs, weights, offsets, outputs, num_experts, num_columns, depth,
     input_stride, weight_stride_e, weight_stride_k, weight_stride_n,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EXPERTS: tl.constexpr, GROUP: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    num_column_tiles = tl.cdiv(num_columns, COLUMNS)
-    expert, first, stop = _find(tl.program_id(0) // num_column_tiles, offsets, num_experts, ROWS, EXPERTS)
+    # Neighbouring programs take the same columns of GROUP tiles of rows, so that they share the weights in L2.
+    num_programs = GROUP * tl.cdiv(num_columns, COLUMNS)
+    program = tl.program_id(0) % num_programs
+    tile = tl.program_id(0) // num_programs * GROUP + program % GROUP
+    expert, first, stop = _find(tile, offsets, num_experts, ROWS, EXPERTS)
     if expert < num_experts:
         # Large numbers are added to scalar pointers; within a tile 32 bits are enough.
         rows, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
         depths = tl.arange(0, DEPTH)
-        first_column = tl.program_id(0) % num_column_tiles * COLUMNS
+        first_column = program // GROUP * COLUMNS
         row_inside = rows[:, None] < (stop - first).to(tl.int32)
         column_inside = columns[None, :] < num_columns - first_column
         left = inputs + first.to(tl.int64) * input_stride
@@ -122,7 +128,7 @@ def grouped_matmul_rows(inputs: Tensor, weights: Tensor, offsets: Tensor) -> Ten
         num_tiles = triton.cdiv(len(inputs), tile["ROWS"]) + num_experts
         start(
             _rows,
-            (num_tiles * triton.cdiv(num_columns, tile["COLUMNS"]),),
+            (triton.cdiv(num_tiles, GROUP) * GROUP * triton.cdiv(num_columns, tile["COLUMNS"]),),
             inputs,
             weights,
             offsets.contiguous(),
@@ -133,6 +139,7 @@ def grouped_matmul_rows(inputs: Tensor, weights: Tensor, offsets: Tensor) -> Ten
             inputs.stride(0),
             *weights.stride(),
             EXPERTS=triton.next_power_of_2(num_experts),
+            GROUP=GROUP,
             **tile,
         )
     return output
