@@ -1,6 +1,6 @@
 """Kernels compiled ahead of time, without a GPU: registers, spills and shared memory of each.
 
-    python -m megatron.ops.triton.compile [--arch 80 90] [--json FILE] [--table FILE]
+    python -m megatron.ops.triton.compile [--arch 80 90] [--only NAME] [--json FILE] [--page docs/kernels.md]
 
 The samples of `samples.py` run on meta tensors, which tells with what each operator starts its kernels; exactly those
 specialisations are compiled by Triton's own ptxas for each architecture. TRITON_INTERPRET must not be set.
@@ -83,7 +83,7 @@ def _measured(kernel: Any, launch: Launch, sample: str, arch: int) -> Resources:
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", text)}
     return Resources(
-        kernel=launch.kernel.fn.__name__.lstrip("_"),
+        kernel=f"{launch.kernel.fn.__module__.rpartition('.')[2]}.{launch.kernel.fn.__name__.lstrip('_')}",
         sample=sample,
         arch=arch,
         warps=kernel.metadata.num_warps,
@@ -102,20 +102,34 @@ def markdown(rows: Iterable[Resources]) -> str:
     return head + "".join(f"| {line} |\n" for line in lines)
 
 
+def page(table: str) -> str:
+    """Return the text of docs/kernels.md."""
+    return (
+        "# Kernels, compiled ahead of time\n\n"
+        f"Made by `python -m megatron.ops.triton.compile --page docs/kernels.md` with Triton {triton.__version__}, "
+        "whose ptxas needs no GPU. A test\n"
+        "compiles all of them again: nothing may spill, and this page must be current. How fast they are on a GPU is "
+        "a\nmatter of `benchmarks/kernels.py`.\n\n"
+        "Registers are those of a thread (255 at most), spilled bytes of a thread, shared bytes of a program. A sample "
+        "is an\noperation at a size of training, forward and backward (`megatron/ops/triton/samples.py`).\n\n"
+        f"{table}"
+    )
+
+
 def main() -> None:
     """Compile every sample and print what it needs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES))
     parser.add_argument("--only", default="", help="samples whose name contains this")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--table", type=Path)
+    parser.add_argument("--page", type=Path, help="write the recorded page, of all samples")
     options = parser.parse_args()
     chosen = [sample for sample in SAMPLES if options.only in sample.name]
     rows = [row for sample in chosen for arch in options.arch for row in resources(sample, arch)]
     if options.json:
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
-    if options.table:
-        options.table.write_text(markdown(rows))
+    if options.page:
+        options.page.write_text(page(markdown(rows)))
     print(markdown(rows), end="")
 
 
