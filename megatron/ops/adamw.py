@@ -18,18 +18,21 @@ def sum_of_squares(tensors: list[Tensor]) -> Tensor:
     return norms.square().sum()
 
 
-def step_scalars(norm: Tensor, step: Tensor, loss_scale: float, clip: float, beta1: float, beta2: float) -> Tensor:
-    """Return what an update takes, [3] fp32 on the device: the coefficient, 1 / (1 - b1^t) and 1 / sqrt(1 - b2^t).
+def coefficient_of(norm: Tensor, loss_scale: float, clip: float) -> Tensor:
+    """Return what gradients are to be multiplied with, an fp32 scalar on the device; NaN where the norm is not finite.
 
-    norm: of the gradient, fp64 scalar. step: t, fp32 scalar, both on the device. loss_scale: what gradients that are
-    to be updated with are larger by. clip: the largest norm, 0 for any. Where the norm is not finite, nor is the
-    coefficient.
+    norm: of the un-scaled gradient, fp64 scalar. loss_scale: what gradients are larger by. clip: the largest norm, 0
+    for any.
     """
     shrink = ((norm + 1e-6) / clip).clamp(min=1.0) if clip > 0 else torch.ones_like(norm)
     # An infinite norm would give the coefficient 0; the difference makes it NaN.
-    coefficient = 1.0 / (shrink * loss_scale) + (norm - norm)
+    return (1.0 / (shrink * loss_scale) + (norm - norm)).float()
+
+
+def bias_corrections(step: Tensor, beta1: float, beta2: float) -> Tensor:
+    """Return 1 / (1 - b1^t) and 1 / sqrt(1 - b2^t), [2] fp32 on the device of t, an fp32 scalar."""
     count = step.double().clamp(min=1.0)
-    return torch.stack((coefficient, (1.0 - beta1**count).reciprocal(), (1.0 - beta2**count).rsqrt())).float()
+    return torch.stack(((1.0 - beta1**count).reciprocal(), (1.0 - beta2**count).rsqrt())).float()
 
 
 def adamw_update_(
@@ -38,20 +41,58 @@ def adamw_update_(
     averages: list[Tensor],
     squares: list[Tensor],
     weights: list[Tensor],
-    scalars: Tensor,
+    coefficient: Tensor,
+    step: Tensor,
     rate: float,
     beta1: float,
     beta2: float,
     eps: float,
     weight_decay: float,
 ) -> None:
-    """Update masters, their moments and the weights in place: the formula.
+    """Update masters, their moments and the weights in place, by PyTorch's fused kernel and a copy.
 
-    gradients, masters, averages, squares: fp32, of the same shapes. weights: the masters' rounded copies, of one
-    dtype, or an empty list. scalars [3]: from `step_scalars`.
+    gradients, masters, averages, squares: fp32, of the same shapes; what becomes of the gradients is not said.
+    weights: the masters' rounded copies, of one dtype, or an empty list. coefficient: from `coefficient_of`; where it
+    is not finite nothing changes. step: t of this update, an fp32 scalar on the device.
     """
-    is_finite = torch.isfinite(scalars[0])
-    coefficient, correction, root = scalars
+    torch._fused_adamw_(
+        masters,
+        gradients,
+        averages,
+        squares,
+        [],
+        [step] * len(masters),
+        amsgrad=False,
+        lr=rate,
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=weight_decay,
+        eps=eps,
+        maximize=False,
+        grad_scale=coefficient.reciprocal(),
+        found_inf=1.0 - torch.isfinite(coefficient).float(),
+    )
+    if weights:
+        torch._foreach_copy_(weights, masters)
+
+
+def adamw_update_reference_(
+    gradients: list[Tensor],
+    masters: list[Tensor],
+    averages: list[Tensor],
+    squares: list[Tensor],
+    weights: list[Tensor],
+    coefficient: Tensor,
+    step: Tensor,
+    rate: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """The formula of `adamw_update_`."""
+    is_finite = torch.isfinite(coefficient)
+    correction, root = bias_corrections(step, beta1, beta2)
     for index, (gradient, master) in enumerate(zip(gradients, masters, strict=True)):
         gradient = gradient * coefficient
         average = torch.lerp(averages[index], gradient, 1.0 - beta1)

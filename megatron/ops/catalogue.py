@@ -8,9 +8,12 @@ from megatron.ops import probes
 from megatron.ops.choice import EAGER, Candidate, Operation, Probe
 
 
-def _operation(name: str, eager: str, twin: str, probe: Probe, triton: str, *others: Candidate) -> Operation:
+def _operation(
+    name: str, eager: str, twin: str, probe: Probe, triton: str, *others: Candidate, saves: bool = True
+) -> Operation:
     fused = Candidate("triton", f"megatron.ops.triton.{triton}", "triton")
-    return Operation(name, f"megatron.ops.{twin}", (Candidate(EAGER, f"megatron.ops.{eager}"), fused, *others), probe)
+    candidates = (Candidate(EAGER, f"megatron.ops.{eager}"), fused, *others)
+    return Operation(name, f"megatron.ops.{twin}", candidates, probe, saves)
 
 
 _APEX_NORMS = "megatron.ops.apex_norms"
@@ -21,11 +24,13 @@ _OPERATIONS = (
         "layer_norm", "norms:layer_norm", "norms:layer_norm_reference", probes.layer_norm, "norms:layer_norm",
         Candidate("apex", f"{_APEX_NORMS}:layer_norm", "apex"),
         Candidate("liger", f"{_LIGER}:layer_norm", "liger_kernel"),
+        saves=False,
     ),
     _operation(
         "rms_norm", "norms:rms_norm", "norms:rms_norm_reference", probes.rms_norm, "norms:rms_norm",
         Candidate("apex", f"{_APEX_NORMS}:rms_norm", "apex"),
         Candidate("liger", f"{_LIGER}:rms_norm", "liger_kernel"),
+        saves=False,
     ),
     _operation(
         "add_layer_norm", "norms:add_layer_norm", "norms:add_layer_norm_reference", probes.add_layer_norm,
@@ -82,7 +87,8 @@ _OPERATIONS = (
         "adamw:sum_of_squares",
     ),
     _operation(
-        "adamw_update_", "adamw:adamw_update_", "adamw:adamw_update_", probes.adamw_update_, "adamw:adamw_update_"
+        "adamw_update_", "adamw:adamw_update_", "adamw:adamw_update_reference_", probes.adamw_update_,
+        "adamw:adamw_update_",
     ),
 )  # fmt: skip
 

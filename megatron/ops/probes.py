@@ -149,5 +149,6 @@ def adamw_update_(function: Function, device: torch.device, dtype: torch.dtype, 
     lists = [[leaf.detach() for leaf in _draw(device, torch.float32, *shapes)] for _ in range(4)]
     lists[3] = [leaf.square() for leaf in lists[3]]
     weights = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
-    function(*lists, weights, torch.tensor([0.5, 1.25, 1.5], device=device), 0.5, 0.75, 0.5, 1e-8, 1.0)
+    coefficient, step = torch.tensor(0.5, device=device), torch.tensor(3.0, device=device)
+    function(*lists, weights, coefficient, step, 0.5, 0.75, 0.5, 1e-8, 1.0)
     return [*lists[1], *lists[2], *lists[3], *weights]

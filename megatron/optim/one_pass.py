@@ -15,7 +15,7 @@ from torch.optim import AdamW, Optimizer
 
 from megatron.config.schema.config import Config
 from megatron.logs import get_logger
-from megatron.ops.adamw import step_scalars
+from megatron.ops.adamw import coefficient_of
 from megatron.ops.catalogue import CATALOGUE
 from megatron.ops.choice import Function, Situation, choose
 from megatron.ops.measured import fastest
@@ -44,6 +44,7 @@ class OnePassAdamW:
         nothing changes.
         """
         norm = squares.sqrt() / loss_scale
+        coefficient = coefficient_of(norm, loss_scale, clip)
         counted = torch.isfinite(norm).float()
         for group in self._optimizer.param_groups:
             masters, states = group["params"], [self._optimizer.state[master] for master in group["params"]]
@@ -55,7 +56,8 @@ class OnePassAdamW:
                 [state["exp_avg"] for state in states],
                 [state["exp_avg_sq"] for state in states],
                 [self._weights[id(master)].detach() for master in masters if id(master) in self._weights],
-                step_scalars(norm, steps[0], loss_scale, clip, *group["betas"]),
+                coefficient,
+                steps[0],
                 group["lr"],
                 *group["betas"],
                 group["eps"],

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron.ops.adamw import bias_corrections
 from megatron.ops.triton.launch import Sample, operator, runs, start
 
 SPAN = 16384
@@ -104,12 +105,12 @@ def _update(
 
 @triton.jit
 def _adamw_kernel(
-    table, scalars, num_tensors, rate, one_minus_beta1, beta2, eps, decay,
+    table, coefficients, corrections, num_tensors, rate, one_minus_beta1, beta2, eps, decay,
     WEIGHT_TYPE: tl.constexpr, HAS_WEIGHTS: tl.constexpr, ALIGNED: tl.constexpr, TENSORS: tl.constexpr,
     SPAN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Update a program's elements. scalars: coefficient, 1 / bias correction 1, 1 / sqrt(bias correction 2)."""
-    coefficient = tl.load(scalars)
+    """Update a program's elements. coefficients [1]; corrections [2], of `bias_corrections`."""
+    coefficient = tl.load(coefficients)
     if tl.abs(coefficient) < float("inf"):
         tensor, first, size = _find(table, num_tensors, TENSORS, SPAN)
         gradients = _pointer(table, 2, num_tensors, tensor, tl.float32, ALIGNED) + first
@@ -119,7 +120,7 @@ def _adamw_kernel(
         weights = masters
         if HAS_WEIGHTS:
             weights = _pointer(table, 6, num_tensors, tensor, WEIGHT_TYPE, ALIGNED) + first
-        step_size, inverse_root = rate * tl.load(scalars + 1), tl.load(scalars + 2)
+        step_size, inverse_root = rate * tl.load(corrections), tl.load(corrections + 1)
         count = tl.minimum(size - first, SPAN).to(tl.int32)
         whole = count // BLOCK * BLOCK
         lanes = tl.arange(0, BLOCK)
@@ -157,7 +158,8 @@ def adamw_update_(
     averages: list[Tensor],
     squares: list[Tensor],
     weights: list[Tensor],
-    scalars: Tensor,
+    coefficient: Tensor,
+    step: Tensor,
     rate: float,
     beta1: float,
     beta2: float,
@@ -165,14 +167,15 @@ def adamw_update_(
     weight_decay: float,
 ) -> None:
     """Update masters and moments, and round the masters into the weights; see `megatron.ops.adamw.adamw_update_`."""
-    if not runs(scalars) or not any(tensor.numel() for tensor in masters):
+    if not runs(coefficient) or not any(tensor.numel() for tensor in masters):
         return
     table, num_programs, aligned = _table([gradients, masters, averages, squares, *([weights] if weights else [])])
     start(
         _adamw_kernel,
         (num_programs,),
         table,
-        scalars,
+        coefficient,
+        bias_corrections(step, beta1, beta2),
         len(masters),
         rate,
         1.0 - beta1,
@@ -216,5 +219,5 @@ def _sample(has_weights: bool, device: torch.device) -> None:
     lists = [[torch.empty(4096, 4096, device=device) for _ in range(100)] for _ in range(4)]
     weights = [tensor.bfloat16() for tensor in lists[0]] if has_weights else []
     sum_of_squares(lists[0])
-    scalars = torch.empty(3, device=device)
-    adamw_update_(*lists, weights, scalars, 1e-4, 0.9, 0.95, 1e-8, 0.1)
+    coefficient, step = (torch.empty((), device=device) for _ in range(2))
+    adamw_update_(*lists, weights, coefficient, step, 1e-4, 0.9, 0.95, 1e-8, 0.1)
