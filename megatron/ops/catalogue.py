@@ -8,12 +8,9 @@ from megatron.ops import probes
 from megatron.ops.choice import EAGER, Candidate, Operation, Probe
 
 
-def _operation(
-    name: str, eager: str, twin: str, probe: Probe, triton: str, *others: Candidate, saves: bool = True
-) -> Operation:
+def _operation(name: str, eager: str, twin: str, probe: Probe, triton: str, *others: Candidate) -> Operation:
     fused = Candidate("triton", f"megatron.ops.triton.{triton}", "triton")
-    candidates = (Candidate(EAGER, f"megatron.ops.{eager}"), fused, *others)
-    return Operation(name, f"megatron.ops.{twin}", candidates, probe, saves)
+    return Operation(name, f"megatron.ops.{twin}", (Candidate(EAGER, f"megatron.ops.{eager}"), fused, *others), probe)
 
 
 _APEX_NORMS = "megatron.ops.apex_norms"
@@ -24,13 +21,11 @@ _OPERATIONS = (
         "layer_norm", "norms:layer_norm", "norms:layer_norm_reference", probes.layer_norm, "norms:layer_norm",
         Candidate("apex", f"{_APEX_NORMS}:layer_norm", "apex"),
         Candidate("liger", f"{_LIGER}:layer_norm", "liger_kernel"),
-        saves=False,
     ),
     _operation(
         "rms_norm", "norms:rms_norm", "norms:rms_norm_reference", probes.rms_norm, "norms:rms_norm",
         Candidate("apex", f"{_APEX_NORMS}:rms_norm", "apex"),
         Candidate("liger", f"{_LIGER}:rms_norm", "liger_kernel"),
-        saves=False,
     ),
     _operation(
         "add_layer_norm", "norms:add_layer_norm", "norms:add_layer_norm_reference", probes.add_layer_norm,

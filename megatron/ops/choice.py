@@ -6,8 +6,8 @@
 
 `CATALOGUE` (catalogue.py) lists for each operation what can compute it. What is asked for settles the order:
 
-    auto   on a GPU the fastest that was measured (measured.py); where nothing was measured the catalogue's order, for
-           operations of which a fused one moves fewer bytes; elsewhere eager: nothing else is even imported there
+    auto   on a GPU the fastest that was measured (measured.py), where nothing was measured the catalogue's order;
+           elsewhere eager: nothing else is even imported there
     true   the fused ones in the catalogue's order, wherever they can run
     name   this one
     false  eager
@@ -81,14 +81,12 @@ class Operation:
 
     twin: "module:function" of the formula, with the signature of all candidates.
     candidates: of which the first is eager, the others in order of preference.
-    saves: the fused ones move fewer bytes than eager, which is why `auto` prefers them where nothing was measured.
     """
 
     name: str
     twin: str
     candidates: tuple[Candidate, ...]
     probe: Probe
-    saves: bool = True
 
     def formula(self) -> Function:
         """Return the twin."""
@@ -163,10 +161,8 @@ def _order(operation: Operation, wish: Asked, situation: Situation, fastest: str
     if wish == "auto":
         if situation.device.type != "cuda":
             return [(eager, f"auto on {situation.device.type}")]
-        if fastest is None and not operation.saves:
-            return [(eager, "auto: fused moves no fewer bytes; not measured on this device")]
         if fastest is None:
-            return [*((each, "auto: moves fewer bytes; not measured on this device") for each in fused), _last(eager)]
+            return [*((each, "auto: fused; not measured on this device") for each in fused), _last(eager)]
         first = [each for each in operation.candidates if each.name == fastest]
         return [*((each, "auto: the fastest measured on this device") for each in first), _last(eager)]
     if wish is True:

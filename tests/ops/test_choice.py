@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -74,15 +73,6 @@ def test_what_is_asked_for(asked: Asked, fastest: str | None, candidate: str, wh
     found, table = chosen(asked, "exact", fastest=fastest)
     assert found == candidate
     assert why in table
-
-
-def test_unmeasured_and_without_fewer_bytes_it_is_eager() -> None:
-    entry = replace(operation("exact"), saves=False)
-    for fastest, candidate in ((None, "eager"), ("exact", "exact")):
-        choices = choose({"rms_norm": "auto"}, GPU, {"rms_norm": entry}, lambda *_, found=fastest: found)
-        assert choices.choices[0].candidate == candidate
-    assert not CATALOGUE["rms_norm"].saves
-    assert CATALOGUE["add_rms_norm"].saves
 
 
 def test_a_cpu_keeps_to_eager_and_says_why_where_more_was_asked_for() -> None:
