@@ -7,8 +7,9 @@ under torch.compile. GB/s are those of the bytes that the operation cannot avoid
 so that the shares of candidates compare. Forward and backward are timed by themselves: medians, on a GPU with a cold
 L2 cache. bf16 on a GPU, fp32 on a CPU. On a GPU the last lines are the rows for `megatron/ops/measured.py`.
 
---enforce fails where our kernels, at 16384 tokens of 4096 features, move less than 85 % forward or 75 % backward of
-what a copy moves (GPU), or where what `auto` chooses is slower than eager (CPU: it is eager).
+--enforce fails where our kernels, at 16384 tokens of 4096 features, move less than they aim at of what a copy moves,
+which is 85 % forward and 75 % backward, and 70 % for losses (GPU), or where what `auto` chooses is slower than eager
+(CPU: it is eager).
 --quick: one size, and no torch.compile on a CPU, where its C++ compiler takes longer than all else.
 """
 
@@ -36,7 +37,6 @@ from megatron.ops.catalogue import CATALOGUE
 from megatron.ops.choice import Function, Situation
 from megatron.ops.measured import Fastest
 
-FORWARD_AIM, BACKWARD_AIM = 0.85, 0.75
 AIMED_AT = (16384, 4096)
 GPU_SIZES = [(tokens, hidden) for hidden in (768, 1024, 2048, 4096, 8192) for tokens in (2048, 16384, 65536)]
 CPU_SIZES = [(512, 768), (2048, 2048)]
@@ -129,17 +129,30 @@ def measure(work: Work, name: str, function: Function, size: tuple[int, int], cl
         return leaves[-1]
 
     arguments: Arguments = work.inputs(tokens, hidden, draw)
-    result = function(*arguments)
-    outputs = [result] if isinstance(result, Tensor) else list(result)
-    upstream = [torch.randn_like(output) for output in outputs]
-    forward = clock.median(lambda: function(*arguments))
-    backward = clock.median(lambda: torch.autograd.grad(outputs, leaves, upstream, retain_graph=True))
-    moved = [tokens * values * dtype.itemsize for values in (work.forward(hidden), work.backward(hidden))]
-    rates = [moved[0] / forward, moved[1] / backward]
+    forward, backward = clock.median(lambda: function(*arguments)), 0.0
+    value_bytes = work.value_bytes or dtype.itemsize
+    rates = [tokens * work.forward(hidden) * value_bytes / forward, 0.0]
+    if work.backward is not None:
+        result = function(*arguments)
+        outputs = [result] if isinstance(result, Tensor) else list(result)
+        upstream = [torch.randn_like(output) for output in outputs]
+        backward = clock.median(lambda: torch.autograd.grad(outputs, leaves, upstream, True, allow_unused=True))
+        rates[1] = tokens * work.backward(hidden) * value_bytes / backward
     return Row(
         work.operation, name, tokens, hidden, rates[0] / 1e9, rates[1] / 1e9, rates[0] / copy, rates[1] / copy,
         (forward + backward) * 1e3,
     )  # fmt: skip
+
+
+def fitting(
+    work: Work, name: str, function: Function, size: tuple[int, int], clock: Clock, copy: float
+) -> Iterator[Row]:
+    """Yield one candidate's row at (tokens, hidden), or none and a message where it needs more memory than there is."""
+    try:
+        yield measure(work, name, function, size, clock, copy)
+    except torch.OutOfMemoryError:
+        print(f"{work.operation}: {name}: no memory for {size[0]} tokens of {size[1]} features", file=sys.stderr)
+        torch.cuda.empty_cache()
 
 
 def report(rows: list[Row]) -> None:
@@ -166,10 +179,11 @@ def fastest(rows: list[Row], device_name: str) -> list[Fastest]:
 def misses(rows: list[Row]) -> list[str]:
     """Return which of our kernels fall short of the aims."""
     ours = [row for row in rows if row.candidate == "triton" and (row.tokens, row.hidden) == AIMED_AT]
+    aims = {work.operation: work.aims for work in WORKS}
     return [
         f"{row.operation}: {row.forward_share:.0%} forward, {row.backward_share:.0%} backward"
         for row in ours
-        if row.forward_share < FORWARD_AIM or row.backward_share < BACKWARD_AIM
+        if row.forward_share < aims[row.operation][0] or row.backward_share < aims[row.operation][1]
     ]
 
 
@@ -192,9 +206,10 @@ def main() -> None:
     for work in (work for work in WORKS if options.only in work.operation):
         situation = Situation(device, torch.bfloat16, sizes[0][1])
         for label, function in candidates(work.operation, situation):
-            rows += [measure(work, label, function, size, clock, copy) for size in sizes]
-        for size in (size for size in sizes if size in COMPILED_AT and not (options.quick and not on_gpu)):
-            rows.append(measure(work, "compile", compiled(work.operation), size, clock, copy))
+            rows += [row for size in sizes for row in fitting(work, label, function, size, clock, copy)]
+        with_compile = work.compiles and not (options.quick and not on_gpu)
+        for size in (size for size in sizes if size in COMPILED_AT and with_compile):
+            rows += fitting(work, "compile", compiled(work.operation), size, clock, copy)
     report(rows)
     found = fastest(rows, name) if on_gpu else []
     for row in found:
