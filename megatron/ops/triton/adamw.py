@@ -53,7 +53,7 @@ def _pointer(table, row, num_tensors, tensor, TYPE: tl.constexpr, ALIGNED: tl.co
 
 
 @triton.jit
-def _squares_kernel(
+def _squares(
     table, partial, num_tensors,
     TYPE: tl.constexpr, ALIGNED: tl.constexpr, TENSORS: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -73,7 +73,7 @@ def _squares_kernel(
 
 
 @triton.jit
-def _total_kernel(partial, total, count, BLOCK: tl.constexpr):
+def _total(partial, total, count, BLOCK: tl.constexpr):
     """One program: the sum of all partial sums, fp64."""
     lanes = tl.arange(0, BLOCK)
     sums = tl.zeros((BLOCK,), tl.float64)
@@ -104,7 +104,7 @@ def _update(
 
 
 @triton.jit
-def _adamw_kernel(
+def _adamw(
     table, coefficients, corrections, num_tensors, rate, one_minus_beta1, beta2, eps, decay,
     WEIGHT_TYPE: tl.constexpr, HAS_WEIGHTS: tl.constexpr, ALIGNED: tl.constexpr, TENSORS: tl.constexpr,
     SPAN: tl.constexpr, BLOCK: tl.constexpr,
@@ -146,8 +146,8 @@ def sum_of_squares(tensors: list[Tensor]) -> Tensor:
         partial = total.new_empty(num_programs)
         constants = {"ALIGNED": aligned, "TENSORS": triton.next_power_of_2(len(tensors)), "SPAN": SPAN, "BLOCK": BLOCK}
         kind = _TYPES[tensors[0].dtype]
-        start(_squares_kernel, (num_programs,), table, partial, len(tensors), TYPE=kind, **constants, num_warps=4)
-        start(_total_kernel, (1,), partial, total, num_programs, BLOCK=BLOCK, num_warps=4)
+        start(_squares, (num_programs,), table, partial, len(tensors), TYPE=kind, **constants, num_warps=4)
+        start(_total, (1,), partial, total, num_programs, BLOCK=BLOCK, num_warps=4)
     return total
 
 
@@ -171,7 +171,7 @@ def adamw_update_(
         return
     table, num_programs, aligned = _table([gradients, masters, averages, squares, *([weights] if weights else [])])
     start(
-        _adamw_kernel,
+        _adamw,
         (num_programs,),
         table,
         coefficient,

@@ -49,7 +49,7 @@ def _write_gradient(row, num_columns, label, maximum, total, scale, BLOCK: tl.co
 
 
 @triton.jit
-def _losses_kernel(
+def _losses(
     logits, labels, losses, stride, num_columns, scale, WITH_GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One row of a whole vocabulary: its loss, and its gradient in place of its logits."""
@@ -65,7 +65,7 @@ def _losses_kernel(
 
 
 @triton.jit
-def _statistics_kernel(logits, labels, statistics, stride, num_rows, num_columns, first, BLOCK: tl.constexpr):
+def _statistics(logits, labels, statistics, stride, num_rows, num_columns, first, BLOCK: tl.constexpr):
     """One row of a share of the vocabulary: maximum, sum of exp(x - maximum), and its label's logit or 0."""
     index = tl.program_id(0)
     row = logits + index.to(tl.int64) * stride
@@ -79,7 +79,7 @@ def _statistics_kernel(logits, labels, statistics, stride, num_rows, num_columns
 
 
 @triton.jit
-def _gradient_kernel(logits, labels, maximum, total, stride, num_columns, first, scale, BLOCK: tl.constexpr):
+def _gradient(logits, labels, maximum, total, stride, num_columns, first, scale, BLOCK: tl.constexpr):
     """One row of a share of the vocabulary: its gradient in place of its logits, from the whole row's statistics."""
     index = tl.program_id(0)
     row = logits + index.to(tl.int64) * stride
@@ -98,7 +98,7 @@ def cross_entropy_losses_(logits: Tensor, labels: Tensor, scale: float, with_gra
         rows = _rows(logits)
         constants = {"WITH_GRADIENT": with_gradient, **_constants(logits.shape[1])}
         labels = labels.contiguous()
-        start(_losses_kernel, (len(rows),), rows, labels, losses, rows.stride(0), rows.shape[1], scale, **constants)
+        start(_losses, (len(rows),), rows, labels, losses, rows.stride(0), rows.shape[1], scale, **constants)
         if with_gradient and rows is not logits:
             logits.copy_(rows)
     return losses
@@ -113,7 +113,7 @@ def logits_statistics(logits: Tensor, labels: Tensor, first: int) -> Tensor:
     if runs(logits):
         rows = _rows(logits)
         start(
-            _statistics_kernel,
+            _statistics,
             (len(rows),),
             rows,
             labels.contiguous(),
@@ -134,7 +134,7 @@ def logits_gradient_(logits: Tensor, labels: Tensor, first: int, maximum: Tensor
         return
     rows = _rows(logits)
     start(
-        _gradient_kernel,
+        _gradient,
         (len(rows),),
         rows,
         labels.contiguous(),

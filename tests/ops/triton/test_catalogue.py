@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
 
 from megatron.ops import adamw, choice, cross_entropy, grouped_gemm, logits, scan, softmax
 from megatron.ops.catalogue import CATALOGUE
@@ -47,3 +48,22 @@ def test_a_probe_refuses_another_function(name: str, device: torch.device, monke
     monkeypatch.setattr(Candidate, "load", lambda self: WRONG[name] if self.name == "wrong" else load(self))
     found = choice._disagreement(operation, Candidate("wrong", ""), Situation(device, torch.bfloat16, 16))
     assert found.startswith("differs from the formula by ")
+
+
+@pytest.mark.parametrize("name", ["masked_softmax", "grouped_matmul", "share_losses", "adamw_update_"])
+def test_torch_compile_keeps_the_kernel_whole(name: str, device: torch.device) -> None:
+    """Traced in one graph, with the operator in it, the kernel gives what it gives eagerly."""
+    operation, operators = CATALOGUE[name], []
+    (kernel,) = [each for each in operation.candidates if each.name == "triton"]
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        # What writes in place is an argument of a node that makes a function of it.
+        operators.extend(node for node in graph.graph.nodes if "deepy" in f"{node.target} {node.args}")
+        return graph.forward
+
+    compiled = torch.compile(kernel.load(), backend=aot_autograd(fw_compiler=backend), fullgraph=True)
+    found = operation.probe(compiled, device, torch.float32, 16)
+    expected = operation.probe(kernel.load(), device, torch.float32, 16)
+    assert operators
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)

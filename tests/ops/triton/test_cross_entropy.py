@@ -12,7 +12,7 @@ from megatron.ops.triton import cross_entropy
 from tests.ops.triton.poison import poisoned
 
 ROWS, COLUMNS = 7, 37
-TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+TOLERANCES = {torch.float32: 5e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
 @pytest.fixture(params=[16, 64], ids=lambda size: f"blocks of {size}")

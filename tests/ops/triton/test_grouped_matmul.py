@@ -10,7 +10,7 @@ from megatron.ops.grouped_gemm import grouped_matmul as plain
 from megatron.ops.triton import grouped_matmul as kernels
 from tests.ops.triton.poison import poisoned
 
-TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+TOLERANCES = {torch.float32: 5e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 SIZES = {"ragged": [3, 17, 1, 16], "empty": [0, 5, 0, 0, 20, 0], "one": [21], "none": [0, 0]}
 HIDDEN, WIDE = 19, 33
 

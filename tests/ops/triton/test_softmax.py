@@ -10,7 +10,7 @@ from megatron.ops.softmax import masked_softmax as plain
 from megatron.ops.triton import softmax
 from tests.ops.triton.poison import poisoned
 
-TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+TOLERANCES = {torch.float32: 5e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 MASKS = ["none", "causal", "window", "padding", "causal padding", "full"]
 BATCH, HEADS = 2, 2
 
