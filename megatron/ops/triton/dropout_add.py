@@ -29,12 +29,27 @@ def _words(seed, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _add_quarter(
-    word, hidden, bias, residual, output, row, column, end, rows, width, hidden_stride, residual_stride, least, scale
+    word,
+    hidden,
+    bias,
+    residual,
+    output,
+    row,
+    column,
+    is_mine,
+    rows,
+    width,
+    hidden_stride,
+    residual_stride,
+    least,
+    scale,
 ):
-    inside = (row[:, None] < rows) & (column < end)[None, :]
+    """Store a quarter of the columns. is_mine: of the columns that lie in this quarter and not in the next."""
+    is_column = is_mine & (column < width)
+    inside = (row[:, None] < rows) & is_column[None, :]
     values = tl.load(hidden + row[:, None] * hidden_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
     if bias is not None:
-        values += tl.load(bias + column, mask=column < end, other=0.0).to(tl.float32)[None, :]
+        values += tl.load(bias + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
     added = tl.load(residual + row[:, None] * residual_stride + column[None, :], mask=inside, other=0.0)
     result = added.to(tl.float32) + tl.where(word >= least, values * scale, 0.0)
     tl.store(output + row[:, None] * width + column[None, :], result.to(output.dtype.element_ty), mask=inside)
@@ -49,21 +64,19 @@ def _forward(
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     least = least.to(tl.uint32)
     one, two, three, four = _words(seed, row, column, ROWS, COLUMNS)
-    column = tl.where(column < quarter, column, width)  # what lies beyond a quarter is nobody's
-    strides = (hidden_stride, residual_stride)
-    _add_quarter(one, hidden, bias, residual, output, row, column, width, rows, width, *strides, least, scale)
-    column += quarter
-    _add_quarter(two, hidden, bias, residual, output, row, column, width, rows, width, *strides, least, scale)
-    column += quarter
-    _add_quarter(three, hidden, bias, residual, output, row, column, width, rows, width, *strides, least, scale)
-    column += quarter
-    _add_quarter(four, hidden, bias, residual, output, row, column, width, rows, width, *strides, least, scale)
+    is_mine = column < quarter
+    tensors = (hidden, bias, residual, output)
+    numbers = (is_mine, rows, width, hidden_stride, residual_stride, least, scale)
+    _add_quarter(one, *tensors, row, column, *numbers)
+    _add_quarter(two, *tensors, row, column + quarter, *numbers)
+    _add_quarter(three, *tensors, row, column + 2 * quarter, *numbers)
+    _add_quarter(four, *tensors, row, column + 3 * quarter, *numbers)
 
 
 @triton.jit
-def _pass_quarter(word, gradient, hidden_gradient, row, column, rows, width, stride, least, scale):
+def _pass_quarter(word, gradient, hidden_gradient, row, column, is_mine, rows, width, stride, least, scale):
     """Store the gradient of a quarter of hidden's columns and return it."""
-    inside = (row[:, None] < rows) & (column < width)[None, :]
+    inside = (row[:, None] < rows) & (is_mine & (column < width))[None, :]
     grad = tl.load(gradient + row[:, None] * stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
     grad = tl.where(word >= least, grad * scale, 0.0)
     place = row[:, None] * width + column[None, :]
@@ -77,8 +90,8 @@ def _backward(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     split, splits = tl.program_id(0), tl.num_programs(0)
-    plain = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    column = tl.where(plain < quarter, plain, width)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    is_mine = column < quarter
     least = least.to(tl.uint32)
     one_sum = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     two_sum = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
@@ -86,18 +99,18 @@ def _backward(
     four_sum = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     for begin in range(split * ROWS, rows, splits * ROWS):
         row = begin + tl.arange(0, ROWS).to(tl.int64)
-        one, two, three, four = _words(seed, row, plain, ROWS, COLUMNS)
-        numbers = (rows, width, stride, least, scale)
+        one, two, three, four = _words(seed, row, column, ROWS, COLUMNS)
+        numbers = (is_mine, rows, width, stride, least, scale)
         one_sum += _pass_quarter(one, gradient, hidden_gradient, row, column, *numbers)
         two_sum += _pass_quarter(two, gradient, hidden_gradient, row, column + quarter, *numbers)
         three_sum += _pass_quarter(three, gradient, hidden_gradient, row, column + 2 * quarter, *numbers)
         four_sum += _pass_quarter(four, gradient, hidden_gradient, row, column + 3 * quarter, *numbers)
     if bias_partials is not None:
         place = bias_partials + split.to(tl.int64) * width + column
-        tl.store(place, tl.sum(one_sum, axis=0), mask=column < width)
-        tl.store(place + quarter, tl.sum(two_sum, axis=0), mask=column + quarter < width)
-        tl.store(place + 2 * quarter, tl.sum(three_sum, axis=0), mask=column + 2 * quarter < width)
-        tl.store(place + 3 * quarter, tl.sum(four_sum, axis=0), mask=column + 3 * quarter < width)
+        tl.store(place, tl.sum(one_sum, axis=0), mask=is_mine)
+        tl.store(place + quarter, tl.sum(two_sum, axis=0), mask=is_mine & (column + quarter < width))
+        tl.store(place + 2 * quarter, tl.sum(three_sum, axis=0), mask=is_mine & (column + 2 * quarter < width))
+        tl.store(place + 3 * quarter, tl.sum(four_sum, axis=0), mask=is_mine & (column + 3 * quarter < width))
 
 
 def _tile(quarter: int) -> tuple[int, int]:

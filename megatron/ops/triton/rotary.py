@@ -21,8 +21,8 @@ from megatron.ops.triton.launch import Sample, operator, runs, start
 
 @triton.jit
 def _forward(
-    packed, query, cos, sin, slots, group, features, half, length, table_rows,
-    packed_batch, packed_token, query_batch, query_token,
+    packed, query, cos, sin, slots, length, table_rows, packed_batch, packed_token, query_batch, query_token,
+    group: tl.constexpr, features: tl.constexpr, half: tl.constexpr,
     COPIES: tl.constexpr, SLOTS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
@@ -59,8 +59,9 @@ def _forward(
 
 @triton.jit
 def _backward(
-    query, key, value, packed, cos, sin, slots, group, features, half, length, table_rows,
+    query, key, value, packed, cos, sin, slots, length, table_rows,
     query_batch, query_token, query_head, key_batch, key_token, key_head, value_batch, value_token, value_head,
+    group: tl.constexpr, features: tl.constexpr, half: tl.constexpr,
     SLOTS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
@@ -97,11 +98,15 @@ def _backward(
         tl.store(to + other[None, :], rest.to(packed.dtype.element_ty), mask=inside)
 
 
-def _tile(slots: int, half: int, rest: int) -> dict[str, int]:
-    """Return the constants of a tile of about 2048 features, of which `rest` of a head are not turned."""
+def _shape(slots: int, group: int, features: int, half: int, rest: int) -> dict[str, int]:
+    """Return the constants of a tile of about 4096 features, of which `rest` of a head are not turned.
+
+    What a head is made of is a constant too, so that the compiler knows which addresses are aligned.
+    """
     pairs, others = max(triton.next_power_of_2(half), 8), triton.next_power_of_2(rest) if rest else 0
-    together = min(triton.next_power_of_2(slots), triton.next_power_of_2(max(1, 2048 // (2 * pairs + others))))
-    return {"SLOTS": together, "HALF": pairs, "REST": others, "num_warps": 4}
+    together = min(triton.next_power_of_2(slots), triton.next_power_of_2(max(1, 4096 // (2 * pairs + others))))
+    head = {"group": group, "features": features, "half": half}
+    return {**head, "SLOTS": together, "HALF": pairs, "REST": others, "num_warps": 4}
 
 
 @operator(mutates=("packed",))
@@ -115,8 +120,8 @@ def rotate_forward(packed: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     query = packed.new_empty((batch, length, kv_heads * group, features) if copies else (0, 0, 0, 0))
     if runs(packed) and packed.numel():
         slots = kv_heads * (group + 1)
-        shape = _tile(slots, half, (features - 2 * half) if copies else 0)
-        numbers = (slots, group, features, half, length, len(cos))
+        shape = _shape(slots, group, features, half, (features - 2 * half) if copies else 0)
+        numbers = (slots, length, len(cos))
         strides = (packed.stride(0), packed.stride(1), query.stride(0), query.stride(1))
         grid = (batch * length, triton.cdiv(slots, shape["SLOTS"]))
         start(_forward, grid, packed, query, cos, sin, *numbers, *strides, COPIES=copies, **shape)
@@ -132,8 +137,8 @@ def rotate_backward(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin:
     packed = query.new_empty(batch, length, kv_heads, group + 2, features)
     if runs(packed) and packed.numel():
         slots = kv_heads * (group + 2)
-        shape = _tile(slots, half, features - 2 * half)
-        numbers = (slots, group, features, half, length, len(cos))
+        shape = _shape(slots, group, features, half, features - 2 * half)
+        numbers = (slots, length, len(cos))
         strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3])
         grid = (batch * length, triton.cdiv(slots, shape["SLOTS"]))
         start(_backward, grid, query, key, value, packed, cos, sin, *numbers, *strides, **shape)
