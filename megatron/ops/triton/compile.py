@@ -32,7 +32,10 @@ ARCHITECTURES = (80, 90)
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel needs. registers: of a thread; spilled, shared: bytes of a thread and of a program."""
+    """What a compiled kernel needs. registers: of a thread; spilled, shared: bytes of a thread and of a program.
+
+    narrow: instructions that read or write less than 32 bits of global memory, where 128 are possible.
+    """
 
     kernel: str
     sample: str
@@ -41,6 +44,7 @@ class Resources:
     registers: int
     spilled: int
     shared: int
+    narrow: int
 
 
 def resources(sample: Sample, arch: int) -> list[Resources]:
@@ -90,16 +94,15 @@ def _measured(kernel: Any, launch: Launch, sample: str, arch: int) -> Resources:
         registers=usage["REG"],
         spilled=usage["STACK"] + usage["LOCAL"],
         shared=kernel.metadata.shared,
+        narrow=len(re.findall(r"\b(?:ld|st)\.global[.\w:]*\.[bus](?:8|16)\b", kernel.asm["ptx"])),
     )
 
 
 def markdown(rows: Iterable[Resources]) -> str:
     """Return the resources as a table."""
-    head = (
-        "| kernel | sample | sm | warps | registers | spilled bytes | shared bytes |\n|---|---|---|---|---|---|---|\n"
-    )
-    lines = (" | ".join(str(value) for value in asdict(row).values()) for row in rows)
-    return head + "".join(f"| {line} |\n" for line in lines)
+    titles = ["kernel", "sample", "sm", "warps", "registers", "spilled bytes", "shared bytes", "narrow"]
+    table = [titles, ["---"] * len(titles), *([str(value) for value in asdict(row).values()] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in table)
 
 
 def page(table: str) -> str:
@@ -110,8 +113,9 @@ def page(table: str) -> str:
         "whose ptxas needs no GPU. A test\n"
         "compiles all of them again: nothing may spill, and this page must be current. How fast they are on a GPU is "
         "a\nmatter of `benchmarks/kernels.py`.\n\n"
-        "Registers are those of a thread (255 at most), spilled bytes of a thread, shared bytes of a program. A sample "
-        "is an\noperation at a size of training, forward and backward (`megatron/ops/triton/samples.py`).\n\n"
+        "Registers are those of a thread (255 at most), spilled bytes of a thread, shared bytes of a program; narrow "
+        "are the\ninstructions that read or write less than 32 bits of global memory. A sample is an operation at a "
+        "size of\ntraining, forward and backward (`megatron/ops/triton/samples.py`).\n\n"
         f"{table}"
     )
 

@@ -38,6 +38,13 @@ def test_every_sample_compiles_for_both_and_nothing_spills(compiled: tuple[list[
     assert all(0 < int(row["registers"]) <= 255 for row in rows)
 
 
+def test_what_only_moves_memory_moves_it_in_wide_words(compiled: tuple[list[dict[str, object]], str]) -> None:
+    files = {"norms", "rotary", "activations", "dropout_add"}
+    moving = [row for row in compiled[0] if str(row["kernel"]).partition(".")[0] in files]
+    assert {str(row["kernel"]).partition(".")[0] for row in moving} == files
+    assert [row for row in moving if row["narrow"]] == []
+
+
 def test_the_recorded_table_is_current(compiled: tuple[list[dict[str, object]], str]) -> None:
     text = PAGE.read_text()
     table = compiled[1]
