@@ -19,7 +19,7 @@ from megatron.model.cache import KVCache
 from megatron.model.decoder import DecoderBlocks
 from megatron.model.embedding import Dropout, LearnedPositions, SinusoidalPositions
 from megatron.model.heads import LanguageHead, TiedEmbedding
-from megatron.model.kernels import choose_kernels
+from megatron.model.kernels import choose_kernels, require_agreement
 from megatron.model.norm import NO_CHOICES, make_norm
 from megatron.model.plan import LayerPlan
 from megatron.model.recompute import Recompute
@@ -49,7 +49,10 @@ def build_model(
     choices: what computes the operations; None chooses as the config asks, on the mesh's device.
     """
     dtype = DTYPES[config.numerics.precision]
-    choices = choose_kernels(config, mesh.device, dtype) if choices is None else choices
+    if choices is None:
+        choices = choose_kernels(config, mesh.device, dtype)
+        if mesh.device.type == "cuda":
+            require_agreement(choices, mesh.world)
     plans = build_plans(config, vocab_size_padded, mesh, choices)
     settings: dict[str, Any] = {
         "device": mesh.device,

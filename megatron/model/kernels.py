@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 from megatron.config.schema.config import Config
+from megatron.errors import ConfigError, Problem
 from megatron.logs import get_logger
 from megatron.ops.catalogue import CATALOGUE
 from megatron.ops.choice import Asked, Choices, Situation, choose
 from megatron.ops.measured import fastest
+from megatron.parallel.agreement import gathered
+from megatron.parallel.mesh import Axis
 
 logger = get_logger(__name__)
 
@@ -25,6 +29,30 @@ def choose_kernels(config: Config, device: torch.device, dtype: torch.dtype) -> 
     if device.type == "cuda" or any(wish not in ("auto", False) for wish in asked.values()):
         logger.info("kernels on %s:\n%s", device, choices.table())
     return choices
+
+
+def require_agreement(choices: Choices, world: Axis) -> None:
+    """Raise ConfigError where ranks chose differently: what they hold alike would drift apart in its last digits."""
+    mine = {choice.operation: (choice.candidate, choice.refused) for choice in choices.choices}
+    first, *others = gathered(mine, world)
+    problems = [
+        _disagreement(operation, rank, first[operation], other[operation])
+        for rank, other in enumerate(others, start=1)
+        for operation in first
+        if first[operation][0] != other[operation][0]
+    ]
+    if problems:
+        raise ConfigError(*problems)
+
+
+def _disagreement(operation: str, rank: int, first: Any, other: Any) -> Problem:
+    """Return the problem of two ranks, of which each tells what it chose, and what it could not."""
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in (*first[1], *other[1]))
+    return Problem(
+        what=f"kernel of {operation}",
+        why=f"rank 0 would use {first[0]} and rank {rank} {other[0]} ({reasons}).",
+        fix="Mend what is in brackets, or set the key of this operation (docs/configuration.md, kernels) to false.",
+    )
 
 
 def activation_operation(config: Config) -> str | None:
