@@ -12,14 +12,14 @@ from tests.ops.triton.poison import poisoned
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 NAMES = ("u", "delta", "a", "b", "c", "skip", "z", "bias")
-BATCH, LENGTH, CHANNELS, STATES = 2, 13, 5, 3
+BATCH, LENGTH, CHANNELS, STATES = 2, 11, 5, 3
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two chunks of two tiles, the last of each cut short; two blocks of channels."""
-    monkeypatch.setattr(scan, "CHUNK", 8)
-    monkeypatch.setattr(scan, "TILE", 4)
+    """Three chunks of two tiles, the last tile cut short; two blocks of channels."""
+    monkeypatch.setattr(scan, "CHUNK", 4)
+    monkeypatch.setattr(scan, "TILE", 2)
     monkeypatch.setattr(scan, "CHANNELS", 4)
 
 
