@@ -1,7 +1,9 @@
-"""What all tests share: a CPU accelerator for DeepSpeed, and the folder of recorded GPT-NeoX outputs."""
+"""What all tests share: a CPU accelerator for DeepSpeed, kernels for Triton's interpreter where they are tested, and
+the folder of recorded GPT-NeoX outputs."""
 
 from __future__ import annotations
 
+import importlib
 import os
 from pathlib import Path
 
@@ -13,6 +15,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 ROOT = Path(__file__).resolve().parents[1]
+KERNELS = ROOT / "tests" / "ops" / "triton"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Import the kernels before any other test module imports triton, where their tests are among those asked for."""
+    paths = [(config.invocation_params.dir / argument.partition("::")[0]).resolve() for argument in config.args]
+    if any(KERNELS.is_relative_to(path) or path.is_relative_to(KERNELS) for path in paths):
+        importlib.import_module("tests.ops.triton.interpreted")
 
 
 @pytest.fixture(scope="session")

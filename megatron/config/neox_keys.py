@@ -11,15 +11,16 @@ from typing import Any
 
 OWN_KEYS = frozenset(
     {
-        "check_replicas_interval", "checkpoint_first_layers", "checkpoint_operations", "context_parallel_method",
-        "context_parallel_size", "data_index_dir", "neox_compat",
-        "resume", "run_name", "runs_dir", "wsd_decay_fraction", "wsd_decay_shape",
+        "activation_fusion", "check_replicas_interval", "checkpoint_first_layers", "checkpoint_operations",
+        "context_parallel_method", "context_parallel_size", "cross_entropy_fusion", "data_index_dir", "neox_compat",
+        "optimizer_fusion", "resume", "run_name", "runs_dir", "wsd_decay_fraction", "wsd_decay_shape",
     }
 )  # fmt: skip
 """Keys of the schema that GPT-NeoX does not have; every other key is one of its names."""
 
 ALIASES: dict[str, str] = {
     # another name of a key, or of an entry of a block
+    "use_flashattn_swiglu": "activation_fusion",
     "batch_size": "train_micro_batch_size_per_gpu",
     "clip_grad": "gradient_clipping",
     "lr": "optimizer.params.lr",
@@ -73,13 +74,8 @@ IGNORED: dict[str, str] = {
     ),
     **dict.fromkeys(
         (
-            "layernorm_fusion",
-            "rmsnorm_fusion",
-            "use_flashattn_swiglu",
             "scaled_upper_triang_masked_softmax_fusion",
             "scaled_masked_softmax_fusion",
-            "bias_dropout_fusion",
-            "rope_fusion",
             "fused_kernels_build_path",
         ),
         _KERNELS,

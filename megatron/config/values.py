@@ -44,9 +44,14 @@ REFUSED_VALUES: dict[tuple[str, str], str] = {
 
 
 def choices(annotation: Any) -> tuple[str, ...]:
-    """Return what an annotation's Literal allows, as text, or () where it has none."""
-    literals = [part for part in parts(annotation) if get_origin(part) is Literal]
-    return tuple(str(value) for part in literals for value in get_args(part))
+    """Return what an annotation's Literal allows, as text of YAML, or () where it has none."""
+    return tuple(_literals(annotation))
+
+
+def _literals(annotation: Any) -> dict[str, Any]:
+    """Return the values that an annotation's Literal allows by their text."""
+    values = [value for part in parts(annotation) if get_origin(part) is Literal for value in get_args(part)]
+    return {str(value).lower() if isinstance(value, bool) else str(value): value for value in values}
 
 
 def parts(annotation: Any) -> tuple[Any, ...]:
@@ -69,7 +74,7 @@ def canonical(name: str, annotation: Any, value: Any) -> Any:
     Anything that does not fit is returned as it is; validation says what is wrong with it."""
     if isinstance(value, str) and choices(annotation):
         lowered = SPELLINGS.get(name, {}).get(value.strip().lower(), value.strip().lower())
-        return next((choice for choice in choices(annotation) if choice.lower() == lowered), value)
+        return next((choice for text, choice in _literals(annotation).items() if text.lower() == lowered), value)
     if isinstance(value, float) and value.is_integer() and _allows(annotation, int):
         return int(value)
     if isinstance(value, list):

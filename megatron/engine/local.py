@@ -23,7 +23,10 @@ from megatron.engine.fragments import Fragment, Holdings
 from megatron.engine.loss_scale import LossScale
 from megatron.engine.step import MicroBatchEngine, Update
 from megatron.objectives.build import Objective
+from megatron.ops.adamw import sum_of_squares
+from megatron.ops.choice import Function, Situation
 from megatron.ops.memory import release_gradient
+from megatron.optim.one_pass import one_pass
 from megatron.parallel.collectives import TensorRegion
 from megatron.parallel.grad_sync import is_partial
 from megatron.parallel.mesh import Mesh
@@ -51,6 +54,8 @@ class LocalEngine(MicroBatchEngine):
         self._gradients = None if self._is_direct() else GradientBuffer(self._trained, self._masters, mesh, region)
         self._scaler = LossScale(config.deepspeed.fp16 or {}) if config.numerics.precision == "fp16" else None
         self._clip = float(config.optimizer.gradient_clipping)
+        situation = Situation(mesh.device, _TYPES[config.numerics.precision], config.model.hidden_size)
+        self._one_pass = one_pass(config, optimizer, self._rounded(), situation)
         state.make_states(self._holdings())
 
     @property
@@ -121,12 +126,14 @@ class LocalEngine(MicroBatchEngine):
         gradients = self._reduced()
         scale = self._scaler.cur_scale if self._scaler else 1.0
         self._show_gradients(((n, m.grad) for n, m in self._masters.items() if m.grad is not None), scale)
+        if self._one_pass is not None:
+            squares = self._one_pass.squares
+            total = squares(gradients) if self._gradients is None else self._gradients.squares(squares)
+            norm = float(self._one_pass.step(total, scale, self._clip))  # queued before the host waits for the norm
+            return Update(float("inf"), skipped=True) if self._overflows(norm) else Update(norm, skipped=False)
         total = torch.nn.utils.get_total_norm(gradients) if self._gradients is None else self._gradients.norm()
         norm = float(total) / scale
-        overflow = norm != norm or norm == float("inf")
-        if self._scaler:
-            self._scaler.update(overflow)
-        if overflow:
+        if self._overflows(norm):
             return Update(float("inf"), skipped=True)
         shrink = max(1.0, (norm + 1e-6) / self._clip) if self._clip > 0 else 1.0
         self._step(gradients, shrink * scale)
@@ -146,6 +153,13 @@ class LocalEngine(MicroBatchEngine):
             torch._foreach_mul_(gradients, 1.0 / divisor)
             self._optimizer.step()
 
+    def _overflows(self, norm: float) -> bool:
+        """Return whether the step is skipped, and adjust the loss scale."""
+        overflow = norm != norm or norm == float("inf")
+        if self._scaler:
+            self._scaler.update(overflow)
+        return overflow
+
     def _reduced(self) -> list[Tensor]:
         """Return the gradient of the whole step, summed over the ranks, as few fp32 tensors."""
         if self._gradients is not None:
@@ -158,6 +172,11 @@ class LocalEngine(MicroBatchEngine):
         if pairs:
             weights, masters = zip(*pairs, strict=True)
             torch._foreach_copy_(list(weights), [master.detach() for master in masters])
+
+    def _rounded(self) -> dict[int, Tensor]:
+        """Return the weight that is rounded from each master, by the master's id; none in fp32."""
+        named = self._trained.items()
+        return {id(self._masters[name]): weight for name, weight in named if weight is not self._masters[name]}
 
     def _holdings(self) -> Holdings:
         groups = [(buffer, group) for group in self._optimizer.param_groups for buffer in group["params"]]
@@ -226,12 +245,14 @@ class GradientBuffer:
 
     def norm(self) -> Tensor:
         """Return the norm of the reduced gradient of the whole model, in which replicated parameters count once."""
-        norms = torch.stack([torch.linalg.vector_norm(part) for part in self.flat.split(self._sizes)]).double()
+        return self.squares(sum_of_squares).sqrt()
+
+    def squares(self, operation: Function) -> Tensor:
+        """Return the square of the norm, fp64. operation: what computes `megatron.ops.adamw.sum_of_squares`."""
+        squares = torch.stack([operation([part]) for part in self.flat.split(self._sizes)])
         if self._region.is_split:
-            squares = norms[_SPLIT].square()
-            dist.all_reduce(squares, group=self._mesh.tp.group)
-            norms[_SPLIT] = squares.sqrt()
-        return torch.linalg.vector_norm(norms)
+            dist.all_reduce(squares[_SPLIT], group=self._mesh.tp.group)
+        return squares.sum()
 
     def _hook(self, index: int) -> Callable[[Tensor], None]:
         def add(parameter: Tensor) -> None:

@@ -17,6 +17,7 @@ from megatron.model.cache import KVCache
 from megatron.model.positions import ALONE, AttentionMask, RelativePositionBias, RotaryTables, Span
 from megatron.model.recompute import recomputed
 from megatron.ops.attention import attention
+from megatron.ops.choice import Function
 from megatron.ops.heads import split_heads, split_heads_reference
 from megatron.parallel.collectives import TensorRegion
 from megatron.parallel.layers import ColumnParallelLinear, Initializer, RowParallelLinear
@@ -32,6 +33,7 @@ class SelfAttention(nn.Module):
     rotary: tables, or None. mask: what is seen and any alibi bias. rpe: relative position bias, or None.
     across: how tokens see those of the other ranks of the context axis; None where this rank has all of them.
     recompute: compute scores and what follows from them again in the backward pass.
+    turn: a fused `ops.rotary.rotate_packed`, or None.
     """
 
     def __init__(
@@ -52,10 +54,12 @@ class SelfAttention(nn.Module):
         key_scaling: float = 1.0,
         across: AcrossRanks | None = None,
         recompute: bool = False,
+        turn: Function | None = None,
     ) -> None:
         super().__init__()
         self.layer = layer
         self.recompute = recompute
+        self.turn = turn
         self.head_dim = hidden_size // num_heads
         self.group_size = num_heads // num_kv_heads
         self.num_groups = num_kv_heads // region.axis.size
@@ -103,7 +107,11 @@ class SelfAttention(nn.Module):
             groups = self._normed(groups)
         if self.rotary is None:
             return split_heads_reference(groups, None, None)
-        return split_heads(groups, *self.rotary(span, hidden.device))
+        tables = self.rotary(span, hidden.device)
+        if self.turn is None:
+            return split_heads(groups, *tables)
+        query, key, value = self.turn(groups, *tables)
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
     def _normed(self, groups: Tensor) -> Tensor:
         """Return groups [b, s, k, n/k + 2, d] as [b, s, n, 3, d], with queries and keys normed.

@@ -18,6 +18,8 @@ from megatron.model.attention import SelfAttention
 from megatron.model.cache import KVCache
 from megatron.model.mlp import MLP
 from megatron.model.stream import Stream
+from megatron.ops.choice import Function
+from megatron.ops.dropout_add import add_dropped
 from megatron.parallel.collectives import TensorRegion
 
 
@@ -25,7 +27,7 @@ class Block(nn.Module):
     """The parts of a decoder layer.
 
     post_attention_layernorm: n2, or None to use n1 for both.
-    dropout: probability, on each branch before it is added.
+    dropout: probability, on each branch before it is added. add_dropped: how it is, where there is dropout.
     region: where the split layers begin and end.
     """
 
@@ -37,6 +39,7 @@ class Block(nn.Module):
         mlp: MLP,
         dropout: float,
         region: TensorRegion,
+        add_dropped: Function = add_dropped,
     ) -> None:
         super().__init__()
         self.input_layernorm = input_layernorm
@@ -45,9 +48,20 @@ class Block(nn.Module):
         self.mlp = mlp
         self.dropout = dropout
         self.region = region
+        self.add_dropped = add_dropped
 
-    def _leave(self, branch: Tensor) -> Tensor:
-        return self.region.dropout(self.region.leave(branch), self.dropout, self.training)
+    @property
+    def _drops(self) -> bool:
+        return self.training and self.dropout > 0
+
+    def _add(self, hidden: Tensor, branch: Tensor) -> Tensor:
+        """Return hidden and what a branch adds to it, behind the split layers."""
+        whole = self.region.leave(branch)
+        if not self._drops:
+            return hidden + whole
+        with self.region.dropout_stream(hidden.device):
+            dropped: Tensor = self.add_dropped(whole, None, hidden, self.dropout)
+            return dropped
 
 
 class PreNormBlock(Block):
@@ -57,9 +71,12 @@ class PreNormBlock(Block):
         assert self.post_attention_layernorm is not None
         region = self.region
         attended = self.attention(region.enter(self.input_layernorm(stream.hidden)), stream.segments, cache)
-        hidden = stream.hidden + self._leave(attended)
-        hidden = hidden + self._leave(self.mlp(region.enter(self.post_attention_layernorm(hidden))))
-        return stream._replace(hidden=hidden)
+        if self._drops:
+            hidden = self._add(stream.hidden, attended)
+            normed = self.post_attention_layernorm(hidden)
+        else:
+            normed, hidden = self.post_attention_layernorm(region.leave(attended), stream.hidden)
+        return stream._replace(hidden=self._add(hidden, self.mlp(region.enter(normed))))
 
 
 class ParallelBlock(Block):
@@ -70,9 +87,9 @@ class ParallelBlock(Block):
         first = self.input_layernorm(whole)
         second = first if self.post_attention_layernorm is None else self.post_attention_layernorm(whole)
         branches = [self.attention(first, stream.segments, cache), self.mlp(second)]
-        if self.region.is_split and not (self.training and self.dropout):
+        if self.region.is_split and not self._drops:
             branches = [branches[0] + branches[1]]
         hidden = stream.hidden
         for branch in branches:
-            hidden = hidden + self._leave(branch)
+            hidden = self._add(hidden, branch)
         return stream._replace(hidden=hidden)

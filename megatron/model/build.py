@@ -19,15 +19,20 @@ from megatron.model.cache import KVCache
 from megatron.model.decoder import DecoderBlocks
 from megatron.model.embedding import Dropout, LearnedPositions, SinusoidalPositions
 from megatron.model.heads import LanguageHead, TiedEmbedding
-from megatron.model.norm import make_norm
+from megatron.model.kernels import choose_kernels, require_agreement
+from megatron.model.norm import NO_CHOICES, make_norm
 from megatron.model.plan import LayerPlan
 from megatron.model.recompute import Recompute
 from megatron.model.sequential import SequentialModel
 from megatron.model.stage import StageModel, StagePlan
 from megatron.model.stream import Stream
+from megatron.ops.choice import Choices
+from megatron.ops.cross_entropy import block_losses
+from megatron.ops.logits import share_losses
 from megatron.parallel.collectives import TensorRegion
 from megatron.parallel.layers import VocabParallelEmbedding
 from megatron.parallel.mesh import Mesh
+from megatron.parallel.vocab_loss import vocabulary_losses
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """The dtype of the parameters for each `precision`."""
@@ -36,46 +41,57 @@ _TIED = "word_embeddings"
 
 
 def build_model(
-    config: Config, vocab_size_padded: int, mesh: Mesh, initialized: bool = True
+    config: Config, vocab_size_padded: int, mesh: Mesh, initialized: bool = True, choices: Choices | None = None
 ) -> SequentialModel | StageModel:
     """Return this rank's part of the model on the mesh's device, in the config's precision: all of it, or its stage.
 
     initialized: draw the initial weights; False makes them zeros, for a checkpoint to fill.
+    choices: what computes the operations; None chooses as the config asks, on the mesh's device.
     """
-    plans = build_plans(config, vocab_size_padded, mesh)
+    dtype = DTYPES[config.numerics.precision]
+    if choices is None:
+        choices = choose_kernels(config, mesh.device, dtype)
+        if mesh.device.type == "cuda":
+            require_agreement(choices, mesh.world)
+    plans = build_plans(config, vocab_size_padded, mesh, choices)
     settings: dict[str, Any] = {
         "device": mesh.device,
-        "dtype": DTYPES[config.numerics.precision],
+        "dtype": dtype,
         "seed": config.numerics.seed if initialized else None,
         "tensor_axis": mesh.tp,
         "recompute": Recompute.of(config.training),
     }
     if mesh.pp.size == 1:
         return SequentialModel(plans, **settings)
-    weightless = build_plans(config, vocab_size_padded, mesh)  # plans keep what their layers share, on its device
+    # plans keep what their layers share, on its device
+    weightless = build_plans(config, vocab_size_padded, mesh, choices)
     split = StagePlan.of(weightless, mesh.pp.size, config.parallel.pipe_partition_method, mesh.tp)
     return StageModel(plans, split, mesh.pp.rank, **settings)
 
 
-def build_plans(config: Config, vocab_size_padded: int, mesh: Mesh) -> list[LayerPlan]:
+def build_plans(config: Config, vocab_size_padded: int, mesh: Mesh, choices: Choices = NO_CHOICES) -> list[LayerPlan]:
     """Return the plans of the decoder that the config describes.
 
-    vocab_size_padded: rows of the word embedding and of the head.
+    vocab_size_padded: rows of the word embedding and of the head. choices: what computes the operations.
     """
     model = config.model
     region = TensorRegion(mesh.tp, config.parallel.sequence_parallel, config.parallel.fp32_allreduce)
-    blocks = DecoderBlocks(config, region, mesh.cp)
+    blocks = DecoderBlocks(config, region, mesh.cp, choices)
     init = blocks.initializer(config.numerics.init_method)
     table = (vocab_size_padded, model.hidden_size, region, init)
     tied = not model.no_weight_tying
-    embedding, head = (TiedEmbedding, TiedEmbedding) if tied else (VocabParallelEmbedding, LanguageHead)
+    losses = vocabulary_losses(
+        region, choices.get("cross_entropy", block_losses), choices.get("share_losses", share_losses)
+    )
+    head = partial(TiedEmbedding if tied else LanguageHead, *table, losses)
+    embedding = head if tied else partial(VocabParallelEmbedding, *table)
     share = _TIED if tied else None
     return [
-        LayerPlan("embedding.word_embeddings", partial(embedding, *table), share, call=_start_stream),
+        LayerPlan("embedding.word_embeddings", embedding, share, call=_start_stream),
         *_position_plans(config, blocks),
         *[LayerPlan(f"layers.{layer}", partial(blocks.build, layer)) for layer in range(model.num_layers)],
-        LayerPlan("final_norm", partial(make_norm, model), call=_norm_stream),
-        LayerPlan("head", partial(head, *table), share),
+        LayerPlan("final_norm", partial(make_norm, model, choices=choices), call=_norm_stream),
+        LayerPlan("head", head, share),
     ]
 
 

@@ -13,11 +13,14 @@ from megatron.model.across import make_across
 from megatron.model.attention import SelfAttention
 from megatron.model.block import ParallelBlock, PreNormBlock
 from megatron.model.init import make_initializer
+from megatron.model.kernels import activation_operation
 from megatron.model.mlp import MLP
-from megatron.model.norm import INSIDE, OUTSIDE, make_head_norm, make_norm
+from megatron.model.norm import INSIDE, NO_CHOICES, OUTSIDE, make_head_norm, make_norm
 from megatron.model.positions import ALONE, AttentionMask, RelativePositionBias, RotaryTables, make_slopes
 from megatron.model.recompute import recomputed_operations
 from megatron.ops.activations import make_activation
+from megatron.ops.choice import Choices
+from megatron.ops.dropout_add import add_dropped
 from megatron.parallel.collectives import TensorRegion
 from megatron.parallel.layers import Initializer
 from megatron.parallel.mesh import Axis
@@ -28,11 +31,13 @@ class DecoderBlocks:
     """Makes the blocks of one model; what they share (tables, masks, the rpe table) is made once.
 
     region: the tensor axis of the mesh, and how its ranks meet. context: the context axis.
+    choices: what computes the operations.
     """
 
     config: Config
     region: TensorRegion
     context: Axis = ALONE
+    choices: Choices = NO_CHOICES
 
     def initializer(self, method: str) -> Initializer:
         """Return the initializer of a method name for this model's width and depth."""
@@ -84,12 +89,13 @@ class DecoderBlocks:
         parallel = model.gpt_j_residual
         spec = INSIDE if parallel else OUTSIDE
         return (ParallelBlock if parallel else PreNormBlock)(
-            input_layernorm=make_norm(model, spec),
+            input_layernorm=make_norm(model, spec, self.choices),
             attention=self._attention(layer),
-            post_attention_layernorm=None if parallel and model.gpt_j_tied else make_norm(model, spec),
+            post_attention_layernorm=None if parallel and model.gpt_j_tied else make_norm(model, spec, self.choices),
             mlp=self._mlp(layer),
             dropout=self.config.numerics.hidden_dropout,
             region=self.region,
+            add_dropped=self.choices.get("add_dropped", add_dropped),
         )
 
     def _attention(self, layer: int) -> SelfAttention:
@@ -111,6 +117,7 @@ class DecoderBlocks:
             across=make_across(self.context, self.config.parallel.context_parallel_method),
             key_scaling=float(max(1, layer)) if numerics.apply_query_key_layer_scaling else 1.0,
             recompute="attention" in recomputed_operations(self.config.training, layer),
+            turn=self.choices.fused("rotate_packed"),
         )
 
     def _mlp(self, layer: int) -> MLP:
@@ -127,4 +134,5 @@ class DecoderBlocks:
             output_init=self.initializer(numerics.output_layer_init_method),
             bias=model.use_bias_in_mlp,
             recompute="activation" in recomputed_operations(self.config.training, layer),
+            fused=self.choices.fused(activation_operation(self.config)),
         )

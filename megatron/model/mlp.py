@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from megatron.model.recompute import recomputed
-from megatron.ops.activations import Activation
+from megatron.ops.activations import Activation, BiasActivation
 from megatron.parallel.collectives import TensorRegion
 from megatron.parallel.layers import ColumnParallelLinear, Initializer, RowParallelLinear
 
@@ -19,6 +19,7 @@ class MLP(nn.Module):
 
     linear1_rows, linear2_columns: the two widths; a gated MLP has twice as many rows as columns.
     activation: maps linear1's output to linear2's input. recompute: compute it again in the backward pass.
+    fused: the activation together with linear1's bias, where a kernel computes both, or None.
     """
 
     def __init__(
@@ -33,14 +34,21 @@ class MLP(nn.Module):
         output_init: Initializer,
         bias: bool,
         recompute: bool = False,
+        fused: BiasActivation | None = None,
     ) -> None:
         super().__init__()
-        self.activation = activation
+        self.activation = activation if fused is None else lambda wide: fused(wide, None)
         self.recompute = recompute
-        self.linear1 = ColumnParallelLinear(hidden_size, linear1_rows, region, init, bias, blocks=2 if gated else 1)
+        self.inside = fused if not recompute else None
+        """The activation that linear1 ends with; what is computed again must begin behind its product."""
+        blocks = 2 if gated else 1
+        self.linear1 = ColumnParallelLinear(hidden_size, linear1_rows, region, init, bias, blocks, self.inside)
         self.linear2 = RowParallelLinear(linear2_columns, hidden_size, region, output_init, bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        if self.inside is not None:
+            narrow: Tensor = self.linear2(self.linear1(hidden))
+            return narrow
         wide = self.linear1(hidden)
         return recomputed(self._narrow, wide) if self.recompute else self._narrow(wide)
 

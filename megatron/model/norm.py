@@ -1,4 +1,7 @@
-"""Norm modules by the names of the `norm` key; the formulae are in megatron/ops/norms.py."""
+"""Norm modules by the names of the `norm` key; the formulae are in megatron/ops/norms.py.
+
+norm(inputs) is the norm; norm(inputs, residual) is the norm of their sum, and that sum.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from megatron.config.schema.model import ModelConfig
-from megatron.ops.norms import layer_norm, rms_norm, scale_norm
+from megatron.ops import norms
+from megatron.ops.choice import Choices, Function
+from megatron.ops.norms import layer_norm, scale_norm
 from megatron.parallel.collectives import TensorRegion
 from megatron.parallel.layers import make_parameter, ones, zeros
 from megatron.parallel.mesh import Axis
@@ -23,18 +28,39 @@ INSIDE = ShardSpec(tensor_partial=True)
 """Of a norm between `enter` and `leave`: each rank's gradient comes from its own heads and features."""
 
 
-class LayerNorm(nn.Module):
-    """layer_norm over the last dims `shape`. affine: with a gain; bias: with an offset beside the gain."""
+NO_CHOICES = Choices()
+"""PyTorch's own computes everything."""
 
-    def __init__(self, shape: tuple[int, ...], eps: float, affine: bool, bias: bool, spec: ShardSpec = OUTSIDE) -> None:
+Normed = Tensor | tuple[Tensor, Tensor]
+
+
+class LayerNorm(nn.Module):
+    """layer_norm over the last dim, of size `width`. affine: with a gain; bias: with an offset beside the gain."""
+
+    def __init__(
+        self,
+        width: int,
+        eps: float,
+        affine: bool,
+        bias: bool,
+        spec: ShardSpec = OUTSIDE,
+        choices: Choices = NO_CHOICES,
+    ) -> None:
         super().__init__()
+        self.norm: Function = choices.get("layer_norm", norms.layer_norm)
+        self.add_norm: Function = choices.get("add_layer_norm", norms.add_layer_norm)
+        shape = (width,)
         self.shape = shape
         self.eps = eps
         self.weight = make_parameter(shape, spec, _REPLICATED, ones) if affine else None
         self.bias = make_parameter(shape, spec, _REPLICATED, zeros) if affine and bias else None
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        return layer_norm(inputs, self.shape, self.weight, self.bias, self.eps)
+    def forward(self, inputs: Tensor, residual: Tensor | None = None) -> Normed:
+        if residual is not None:
+            result: tuple[Tensor, Tensor] = self.add_norm(inputs, residual, self.weight, self.bias, self.eps)
+            return result
+        output: Tensor = self.norm(inputs, self.shape, self.weight, self.bias, self.eps)
+        return output
 
 
 class HeadLayerNorm(nn.Module):
@@ -65,13 +91,26 @@ class HeadLayerNorm(nn.Module):
 class RMSNorm(nn.Module):
     """rms_norm over the last dim, with gains of `shape`, split over `axis` as `spec` says."""
 
-    def __init__(self, shape: tuple[int, ...], eps: float, spec: ShardSpec = OUTSIDE, axis: Axis = _REPLICATED) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        eps: float,
+        spec: ShardSpec = OUTSIDE,
+        axis: Axis = _REPLICATED,
+        choices: Choices = NO_CHOICES,
+    ) -> None:
         super().__init__()
+        self.norm: Function = choices.get("rms_norm", norms.rms_norm)
+        self.add_norm: Function = choices.get("add_rms_norm", norms.add_rms_norm)
         self.eps = eps
         self.weight = make_parameter(shape, spec, axis, ones)
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        return rms_norm(inputs, self.weight, self.eps)
+    def forward(self, inputs: Tensor, residual: Tensor | None = None) -> Normed:
+        if residual is not None:
+            result: tuple[Tensor, Tensor] = self.add_norm(inputs, residual, self.weight, self.eps)
+            return result
+        output: Tensor = self.norm(inputs, self.weight, self.eps)
+        return output
 
 
 class ScaleNorm(nn.Module):
@@ -82,17 +121,20 @@ class ScaleNorm(nn.Module):
         self.eps = eps
         self.weight = make_parameter((1,), spec, _REPLICATED, ones)
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        return scale_norm(inputs, self.weight, self.eps)
+    def forward(self, inputs: Tensor, residual: Tensor | None = None) -> Normed:
+        if residual is None:
+            return scale_norm(inputs, self.weight, self.eps)
+        total = inputs + residual
+        return scale_norm(total, self.weight, self.eps), total
 
 
-def make_norm(model: ModelConfig, spec: ShardSpec = OUTSIDE) -> nn.Module:
+def make_norm(model: ModelConfig, spec: ShardSpec = OUTSIDE, choices: Choices = NO_CHOICES) -> nn.Module:
     """Return the norm of hidden states that the config asks for. Norms do not decay."""
-    shape = (model.hidden_size,)
+    width, eps = model.hidden_size, model.layernorm_epsilon
     makers: dict[str, Callable[[], nn.Module]] = {
-        "layernorm": lambda: LayerNorm(shape, model.layernorm_epsilon, True, model.use_bias_in_norms, spec),
-        "non_parametric_layernorm": lambda: LayerNorm(shape, model.layernorm_epsilon, affine=False, bias=False),
-        "rmsnorm": lambda: RMSNorm(shape, model.rms_norm_epsilon, spec),
+        "layernorm": lambda: LayerNorm(width, eps, True, model.use_bias_in_norms, spec, choices),
+        "non_parametric_layernorm": lambda: LayerNorm(width, eps, False, False, spec, choices),
+        "rmsnorm": lambda: RMSNorm((width,), model.rms_norm_epsilon, spec, choices=choices),
         "scalenorm": lambda: ScaleNorm(model.scalenorm_epsilon, spec),
     }
     return _without_decay(makers[model.norm]())

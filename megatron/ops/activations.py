@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Activation = Callable[[Tensor], Tensor]
+BiasActivation = Callable[[Tensor, Tensor | None], Tensor]
+"""(inputs [..., f], bias [f] or None) -> the activation of their sum."""
 
 
 def gelu(inputs: Tensor) -> Tensor:
@@ -58,6 +60,30 @@ def gated(inputs: Tensor, gate: Activation) -> Tensor:
     """Return gate(second half) * first half over the last dim: [..., 2 f] -> [..., f]."""
     value, gates = inputs.chunk(2, dim=-1)
     return gate(gates) * value
+
+
+def _biased(inputs: Tensor, bias: Tensor | None) -> Tensor:
+    return inputs if bias is None else inputs + bias
+
+
+def bias_gelu(inputs: Tensor, bias: Tensor | None) -> Tensor:
+    """Return gelu(inputs + bias) for inputs [..., f] and bias [f]."""
+    return gelu(_biased(inputs, bias))
+
+
+def bias_gelu_tanh(inputs: Tensor, bias: Tensor | None) -> Tensor:
+    """Return gelu_tanh(inputs + bias) for inputs [..., f] and bias [f]."""
+    return gelu_tanh(_biased(inputs, bias))
+
+
+def bias_swiglu(inputs: Tensor, bias: Tensor | None) -> Tensor:
+    """Return silu(gate) * value [..., f] for [value; gate] = inputs + bias, [..., 2 f]."""
+    return gated(_biased(inputs, bias), F.silu)
+
+
+def bias_geglu(inputs: Tensor, bias: Tensor | None) -> Tensor:
+    """Return gelu(gate) * value [..., f] for [value; gate] = inputs + bias, [..., 2 f]."""
+    return gated(_biased(inputs, bias), gelu)
 
 
 def make_activation(name: str, tanh_gelu: bool = False) -> Activation:

@@ -16,6 +16,7 @@ Where W holds a share of the vocabulary only, the caller gives another function 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,8 +27,12 @@ from megatron.ops.linear import product_into
 from megatron.ops.memory import keep, take, take_gradient
 
 CHUNK_BYTES = 104 * 2**20
-"""Bytes of a chunk's logits: with fewer, the fp32 gradient of W is read and written too often. On a CPU, which has the
-memory and less speed to read it with, an fp32 chunk has as many tokens as one of bf16."""
+"""Bytes of a chunk's logits on a CPU: with fewer, the fp32 gradient of W is read and written too often. A CPU has the
+memory, and less speed to read it with: there an fp32 chunk has as many tokens as one of bf16."""
+
+CUDA_CHUNK_BYTES = 512 * 2**20
+"""The same on a GPU. Reading and writing the fp32 gradient of W takes 233 / (a chunk's tokens) of the time of the
+chunk's products, at 4 TB/s and 700 TFLOP/s: 4 % with the 5336 tokens of a vocabulary of 50304 in bf16."""
 
 BLOCK_BYTES = 6 * 2**20
 """Bytes of fp32 logits that are turned into gradients at once on a CPU, so that they stay in its cache."""
@@ -147,6 +152,10 @@ class _Gradients:
         if self.weight.dtype == weighted.dtype:
             torch.addmm(self.weight, logits_gradient.t(), weighted, beta=1 if start else 0, out=self.weight)
             return
+        if weighted.device.type == "cuda" and _sums_in_fp32(weighted.dtype):
+            settings: dict[str, Any] = {"out_dtype": torch.float32, "beta": 1 if start else 0, "out": self.weight}
+            torch.addmm(self.weight, logits_gradient.t(), weighted, **settings)
+            return
         for block in _blocks(self.weight):
             part = _product(logits_gradient[:, block].t(), weighted)
             self.weight[block] = self.weight[block] + part if start else part
@@ -167,8 +176,6 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     """Return the matrix product in the dtype of both, and of fp16 in fp32."""
     if left.dtype != torch.float16:
         return torch.mm(left, right)
-    if left.device.type == "cuda":
-        return torch.mm(left, right, out_dtype=torch.float32)
     return torch.mm(left.float(), right.float())
 
 
@@ -199,8 +206,22 @@ def _walk(
 
 def _chunk(weight: Tensor) -> int:
     """Return how many tokens' logits make a chunk."""
+    if weight.device.type == "cuda":
+        return max(1, CUDA_CHUNK_BYTES // (weight.element_size() * len(weight)))
     element = 2 if weight.device.type == "cpu" else weight.element_size()
     return max(1, CHUNK_BYTES // (element * len(weight)))
+
+
+@cache
+def _sums_in_fp32(dtype: torch.dtype) -> bool:
+    """Return whether this PyTorch adds products of a half precision, unrounded, to an fp32 matrix on a GPU."""
+    ones = torch.ones((16, 16), dtype=dtype, device="cuda")
+    total = torch.ones((16, 16), device="cuda")
+    try:
+        torch.addmm(total, ones, ones, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return bool((total == 17.0).all())
 
 
 def _blocks(matrix: Tensor) -> list[slice]:

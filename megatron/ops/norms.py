@@ -3,6 +3,7 @@
 layer_norm  y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias          Ba et al. 2016
 rms_norm    y = x / sqrt(mean(x^2) + eps) * weight                          Zhang & Sennrich 2019
 scale_norm  y = weight * x / max(|x|_2, eps), with one scalar weight        Nguyen & Salazar 2019
+add_*_norm  t = x + r, rounded to its dtype; y = the norm of t              returns y and t
 """
 
 from __future__ import annotations
@@ -43,6 +44,34 @@ def rms_norm_reference(inputs: Tensor, weight: Tensor, eps: float) -> Tensor:
     values = inputs.float()
     scale = torch.rsqrt(values.square().mean(-1, keepdim=True) + eps)
     return (values * scale * weight.float()).to(inputs.dtype)
+
+
+def add_layer_norm(
+    inputs: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Return layer_norm over the last dim of inputs + residual, and that sum."""
+    total = inputs + residual
+    return layer_norm(total, total.shape[-1:], weight, bias, eps), total
+
+
+def add_layer_norm_reference(
+    inputs: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The formula of `add_layer_norm`."""
+    total = inputs + residual
+    return layer_norm_reference(total, total.shape[-1:], weight, bias, eps), total
+
+
+def add_rms_norm(inputs: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return rms_norm of inputs + residual, and that sum."""
+    total = inputs + residual
+    return rms_norm(total, weight, eps), total
+
+
+def add_rms_norm_reference(inputs: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The formula of `add_rms_norm`."""
+    total = inputs + residual
+    return rms_norm_reference(total, weight, eps), total
 
 
 def scale_norm(inputs: Tensor, weight: Tensor, eps: float) -> Tensor:

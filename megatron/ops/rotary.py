@@ -32,6 +32,17 @@ def rotate(inputs: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([part.to(inputs.dtype) for part in (*turned, rest)], dim=-1)
 
 
+def rotate_packed(packed: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Turn queries and keys of packed [b, s, k, g + 2, d]: of each key-value head its g queries, its key, its value.
+
+    cos, sin: [s, 1, 1, r/2] or [b, s, 1, 1, r/2]. Returns queries [b, s, k g, d], keys and values [b, s, k, d]. Who
+    computes it may do so in the memory of `packed`, which therefore nobody reads afterwards.
+    """
+    group = packed.shape[3] - 2
+    turned = rotate(packed[:, :, :, : group + 1], cos, sin)
+    return turned[:, :, :, :group].flatten(2, 3), turned[:, :, :, group], packed[:, :, :, group + 1]
+
+
 def rotate_reference(inputs: Tensor, positions: Tensor, dim: int, base: float) -> Tensor:
     """The formula for inputs [s, d] at positions [s], one pair at a time."""
     output = inputs.clone()

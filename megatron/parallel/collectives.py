@@ -98,10 +98,18 @@ class TensorRegion:
         independently where each rank holds tokens of its own."""
         if not (training and probability):
             return hidden
+        with self.dropout_stream(hidden.device):
+            return F.dropout(hidden, probability)
+
+    @contextmanager
+    def dropout_stream(self, device: torch.device) -> Iterator[None]:
+        """Draw what drops hidden states outside of split layers inside: alike on all ranks where they are replicated,
+        independently where each rank holds tokens of its own."""
         if not self.splits_sequence:
-            return F.dropout(hidden, probability)
-        with self.own_stream(hidden.device):
-            return F.dropout(hidden, probability)
+            yield
+            return
+        with self.own_stream(device):
+            yield
 
     @contextmanager
     def own_stream(self, device: torch.device) -> Iterator[None]:

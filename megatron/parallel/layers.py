@@ -58,6 +58,7 @@ class ColumnParallelLinear(nn.Module):
     """y [..., out/tp] = x [..., in] W^T + b, with W [out, in] and b [out] split by rows.
 
     blocks: equal parts of the rows that are split separately (2 for the [value; gate] rows of a gated MLP).
+    activation: (x W^T, b) -> y, which adds the bias on its way, in the place of the sum.
     """
 
     def __init__(
@@ -68,13 +69,17 @@ class ColumnParallelLinear(nn.Module):
         initializer: Initializer,
         bias: bool,
         blocks: int = 1,
+        activation: Callable[[Tensor, Tensor | None], Tensor] | None = None,
     ) -> None:
         super().__init__()
         spec, axis = ShardSpec(dim=0, blocks=blocks), region.axis
         self.weight = make_parameter((out_features, in_features), spec, axis, initializer)
         self.bias = make_parameter((out_features,), spec, axis, zeros) if bias else None
+        self.activation = activation
 
     def forward(self, inputs: Tensor) -> Tensor:
+        if self.activation is not None:
+            return self.activation(linear(inputs, self.weight), self.bias)
         return linear(inputs, self.weight, self.bias)
 
 

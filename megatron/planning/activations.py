@@ -24,8 +24,8 @@ from megatron.config.schema.model import ModelConfig
 from megatron.model.accounting import layer_types, mlp_shape
 from megatron.planning.layout import WEIGHT_BYTES, Layout
 
-CHUNK_BYTES = 104 * 2**20
-"""megatron.ops.cross_entropy.CHUNK_BYTES, which needs torch to be imported; a test holds the two together."""
+CHUNK_BYTES = 512 * 2**20
+"""megatron.ops.cross_entropy.CUDA_CHUNK_BYTES, which needs torch to be imported; a test holds the two together."""
 
 
 def tokens(config: Config, layout: Layout) -> int:
@@ -56,12 +56,13 @@ def loss_bytes(config: Config, layout: Layout, vocab_size: int) -> int:
     """Return the most that head and loss hold at once.
 
     The final norm keeps its input; the loss keeps the gradient of the hidden states and of the weight, fp32 where
-    there are several chunks, while one chunk's logits are there in the model's type and in fp32.
+    there are several chunks, while one chunk's logits are there in the model's type, and where no kernel computes the
+    losses, in fp32 besides.
     """
     element, count = WEIGHT_BYTES[config.numerics.precision], tokens(config, layout)
     rows, hidden = vocab_size // layout.tp, config.model.hidden_size
     chunk = max(1, CHUNK_BYTES // (element * rows))
-    logits = min(chunk, count) * rows * (element + 4)
+    logits = min(chunk, count) * rows * (element + (4 if config.kernels.cross_entropy_fusion is False else 0))
     weight = rows * hidden * (4 if count > chunk else element)
     copy = rows * hidden * element if count > chunk and element != 4 else 0  # when the fp32 sum is rounded
     return 3 * count * hidden * element + weight + max(logits, copy)

@@ -150,11 +150,14 @@ def test_recomputation_keeps_only_the_inputs_of_its_chunks():
     assert inputs[1] == inputs[2] + 1
 
 
-def test_the_loss_holds_its_gradients_and_one_chunk(monkeypatch):
-    assert CHUNK_BYTES == cross_entropy.CHUNK_BYTES
-    resolved, _ = _model()
+@pytest.mark.parametrize(("fusion", "logit"), [("auto", 2), (False, 6)])
+def test_the_loss_holds_its_gradients_and_one_chunk(fusion, logit, monkeypatch):
+    assert CHUNK_BYTES == cross_entropy.CUDA_CHUNK_BYTES
+    resolved, _ = _model(cross_entropy_fusion=fusion)
     layout, count, hidden = Layout.of(resolved), 2 * 64, 64
-    chunk = 3 * count * hidden * 2 + VOCAB * hidden * 2 + count * VOCAB * 6
+    chunk = 3 * count * hidden * 2 + VOCAB * hidden * 2 + count * VOCAB * logit
     assert loss_bytes(resolved, layout, VOCAB) == chunk
     monkeypatch.setattr("megatron.planning.activations.CHUNK_BYTES", 2 * VOCAB * 32)  # 32 tokens to a chunk
-    assert loss_bytes(resolved, layout, VOCAB) == 3 * count * hidden * 2 + VOCAB * hidden * 4 + 32 * VOCAB * 6
+    copy = VOCAB * hidden * 2  # of the weight's gradient, rounded
+    several = 3 * count * hidden * 2 + VOCAB * hidden * 4 + max(copy, 32 * VOCAB * logit)
+    assert loss_bytes(resolved, layout, VOCAB) == several

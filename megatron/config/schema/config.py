@@ -7,6 +7,7 @@ from typing import Any
 from megatron.config.schema.base import Section
 from megatron.config.schema.data import DataConfig, TokenizerConfig
 from megatron.config.schema.deepspeed import DeepspeedConfig
+from megatron.config.schema.kernels import KernelsConfig
 from megatron.config.schema.model import ModelConfig
 from megatron.config.schema.numerics import NumericsConfig
 from megatron.config.schema.parallel import BatchConfig, ParallelConfig
@@ -19,6 +20,7 @@ class Config(Section):
 
     model: ModelConfig
     numerics: NumericsConfig
+    kernels: KernelsConfig
     parallel: ParallelConfig
     batch: BatchConfig
     optimizer: OptimizerConfig

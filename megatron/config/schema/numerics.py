@@ -44,7 +44,9 @@ class NumericsConfig(Section):
         False, "Compute attention scores divided by the layer's number, and undo it inside an fp32 softmax."
     )
     bias_gelu_fusion: bool = setting(
-        False, "Use the tanh approximation of GELU, as the fused bias and GELU of GPT-NeoX does."
+        False,
+        "Use the tanh approximation of GELU, as the fused bias and GELU of GPT-NeoX does; which kernel computes it is "
+        "for activation_fusion to say.",
     )
     mup_rp_embedding_mult: float = setting(
         1.0, "Learned and sinusoidal position vectors are multiplied by this.", unit="ratio", gt=0

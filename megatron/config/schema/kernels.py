@@ -1,0 +1,38 @@
+"""What computes the operations of a model; every choice computes the same function."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from megatron.config.schema.base import Section, setting
+
+Fusion = Literal["auto", True, False, "triton"]
+NormFusion = Literal["auto", True, False, "triton", "apex", "liger"]
+ActivationFusion = Literal["auto", True, False, "triton", "liger"]
+
+_MEANING = (
+    "auto: on a GPU the fastest that is known, elsewhere PyTorch's; true: a fused kernel wherever one can run; "
+    "false: PyTorch's; or the name of one."
+)
+
+
+class KernelsConfig(Section):
+    """Which kernels compute the operations of a model: a table at the start of a run says what was chosen, and why."""
+
+    layernorm_fusion: NormFusion = setting("auto", f"What computes norm: layernorm. {_MEANING}")
+    rmsnorm_fusion: NormFusion = setting("auto", f"What computes norm: rmsnorm. {_MEANING}")
+    rope_fusion: Fusion = setting("auto", f"What turns queries and keys by their positions. {_MEANING}")
+    activation_fusion: ActivationFusion = setting(
+        "auto", f"What computes the bias and the activation of an MLP: gelu, swiglu and geglu. {_MEANING}"
+    )
+    bias_dropout_fusion: Fusion = setting(
+        "auto", f"What computes the hidden dropout and the addition to the residual stream. {_MEANING}"
+    )
+    cross_entropy_fusion: Fusion = setting(
+        "auto", f"What turns logits into losses, and into their own gradients. {_MEANING}"
+    )
+    optimizer_fusion: Fusion = setting(
+        "auto",
+        "What applies AdamW in the library's own engine, at ZeRO stage 0: a fused kernel clips, updates and rounds the "
+        f"weights in one pass over memory. {_MEANING}",
+    )

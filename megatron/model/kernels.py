@@ -1,0 +1,81 @@
+"""From the config to what computes the operations of its model; `megatron.ops.choice` says how it is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from megatron.config.schema.config import Config
+from megatron.errors import ConfigError, Problem
+from megatron.logs import get_logger
+from megatron.ops.catalogue import CATALOGUE
+from megatron.ops.choice import Asked, Choices, Situation, choose
+from megatron.ops.measured import fastest
+from megatron.parallel.agreement import gathered
+from megatron.parallel.mesh import Axis
+
+logger = get_logger(__name__)
+
+_ACTIVATIONS = {"gelu": "bias_gelu", "swiglu": "bias_swiglu", "geglu": "bias_geglu"}
+_NORMS = {"layernorm": "layer_norm", "non_parametric_layernorm": "layer_norm", "rmsnorm": "rms_norm"}
+
+
+def choose_kernels(config: Config, device: torch.device, dtype: torch.dtype) -> Choices:
+    """Return what computes each operation of the model on the device, and say so where there was a choice."""
+    asked = dict(_asked(config))
+    choices = choose(asked, Situation(device, dtype, config.model.hidden_size), CATALOGUE, fastest)
+    if device.type == "cuda" or any(wish not in ("auto", False) for wish in asked.values()):
+        logger.info("kernels on %s:\n%s", device, choices.table())
+    return choices
+
+
+def require_agreement(choices: Choices, world: Axis) -> None:
+    """Raise ConfigError where ranks chose differently: what they hold alike would drift apart in its last digits."""
+    mine = {choice.operation: (choice.candidate, choice.refused) for choice in choices.choices}
+    first, *others = gathered(mine, world)
+    problems = [
+        _disagreement(operation, rank, first[operation], other[operation])
+        for rank, other in enumerate(others, start=1)
+        for operation in first
+        if first[operation][0] != other[operation][0]
+    ]
+    if problems:
+        raise ConfigError(*problems)
+
+
+def _disagreement(operation: str, rank: int, first: Any, other: Any) -> Problem:
+    """Return the problem of two ranks, of which each tells what it chose, and what it could not."""
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in (*first[1], *other[1]))
+    return Problem(
+        what=f"kernel of {operation}",
+        why=f"rank 0 would use {first[0]} and rank {rank} {other[0]} ({reasons}).",
+        fix="Mend what is in brackets, or set the key of this operation (docs/configuration.md, kernels) to false.",
+    )
+
+
+def activation_operation(config: Config) -> str | None:
+    """Return the operation of the MLP's activation together with its bias; None where there is none."""
+    if config.model.activation == "gelu" and config.numerics.bias_gelu_fusion:
+        return "bias_gelu_tanh"
+    return _ACTIVATIONS.get(config.model.activation)
+
+
+def _asked(config: Config) -> Iterator[tuple[str, Asked]]:
+    """Yield the operations of the model, each with what its key asks for."""
+    model, kernels = config.model, config.kernels
+    if model.norm in _NORMS:
+        norm = _NORMS[model.norm]
+        wish: Asked = kernels.rmsnorm_fusion if norm == "rms_norm" else kernels.layernorm_fusion
+        yield norm, wish
+        if not model.gpt_j_residual:
+            yield f"add_{norm}", wish
+    if model.pos_emb == "rotary":
+        yield "rotate_packed", kernels.rope_fusion
+    activation = activation_operation(config)
+    if activation is not None:
+        yield activation, kernels.activation_fusion
+    if config.numerics.hidden_dropout:
+        yield "add_dropped", kernels.bias_dropout_fusion
+    yield "cross_entropy" if config.parallel.model_parallel_size == 1 else "share_losses", kernels.cross_entropy_fusion

@@ -1,0 +1,223 @@
+"""AdamW in one pass over any number of tensors, and the sum of squares that clipping needs; nothing waits for the host.
+
+A launch is given a table of addresses and sizes in device memory; a program takes SPAN consecutive elements of one
+tensor and finds it by its number. One pass reads gradient, master and both moments and writes master, moments and the
+weight: 30 bytes for an element with a bf16 weight. The clip coefficient and the bias corrections come from device
+memory too; where the coefficient is not finite, nothing is written. Sums are made in a fixed order.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron.ops.adamw import bias_corrections
+from megatron.ops.triton.launch import Sample, operator, runs, start
+
+SPAN = 16384
+"""Elements of a program."""
+
+BLOCK = 1024
+"""Elements that a program handles at once, with 4 warps: 32 bytes of each thread's in fp32."""
+
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@triton.jit
+def _find(table, num_tensors, TENSORS: tl.constexpr, SPAN: tl.constexpr):
+    """Return the tensor of this program, its first element and the tensor's size.
+
+    The table's first row holds sizes in elements, its second the number of the programs up to and with each tensor.
+    """
+    program = tl.program_id(0)
+    tensors = tl.arange(0, TENSORS)
+    exists = tensors < num_tensors
+    last = tl.load(table + num_tensors + tensors, mask=exists, other=0)
+    is_before = exists & (last <= program)
+    tensor = tl.sum(is_before.to(tl.int32), axis=0)
+    earlier = tl.max(tl.where(is_before, last, 0), axis=0)
+    return tensor, (program - earlier).to(tl.int64) * SPAN, tl.load(table + tensor)
+
+
+@triton.jit
+def _pointer(table, row, num_tensors, tensor, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Return the address in a row of the table; ALIGNED: it is a multiple of 16 bytes."""
+    pointer = tl.load(table + row * num_tensors + tensor).to(tl.pointer_type(TYPE))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def _squares(
+    table, partial, num_tensors,
+    TYPE: tl.constexpr, ALIGNED: tl.constexpr, TENSORS: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The sum of squares of a program's elements, fp64."""
+    tensor, first, size = _find(table, num_tensors, TENSORS, SPAN)
+    values = _pointer(table, 2, num_tensors, tensor, TYPE, ALIGNED) + first
+    count = tl.minimum(size - first, SPAN).to(tl.int32)
+    whole = count // BLOCK * BLOCK
+    lanes = tl.arange(0, BLOCK)
+    sums = tl.zeros((BLOCK,), tl.float32)
+    for begin in range(0, whole, BLOCK):
+        value = tl.load(values + begin + lanes).to(tl.float32)
+        sums += value * value
+    value = tl.load(values + whole + lanes, mask=whole + lanes < count, other=0.0).to(tl.float32)
+    sums += value * value
+    tl.store(partial + tl.program_id(0), tl.sum(sums.to(tl.float64), axis=0))
+
+
+@triton.jit
+def _total(partial, total, count, BLOCK: tl.constexpr):
+    """One program: the sum of all partial sums, fp64."""
+    lanes = tl.arange(0, BLOCK)
+    sums = tl.zeros((BLOCK,), tl.float64)
+    for begin in range(0, count, BLOCK):
+        sums += tl.load(partial + begin + lanes, mask=begin + lanes < count, other=0.0)
+    tl.store(total, tl.sum(sums, axis=0))
+
+
+@triton.jit
+def _update(
+    gradients, masters, averages, squares, weights, offsets, mask, coefficient, decay, step_size, inverse_root,
+    one_minus_beta1, beta2, eps,
+    HAS_WEIGHTS: tl.constexpr,
+):  # fmt: skip
+    """Update a block of elements."""
+    gradient = tl.load(gradients + offsets, mask=mask) * coefficient
+    average = tl.load(averages + offsets, mask=mask)
+    average += one_minus_beta1 * (gradient - average)
+    square = tl.load(squares + offsets, mask=mask)
+    square = beta2 * square + (1.0 - beta2) * gradient * gradient
+    master = tl.load(masters + offsets, mask=mask) * decay
+    master -= step_size * average / (tl.sqrt(square) * inverse_root + eps)
+    tl.store(averages + offsets, average, mask=mask)
+    tl.store(squares + offsets, square, mask=mask)
+    tl.store(masters + offsets, master, mask=mask)
+    if HAS_WEIGHTS:
+        tl.store(weights + offsets, master.to(weights.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _adamw(
+    table, coefficients, corrections, num_tensors, rate, one_minus_beta1, beta2, eps, decay,
+    WEIGHT_TYPE: tl.constexpr, HAS_WEIGHTS: tl.constexpr, ALIGNED: tl.constexpr, TENSORS: tl.constexpr,
+    SPAN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Update a program's elements. coefficients [1]; corrections [2], of `bias_corrections`."""
+    coefficient = tl.load(coefficients)
+    if tl.abs(coefficient) < float("inf"):
+        tensor, first, size = _find(table, num_tensors, TENSORS, SPAN)
+        gradients = _pointer(table, 2, num_tensors, tensor, tl.float32, ALIGNED) + first
+        masters = _pointer(table, 3, num_tensors, tensor, tl.float32, ALIGNED) + first
+        averages = _pointer(table, 4, num_tensors, tensor, tl.float32, ALIGNED) + first
+        squares = _pointer(table, 5, num_tensors, tensor, tl.float32, ALIGNED) + first
+        weights = masters
+        if HAS_WEIGHTS:
+            weights = _pointer(table, 6, num_tensors, tensor, WEIGHT_TYPE, ALIGNED) + first
+        step_size, inverse_root = rate * tl.load(corrections), tl.load(corrections + 1)
+        count = tl.minimum(size - first, SPAN).to(tl.int32)
+        whole = count // BLOCK * BLOCK
+        lanes = tl.arange(0, BLOCK)
+        # fmt: off
+        for begin in range(0, whole, BLOCK):
+            _update(gradients, masters, averages, squares, weights, begin + lanes, None, coefficient, decay,
+                    step_size, inverse_root, one_minus_beta1, beta2, eps, HAS_WEIGHTS)
+        if whole < count:
+            _update(gradients, masters, averages, squares, weights, whole + lanes, whole + lanes < count, coefficient,
+                    decay, step_size, inverse_root, one_minus_beta1, beta2, eps, HAS_WEIGHTS)
+        # fmt: on
+
+
+@operator()
+def sum_of_squares(tensors: list[Tensor]) -> Tensor:
+    """Return the sum of the squares of all elements, an fp64 scalar on the device, always summed in the same order.
+
+    tensors: contiguous, of one dtype and one device.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=tensors[0].device)
+    if runs(total) and any(tensor.numel() for tensor in tensors):
+        table, num_programs, aligned = _table([tensors])
+        partial = total.new_empty(num_programs)
+        constants = {"ALIGNED": aligned, "TENSORS": triton.next_power_of_2(len(tensors)), "SPAN": SPAN, "BLOCK": BLOCK}
+        kind = _TYPES[tensors[0].dtype]
+        start(_squares, (num_programs,), table, partial, len(tensors), TYPE=kind, **constants, num_warps=4)
+        start(_total, (1,), partial, total, num_programs, BLOCK=BLOCK, num_warps=4)
+    return total
+
+
+@operator(mutates=("masters", "averages", "squares", "weights"))
+def adamw_update_(
+    gradients: list[Tensor],
+    masters: list[Tensor],
+    averages: list[Tensor],
+    squares: list[Tensor],
+    weights: list[Tensor],
+    coefficient: Tensor,
+    step: Tensor,
+    rate: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """Update masters and moments, and round the masters into the weights; see `megatron.ops.adamw.adamw_update_`."""
+    if not runs(coefficient) or not any(tensor.numel() for tensor in masters):
+        return
+    table, num_programs, aligned = _table([gradients, masters, averages, squares, *([weights] if weights else [])])
+    start(
+        _adamw,
+        (num_programs,),
+        table,
+        coefficient,
+        bias_corrections(step, beta1, beta2),
+        len(masters),
+        rate,
+        1.0 - beta1,
+        beta2,
+        eps,
+        1.0 - rate * weight_decay,
+        WEIGHT_TYPE=_TYPES[weights[0].dtype] if weights else tl.float32,
+        HAS_WEIGHTS=bool(weights),
+        ALIGNED=aligned,
+        TENSORS=triton.next_power_of_2(len(masters)),
+        SPAN=SPAN,
+        BLOCK=BLOCK,
+        num_warps=4,
+    )
+
+
+def _table(columns: list[list[Tensor]]) -> tuple[Tensor, int, bool]:
+    """Return (sizes, programs so far, addresses of each list) as int64 [2 + lists, tensors] on the device, the number
+    of programs, and whether all addresses are multiples of 16 bytes. It is copied without waiting.
+    """
+    sizes = [tensor.numel() for tensor in columns[0]]
+    addresses = [[tensor.data_ptr() for tensor in column] for column in columns]
+    programs, num_programs = [], 0
+    for size in sizes:
+        num_programs += triton.cdiv(size, SPAN)
+        programs.append(num_programs)
+    aligned = all(address % 16 == 0 for column in addresses for address in column)
+    table = torch.tensor([sizes, programs, *addresses], dtype=torch.int64)
+    device = columns[0][0].device
+    if device.type == "cuda":
+        table = table.pin_memory().to(device, non_blocking=True)
+    return table.to(device), num_programs, aligned
+
+
+def samples() -> list[Sample]:
+    """Masters with bf16 weights, and fp32 weights that are their own masters."""
+    return [Sample("adamw bfloat16 weights", partial(_sample, True)), Sample("adamw", partial(_sample, False))]
+
+
+def _sample(has_weights: bool, device: torch.device) -> None:
+    lists = [[torch.empty(4096, 4096, device=device) for _ in range(100)] for _ in range(4)]
+    weights = [tensor.bfloat16() for tensor in lists[0]] if has_weights else []
+    sum_of_squares(lists[0])
+    coefficient, step = (torch.empty((), device=device) for _ in range(2))
+    adamw_update_(*lists, weights, coefficient, step, 1e-4, 0.9, 0.95, 1e-8, 0.1)

@@ -1,0 +1,28 @@
+"""Every operation at sizes that training meets; a kernel file adds its `samples()` here."""
+
+from __future__ import annotations
+
+from megatron.ops.triton import (
+    activations,
+    adamw,
+    cross_entropy,
+    dropout_add,
+    grouped_matmul,
+    norms,
+    rotary,
+    scan,
+    softmax,
+)
+from megatron.ops.triton.launch import Sample
+
+SAMPLES: tuple[Sample, ...] = (
+    *norms.samples(),
+    *activations.samples(),
+    *rotary.samples(),
+    *dropout_add.samples(),
+    *softmax.samples(),
+    *cross_entropy.samples(),
+    *adamw.samples(),
+    *grouped_matmul.samples(),
+    *scan.samples(),
+)

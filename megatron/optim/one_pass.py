@@ -1,0 +1,89 @@
+"""AdamW in one pass over memory, and without waiting for the device: what the library's own engine does on a GPU.
+
+The gradient's norm, the clip coefficient and the number of the update stay on the device; one kernel reads gradients,
+masters and moments, and writes masters, moments and the rounded weights (`megatron.ops.adamw` has the formula). Groups
+and state are those of a torch AdamW, so checkpoints are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+
+from megatron.config.schema.config import Config
+from megatron.logs import get_logger
+from megatron.ops.adamw import coefficient_of
+from megatron.ops.catalogue import CATALOGUE
+from megatron.ops.choice import Function, Situation, choose
+from megatron.ops.measured import fastest
+
+logger = get_logger(__name__)
+
+
+class OnePassAdamW:
+    """Steps a torch AdamW whose parameters are fp32 masters, all of them or none with a rounded weight.
+
+    weights: the weight of each master, by the master's id. update, squares: the operations `adamw_update_` and
+    `sum_of_squares`. A parameter without a gradient has the gradient 0.
+    """
+
+    def __init__(self, optimizer: AdamW, weights: Mapping[int, Tensor], update: Function, squares: Function) -> None:
+        self._optimizer = optimizer
+        self._weights = weights
+        self._update = update
+        self.squares = squares
+
+    @torch.no_grad()
+    def step(self, squares: Tensor, loss_scale: float, clip: float) -> Tensor:
+        """Do one update and return the gradient's norm before clipping, an fp64 scalar on the device.
+
+        squares: sum of the squares of all gradients, which are `loss_scale` times the loss's. Where it is not finite
+        nothing changes.
+        """
+        norm = squares.sqrt() / loss_scale
+        coefficient = coefficient_of(norm, loss_scale, clip)
+        counted = torch.isfinite(norm).float()
+        for group in self._optimizer.param_groups:
+            masters, states = group["params"], [self._optimizer.state[master] for master in group["params"]]
+            steps = [state["step"] for state in states]
+            torch._foreach_add_(steps, counted)
+            self._update(
+                [_gradient(master) for master in masters],
+                [master.detach() for master in masters],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [self._weights[id(master)].detach() for master in masters if id(master) in self._weights],
+                coefficient,
+                steps[0],
+                group["lr"],
+                *group["betas"],
+                group["eps"],
+                group["weight_decay"],
+            )
+        return norm
+
+
+def one_pass(
+    config: Config, optimizer: Optimizer, weights: Mapping[int, Tensor], situation: Situation
+) -> OnePassAdamW | None:
+    """Return what steps `optimizer` in one pass, or None where it is no AdamW or `optimizer_fusion` chooses torch's.
+
+    weights: as in OnePassAdamW.
+    """
+    if type(optimizer) is not AdamW:
+        return None
+    wish = config.kernels.optimizer_fusion
+    choices = choose({"adamw_update_": wish, "sum_of_squares": wish}, situation, CATALOGUE, fastest)
+    if situation.device.type == "cuda" or wish not in ("auto", False):
+        logger.info("the optimizer on %s:\n%s", situation.device, choices.table())
+    update, squares = choices.fused("adamw_update_"), choices.fused("sum_of_squares")
+    if update is None or squares is None:
+        return None
+    return OnePassAdamW(optimizer, weights, update, squares)
+
+
+def _gradient(master: Tensor) -> Tensor:
+    return torch.zeros_like(master) if master.grad is None else master.grad.contiguous()

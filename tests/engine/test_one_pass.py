@@ -1,0 +1,99 @@
+"""The step in one pass equals the step of separate passes: in state, in what it reports, and where it is skipped."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from megatron.ops import adamw
+from megatron.ops.choice import Choices, Situation
+from megatron.optim.build import build_optimizer
+from megatron.optim.one_pass import one_pass
+from megatron.parallel.mesh import Mesh
+from tests.ranks import preload, run_ranks
+
+preload()
+from tests.engine import tiny  # noqa: E402
+
+SITUATION = Situation(torch.device("cpu"), torch.float32, tiny.HIDDEN)
+
+
+def run(fused: bool, world_size: int, steps: int, **keys: Any) -> tuple[list[Any], list[tuple]]:
+    """Train and return results and state; fused: in one pass, by the formula instead of a kernel."""
+    with pytest.MonkeyPatch.context() as patch:
+        if fused:
+            patch.setattr(Choices, "fused", lambda self, operation: getattr(adamw, operation))
+        config = tiny.config(world_size, gradient_accumulation_steps=2, **keys)
+        engine = tiny.make_engine(config)
+    assert (engine._one_pass is not None) == fused
+    results = tiny.train(engine, config, 0, steps)
+    engine.check_masters()
+    return results, tiny.full_state(engine)
+
+
+def compare(world_size: int, steps: int, **keys: Any) -> list[Any]:
+    """Run both ways, compare, and return the results of a rank."""
+    ones, others = (run_ranks(world_size, partial(run, **keys), fused, world_size, steps) for fused in (True, False))
+    for one, other in zip(ones[0][0], others[0][0], strict=True):
+        assert one.skipped == other.skipped
+        assert one.loss_scale == other.loss_scale
+        assert one.loss == pytest.approx(other.loss, rel=1e-5)
+        assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-5)
+    found, expected = (tiny.merge([rank[1] for rank in ranks]) for ranks in (ones, others))
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        exact = tensor.dtype != torch.float32
+        torch.testing.assert_close(
+            found[key], tensor, rtol=2**-7 if exact else 1e-4, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}"
+        )
+    return ones[0][0]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_one_pass_equals_separate_passes(precision: str, world_size: int) -> None:
+    results = compare(world_size, 5, precision=precision)
+    assert any(result.grad_norm > 0.3 for result in results), "nothing was clipped"
+
+
+def test_without_clipping() -> None:
+    compare(1, 3, gradient_clipping=0.0)
+
+
+def test_fp16_steps_that_overflow_are_skipped_and_not_counted() -> None:
+    results = compare(1, 12, precision="fp16", fp16={"initial_scale_power": 22, "hysteresis": 1})
+    skipped = [result.skipped for result in results]
+    assert any(skipped)
+    assert not all(skipped)
+    assert all(math.isinf(result.grad_norm) == result.skipped for result in results)
+
+
+def test_only_adamw_of_fp32_masters_and_only_if_it_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def made(**keys: Any) -> Any:
+        config = tiny.config(**keys)
+        return one_pass(config, build_optimizer(config, tiny.TinyModel().named_parameters()), {}, SITUATION)
+
+    assert made() is None, "torch's own is chosen on a CPU"
+    monkeypatch.setattr(Choices, "fused", lambda self, operation: getattr(adamw, operation))
+    assert made() is not None
+    assert made(optimizer={"type": "lion", "params": {"lr": 1e-3}}) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_the_kernel_is_chosen_on_a_gpu_and_agrees(precision: str) -> None:
+    states = []
+    for wish in (True, False):
+        config = tiny.config(precision=precision, optimizer_fusion=wish)
+        engine = tiny.build_engine(config, Mesh.single(torch.device("cuda")), tiny.TinyModel(), tiny.objective)
+        assert (engine._one_pass is not None) == wish
+        tiny.train(engine, config, 0, 5)
+        engine.check_masters()
+        states.append(tiny.merge([tiny.full_state(engine)]))
+    for key, tensor in states[1].items():
+        torch.testing.assert_close(states[0][key], tensor, rtol=2**-7, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")

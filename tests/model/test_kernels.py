@@ -1,0 +1,61 @@
+"""Which operations a config's model has, what is said of them, and that ranks must choose alike."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron.errors import ConfigError
+from megatron.model.kernels import choose_kernels, require_agreement
+from megatron.ops.choice import Choice, Choices
+from megatron.parallel.mesh import Axis
+from tests.model.models import small_config
+from tests.ranks import run_ranks
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("settings", "operations"),
+    [
+        ({"gpt_j_residual": True}, {"layer_norm", "rotate_packed", "bias_gelu"}),
+        ({"norm": "rmsnorm", "pos_emb": "none", "activation": "swiglu"}, {"rms_norm", "add_rms_norm", "bias_swiglu"}),
+        ({"norm": "scalenorm", "activation": "relu", "pos_emb": "none"}, set()),
+        ({"gpt_j_residual": True, "bias_gelu_fusion": True, "hidden_dropout": 0.1},
+         {"layer_norm", "rotate_packed", "bias_gelu_tanh", "add_dropped"}),
+    ],
+)  # fmt: skip
+def test_the_operations_of_a_model(settings: dict[str, Any], operations: set[str]) -> None:
+    choices = choose_kernels(small_config(**settings), CPU, torch.float32)
+    losses = {"cross_entropy"}
+    assert {choice.operation for choice in choices.choices} == operations | losses
+    assert {choice.candidate for choice in choices.choices} == {"eager"}
+
+
+def test_nothing_is_said_where_nothing_was_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="deepy.model.kernels"):
+        choose_kernels(small_config(), CPU, torch.float32)
+        assert caplog.text == ""
+        choose_kernels(small_config(rope_fusion=True), CPU, torch.float32)
+    assert "rotate_packed" in caplog.text
+    assert "not triton" in caplog.text
+    assert "needs a CUDA device, and this is cpu" in caplog.text
+
+
+def test_ranks_that_choose_differently_are_told_so() -> None:
+    def check() -> str:
+        rank = dist.get_rank()
+        refused = () if rank == 0 else (("triton", "PTXASError: no such file"),)
+        choice = Choice("rms_norm", "triton" if rank == 0 else "eager", "", abs, refused)
+        world = Axis("world", size=2, rank=rank, group=dist.group.WORLD)
+        require_agreement(Choices((Choice("rotate_packed", "triton", "", abs),)), world)
+        with pytest.raises(ConfigError) as caught:
+            require_agreement(Choices((choice,)), world)
+        return str(caught.value)
+
+    for message in run_ranks(2, check):
+        assert "rank 0 would use triton and rank 1 eager (triton: PTXASError: no such file)" in message

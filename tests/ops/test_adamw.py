@@ -1,0 +1,73 @@
+"""AdamW's update and its formula equal torch.optim.AdamW with torch's own clipping, and skip what is not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron.ops.adamw import adamw_update_, adamw_update_reference_, bias_corrections, coefficient_of, sum_of_squares
+
+SETTINGS = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
+
+
+def draw(seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator) for shape in ((3, 5), (1,), (7,))]
+
+
+UPDATES = [adamw_update_, adamw_update_reference_]
+
+
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("loss_scale", [1.0, 1024.0])
+@pytest.mark.parametrize("clip", [0.0, 0.5, 1e9])
+def test_steps(clip: float, loss_scale: float, update: Callable[..., None]) -> None:
+    masters, averages, squares = draw(0), *([torch.zeros_like(each) for each in draw(0)] for _ in range(2))
+    weights = [master.bfloat16() for master in masters]
+    twins = [master.clone().requires_grad_() for master in masters]
+    optimizer = torch.optim.AdamW(twins, lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    for number in range(1, 5):
+        gradients = draw(number)
+        for twin, gradient in zip(twins, gradients, strict=True):
+            twin.grad = gradient.clone()
+        expected = torch.nn.utils.clip_grad_norm_(twins, clip or 1e9)
+        optimizer.step()
+        scaled = [loss_scale * gradient for gradient in gradients]
+        norm = sum_of_squares(scaled).sqrt() / loss_scale
+        torch.testing.assert_close(norm.float(), expected)
+        coefficient = coefficient_of(norm, loss_scale, clip)
+        step = torch.tensor(float(number))
+        update(scaled, masters, averages, squares, weights, coefficient, step, 1e-2, **SETTINGS)
+    for index, twin in enumerate(twins):
+        torch.testing.assert_close(masters[index], twin.detach(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(averages[index], optimizer.state[twin]["exp_avg"], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(squares[index], optimizer.state[twin]["exp_avg_sq"], rtol=1e-5, atol=1e-6)
+        assert torch.equal(weights[index], masters[index].bfloat16())
+
+
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_norm_that_is_not_finite_changes_nothing(value: float, update: Callable[..., None]) -> None:
+    gradients = draw(1)
+    gradients[0][1, 1] = value
+    lists = [draw(seed) for seed in (2, 3, 4)]
+    before = [[tensor.clone() for tensor in each] for each in lists]
+    coefficient = coefficient_of(sum_of_squares(gradients).sqrt(), 1.0, 1.0)
+    assert coefficient.isnan()
+    update(gradients, *lists, [], coefficient, torch.tensor(0.0), 1e-2, **SETTINGS)
+    for old, new in zip(before, lists, strict=True):
+        assert all(torch.equal(*pair) for pair in zip(old, new, strict=True))
+
+
+def test_the_coefficient_undoes_the_scale_and_clips() -> None:
+    norm = torch.tensor(1.5, dtype=torch.float64)
+    assert coefficient_of(norm, 2.0, 0.0) == 0.5
+    assert coefficient_of(norm, 2.0, 3.0) == 0.5
+    assert coefficient_of(norm, 2.0, 0.75).item() == pytest.approx(0.25, rel=1e-6)
+
+
+def test_bias_corrections_are_exact_at_the_first_step() -> None:
+    torch.testing.assert_close(bias_corrections(torch.tensor(1.0), 0.9, 0.999), torch.tensor([10.0, 1000**0.5]))
