@@ -6,8 +6,8 @@
 
 `CATALOGUE` (catalogue.py) lists for each operation what can compute it. What is asked for settles the order:
 
-    auto   on a GPU the fastest that was measured (measured.py), where nothing was measured the catalogue's order;
-           elsewhere eager: nothing else is even imported there
+    auto   on a GPU the fastest that was measured there (measured.py), and where nothing was measured eager, as on
+           everything that is no GPU: nothing else is even imported there
     true   the fused ones in the catalogue's order, wherever they can run
     name   this one
     false  eager
@@ -162,7 +162,7 @@ def _order(operation: Operation, wish: Asked, situation: Situation, fastest: str
         if situation.device.type != "cuda":
             return [(eager, f"auto on {situation.device.type}")]
         if fastest is None:
-            return [*((each, "auto: fused; not measured on this device") for each in fused), _last(eager)]
+            return [(eager, "auto: nothing was measured on this device")]
         first = [each for each in operation.candidates if each.name == fastest]
         return [*((each, "auto: the fastest measured on this device") for each in first), _last(eager)]
     if wish is True:

@@ -60,7 +60,7 @@ def chosen(asked: Asked, *fused: str, situation: Situation = GPU, fastest: str |
 @pytest.mark.parametrize(
     ("asked", "fastest", "candidate", "why"),
     [
-        ("auto", None, "exact", "not measured on this device"),
+        ("auto", None, "eager", "nothing was measured on this device"),
         ("auto", "eager", "eager", "the fastest measured on this device"),
         ("auto", "exact", "exact", "the fastest measured on this device"),
         (True, "eager", "exact", "true was asked for"),
@@ -93,7 +93,7 @@ def test_a_cpu_keeps_to_eager_and_says_why_where_more_was_asked_for() -> None:
     ],
 )
 def test_what_fails_is_passed_over_in_its_own_words(fused: str, reason: str) -> None:
-    found, table = chosen("auto", fused, "exact")
+    found, table = chosen(True, fused, "exact")
     assert found == "exact"
     assert f"not {fused}" in table
     assert reason in table
