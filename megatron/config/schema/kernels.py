@@ -11,8 +11,8 @@ NormFusion = Literal["auto", True, False, "triton", "apex", "liger"]
 ActivationFusion = Literal["auto", True, False, "triton", "liger"]
 
 _MEANING = (
-    "auto: on a GPU what was measured to be the fastest there, else PyTorch's; true: a fused kernel wherever one can run; "
-    "false: PyTorch's; or the name of one."
+    "auto: on a GPU what was measured to be the fastest there, else PyTorch's; true: a fused kernel wherever one can "
+    "run; false: PyTorch's; or the name of one."
 )
 
 
