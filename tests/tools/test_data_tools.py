@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import math
@@ -12,6 +13,7 @@ import time
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -161,7 +163,10 @@ def test_interruption_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(f'"{"text of a document " * 10}"\n' * 1_000_000)
     command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "--input", "a.jsonl", "--workers", "2"]
     command += ["--tokenizer-type", "CharLevelTokenizer", "--output-prefix", "o"]
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as running:
+    pipes: dict[str, Any] = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    # A shell lets what it starts in the background ignore SIGINT, this test itself perhaps.
+    pipes["preexec_fn"] = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, cwd=tmp_path, **pipes) as running:
         while not any(path.stat().st_size for path in tmp_path.glob("o*")):
             assert running.poll() is None
             time.sleep(0.01)
