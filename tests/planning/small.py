@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 import warnings
 from collections import Counter
 from collections.abc import Iterable
@@ -57,6 +58,17 @@ def live(model: nn.Module) -> dict[int, int]:
         tensors = [item for item in gc.get_objects() if type(item) in (Tensor, nn.Parameter)]
     gradients = [getattr(parameter, name, None) for parameter in model.parameters() for name in ("grad", "grad_accum")]
     return storages([*tensors, *gradients])
+
+
+def settled(model: nn.Module) -> dict[int, int]:
+    """Return what is `live` once it stays so: the thread of a collective lets its tensors go a moment later."""
+    now = live(model)
+    for _ in range(20):
+        time.sleep(0.005)
+        before, now = now, live(model)
+        if now == before:
+            break
+    return now
 
 
 class Collectives(TorchDispatchMode):

@@ -19,7 +19,7 @@ from megatron.planning.layout import Layout
 from megatron.planning.memory import buffer_bytes, message_bytes, stage_memory, state_bytes, update_bytes
 from megatron.planning.stages import stages
 from tests.parallel.matrix import make_mesh
-from tests.planning.small import BUCKET, VOCAB, Collectives, batch, config, live, storages
+from tests.planning.small import BUCKET, VOCAB, Collectives, batch, config, settled, storages
 from tests.ranks import run_ranks
 
 CASES = [(0, "fp32"), (0, "bf16"), (1, "fp32"), (1, "bf16"), (1, "fp16"), (2, "fp32"), (2, "bf16"), (3, "fp32"),
@@ -50,14 +50,14 @@ def _measure(stage, precision):
         backward(*arguments)
         gc.collect()  # cycles of the engine hold activations that nobody needs
         known = {*weights, *masters, *moments}
-        rest.append({address: size for address, size in live(model).items() if address not in known})
+        rest.append({address: size for address, size in settled(model).items() if address not in known})
 
     class Fullest(Collectives):
         total = 0
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if func.namespace == "c10d":
-                self.total = max(self.total, sum(live(model).values()))
+                self.total = max(self.total, sum(settled(model).values()))
             return super().__torch_dispatch__(func, types, args, kwargs)
 
     engine._backward = measured_backward
