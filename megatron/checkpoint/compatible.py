@@ -62,7 +62,7 @@ def require_same_model(reader: CheckpointReader, config: Config) -> None:
         raise CheckpointError(*(_other_model(reader, key, *values) for key, values in sorted(refused.items())))
 
 
-_SECTIONS = ("parallel", "batch", "optimizer", "training", "data")
+_SECTIONS = ("parallel", "batch", "optimizer", "training", "data", "kernels")
 _OTHER = {"seed", "precision", "hidden_dropout", "attention_dropout"}
 _NO_EFFECT = {"exit_interval", "eval_interval", "eval_iters", "num_workers", "mmap_warmup", "data_index_dir"}
 

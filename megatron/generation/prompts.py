@@ -47,12 +47,18 @@ def split_prompts(text: str, prompt_end: str) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
+def _hint(prompt_end: str) -> str:
+    """Return how a person ends a prompt."""
+    if prompt_end == "\n":
+        return "one line"
+    if prompt_end.strip() and prompt_end == f"\n{prompt_end.strip()}\n":
+        return f"any number of lines, then a line `{prompt_end.strip()}`"
+    return f"ended by {prompt_end!r}"
+
+
 def ask(prompt_end: str, source: TextIO, screen: TextIO) -> Iterator[str]:
     """Yield what a person writes, prompt by prompt, until the end of the input or a line `stop`."""
-    is_line = prompt_end.startswith("\n") and prompt_end.endswith("\n") and prompt_end.strip()
-    hint = f"any number of lines, then a line `{prompt_end.strip()}`" if is_line else f"ended by {prompt_end!r}"
-    hint = "one line" if prompt_end == "\n" else hint
-    screen.write(f"Write a prompt ({hint}); `{_STOP}` or Ctrl-D ends.\n")
+    screen.write(f"Write a prompt ({_hint(prompt_end)}); `{_STOP}` or Ctrl-D ends.\n")
     pending = ""
     while True:
         screen.write("... " if pending else ">>> ")

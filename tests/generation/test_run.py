@@ -129,6 +129,16 @@ def test_asking_over_several_lines():
     assert list(ask("\n", io.StringIO("a\n\nb"), io.StringIO())) == ["a", "b"]
 
 
+@pytest.mark.parametrize(
+    ("prompt_end", "hint"),
+    [("\n", "(one line)"), ("\n====\n", "(any number of lines, then a line `====`)"), ("END", "(ended by 'END')")],
+)
+def test_a_person_is_told_how_a_prompt_ends(prompt_end, hint):
+    screen = io.StringIO()
+    list(ask(prompt_end, io.StringIO(), screen))
+    assert hint in screen.getvalue()
+
+
 def test_records_appear_whole_or_not_at_all(tmp_path):
     sample = Sample("a", "b", [1], True, None, 0.5)
     path = tmp_path / "out.jsonl"
