@@ -12,11 +12,17 @@ which must see whole sums, the two branches leave one by one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 from torch import Tensor, nn
 
 from megatron.model.attention import SelfAttention
 from megatron.model.cache import KVCache
+from megatron.model.made_again import made_again
 from megatron.model.mlp import MLP
+from megatron.model.recompute import recomputed
 from megatron.model.stream import Stream
 from megatron.ops.choice import Function
 from megatron.ops.dropout_add import add_dropped
@@ -29,6 +35,7 @@ class Block(nn.Module):
     post_attention_layernorm: n2, or None to use n1 for both.
     dropout: probability, on each branch before it is added. add_dropped: how it is, where there is dropout.
     region: where the split layers begin and end.
+    recompute_norms: make what the norms return again in the backward pass.
     """
 
     def __init__(
@@ -40,8 +47,10 @@ class Block(nn.Module):
         dropout: float,
         region: TensorRegion,
         add_dropped: Function = add_dropped,
+        recompute_norms: bool = False,
     ) -> None:
         super().__init__()
+        self.recompute_norms = recompute_norms
         self.input_layernorm = input_layernorm
         self.attention = attention
         self.post_attention_layernorm = post_attention_layernorm
@@ -53,6 +62,19 @@ class Block(nn.Module):
     @property
     def _drops(self) -> bool:
         return self.training and self.dropout > 0
+
+    def _normed(self, norm: nn.Module, hidden: Tensor) -> Tensor:
+        """Return norm(hidden), of which nothing but `hidden` is kept where norms are recomputed."""
+        if self.recompute_norms and norm.is_composite:
+            return recomputed(norm, hidden, draws=False)
+        result: Tensor = norm(hidden)
+        return result
+
+    def _feeding(
+        self, entered: Tensor, norm: Callable[[Tensor], Tensor], hidden: Tensor
+    ) -> AbstractContextManager[Any]:
+        """Return the context of the branch that is fed `entered`, which is norm(hidden)."""
+        return made_again(entered, norm, hidden) if self.recompute_norms else nullcontext()
 
     def _add(self, hidden: Tensor, branch: Tensor) -> Tensor:
         """Return hidden and what a branch adds to it, behind the split layers."""
@@ -70,13 +92,25 @@ class PreNormBlock(Block):
     def forward(self, stream: Stream, cache: KVCache | None = None) -> Stream:
         assert self.post_attention_layernorm is not None
         region = self.region
-        attended = self.attention(region.enter(self.input_layernorm(stream.hidden)), stream.segments, cache)
-        if self._drops:
+        first = region.enter(self._normed(self.input_layernorm, stream.hidden))
+        with self._feeding(first, self._first, stream.hidden):
+            attended = self.attention(first, stream.segments, cache)
+        if self._drops or (self.recompute_norms and self.post_attention_layernorm.is_composite):
             hidden = self._add(stream.hidden, attended)
-            normed = self.post_attention_layernorm(hidden)
+            normed = self._normed(self.post_attention_layernorm, hidden)
         else:
             normed, hidden = self.post_attention_layernorm(region.leave(attended), stream.hidden)
-        return stream._replace(hidden=self._add(hidden, self.mlp(region.enter(normed))))
+        second = region.enter(normed)
+        with self._feeding(second, self._second, hidden):
+            branch = self.mlp(second)
+        return stream._replace(hidden=self._add(hidden, branch))
+
+    def _first(self, hidden: Tensor) -> Tensor:
+        return self.region.enter(self.input_layernorm(hidden))
+
+    def _second(self, hidden: Tensor) -> Tensor:
+        assert self.post_attention_layernorm is not None
+        return self.region.enter(self.post_attention_layernorm(hidden))
 
 
 class ParallelBlock(Block):
@@ -84,9 +118,13 @@ class ParallelBlock(Block):
 
     def forward(self, stream: Stream, cache: KVCache | None = None) -> Stream:
         whole = self.region.enter(stream.hidden)
-        first = self.input_layernorm(whole)
-        second = first if self.post_attention_layernorm is None else self.post_attention_layernorm(whole)
-        branches = [self.attention(first, stream.segments, cache), self.mlp(second)]
+        norms = self.input_layernorm, self.post_attention_layernorm or self.input_layernorm
+        first = self._normed(norms[0], whole)
+        second = first if norms[0] is norms[1] else self._normed(norms[1], whole)
+        with self._feeding(first, norms[0], whole):
+            attended = self.attention(first, stream.segments, cache)
+        with self._feeding(second, norms[1], whole):
+            branches = [attended, self.mlp(second)]
         if self.region.is_split and not self._drops:
             branches = [branches[0] + branches[1]]
         hidden = stream.hidden

@@ -3,11 +3,11 @@
 One behaviour for every engine and every stage of a pipeline: the same layers are recomputed, with the random numbers
 of the first pass (torch.utils.checkpoint keeps the generators' states, so dropout draws the same masks).
 
-Either whole blocks (`Chunk`), or within each block single operations (`recomputed`), each together with what keeps its
-result for the backward pass: recomputation ends once that has it again, so no product with weights is repeated.
+Either whole blocks (`Chunk`), or within each block single operations, so that no product with weights is repeated:
 
-    attention    scores, softmax and dropout, from queries, keys and values
-    activation   of the MLP, from the output of its first linear map
+    norm         what the norms return, from the residual stream (`made_again.py`)
+    activation   of the MLP, from the output of its first linear map (`made_again.py`)
+    attention    scores, softmax and dropout, from queries, keys and values (`recomputed`)
 """
 
 from __future__ import annotations
@@ -29,11 +29,13 @@ CallLayer = Callable[..., Any]
 """call(index, stream, cache) -> the stream after layer number `index`."""
 
 
-def recomputed(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    """Return function(*inputs), of which only the inputs are kept for the backward pass."""
+def recomputed(function: Callable[..., Tensor], *inputs: Any, draws: bool = True) -> Tensor:
+    """Return function(*inputs), of which only the inputs are kept for the backward pass.
+
+    draws: it uses random numbers, which are drawn again."""
     if not torch.is_grad_enabled():
         return function(*inputs)
-    output: Tensor = checkpoint(function, *inputs, use_reentrant=False)
+    output: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=draws)
     return output
 
 

@@ -6,7 +6,7 @@ gelu) keeps
 
     x, and the sum before n2       2 e T h     (one with the parallel residual) / tp under sequence_parallel, unless the
                                                norms stand inside the split layers, as with the parallel residual
-    n1(x), n2(x)                   2 e T h     kept as they are gathered
+    n1(x), n2(x)                   2 e T h     kept as they are gathered; nothing where norms are recomputed
     query, key, value as one       e T (n + 2k) d / tp    kept whole by the view of the value
     rotated query and key          e T (n + k) d / tp
     context, its logsumexp         e T n d / tp + 4 T n / tp
@@ -36,10 +36,10 @@ def tokens(config: Config, layout: Layout) -> int:
 def block_bytes(config: Config, layout: Layout, layer: int = 0) -> int:
     """Return what one block keeps of one micro-batch."""
     model, element, count = config.model, WEIGHT_BYTES[config.numerics.precision], tokens(config, layout)
-    inputs, outputs = _norms(model, element)
+    operations = layout.operations if layout.recomputes(layer) else ()
+    inputs, outputs = _norms_recomputed(model, element) if "norm" in operations else _norms(model, element)
     spread = layout.tp if layout.sequence_parallel and not model.gpt_j_residual else 1
     dropped = _dropout(config) // (layout.tp if layout.sequence_parallel else 1)
-    operations = layout.operations if layout.recomputes(layer) else ()
     split = _attention(config, layout, element, "attention" in operations)
     split += _mlp_recomputed(model, element) if "activation" in operations else _mlp(model, element)
     mask = 0 if "attention" in operations else _mask(config, layout, layer)
@@ -91,6 +91,13 @@ def _norms(model: ModelConfig, element: int) -> tuple[int, int]:
     if element == 4:
         return (inputs + norms) * 4 * hidden + 4 * norms, outputs  # the input, and the product before the gain
     return norms * (8 * hidden + 4), outputs  # rmsnorm in half precision: the input and the product in fp32
+
+
+def _norms_recomputed(model: ModelConfig, element: int) -> tuple[int, int]:
+    """Return the same where norms are recomputed: their inputs alone, with a layernorm's statistics."""
+    inputs = 1 if model.gpt_j_residual else 2
+    statistics = 8 * (1 if model.gpt_j_residual and model.gpt_j_tied else 2) if "layernorm" in model.norm else 0
+    return inputs * element * model.hidden_size + statistics, 0
 
 
 def _attention(config: Config, layout: Layout, element: int, recomputed: bool) -> int:

@@ -11,7 +11,7 @@ from tests.parallel.matrix import assert_equal, run_layout, run_reference
 from tests.parallel.test_pipeline import first_gradients
 from tests.ranks import run_ranks
 
-PARTS = {"checkpoint_activations": True, "checkpoint_operations": ["attention", "activation"]}
+PARTS = {"checkpoint_activations": True, "checkpoint_operations": ["norm", "attention", "activation"]}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "ours": (2, {}),
     "ZeRO 1": (2, {"stage": 1}),

@@ -75,6 +75,7 @@ CP = {"context_parallel_size": 2}
 HEADS = {**CP, "context_parallel_method": "all_to_all"}
 AGAIN = {"checkpoint_activations": True}
 SCORES, NARROW = {**AGAIN, "checkpoint_operations": ["attention"]}, {**AGAIN, "checkpoint_operations": ["activation"]}
+NORMS = {**AGAIN, "checkpoint_operations": ["norm"]}
 LLAMA = {**BLOCKS["LLaMA"], "mlp_multiple_of": 8}
 
 SHARED: dict[str, tuple[int, dict]] = {
@@ -98,7 +99,14 @@ SHARED: dict[str, tuple[int, dict]] = {
     "attention recomputed": (1, SCORES),
     "activation recomputed": (1, NARROW),
     "activation recomputed, LLaMA": (1, {**NARROW, **LLAMA}),
-    "both recomputed, tensor": (2, {**TP, **AGAIN, "checkpoint_operations": ["attention", "activation"]}),
+    "norms recomputed": (1, NORMS),
+    "norms recomputed, LLaMA": (1, {**NORMS, **LLAMA}),
+    "norms recomputed, GPT-J": (1, {**NORMS, **BLOCKS["GPT-J"]}),
+    "norms recomputed, sequence": (2, {**NORMS, **SP}),
+    "norms recomputed, sequence, parallel residual": (2, {**NORMS, **SP, "gpt_j_residual": True}),
+    "norms and activation recomputed": (1, {**AGAIN, "checkpoint_operations": ["norm", "activation"]}),
+    "all recomputed, tensor": (2, {**TP, **AGAIN, "checkpoint_operations": ["norm", "attention", "activation"]}),
+    "all recomputed, ring": (2, {**CP, **AGAIN, "checkpoint_operations": ["norm", "attention", "activation"]}),
 }  # fmt: skip
 
 
