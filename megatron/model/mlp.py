@@ -50,13 +50,13 @@ class MLP(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         if self.inside is not None:
-            narrow: Tensor = self.linear2(self.linear1(hidden))
-            return narrow
+            result: Tensor = self.linear2(self.linear1(hidden))
+            return result
         wide = self.linear1(hidden)
         if not self.recompute:
-            result: Tensor = self.linear2(self.activation(wide))
-            return result
+            output: Tensor = self.linear2(self.activation(wide))
+            return output
         features = self.activation(wide) if self.is_fused else recomputed(self.activation, wide, draws=False)
         with made_again(features, self.activation, wide):
-            narrow = self.linear2(features)
-        return narrow
+            narrow: Tensor = self.linear2(features)
+            return narrow

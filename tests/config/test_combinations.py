@@ -35,6 +35,7 @@ ASKED: dict[str, dict[str, Any]] = {
     "parameters on disk": {"zero_optimization.offload_param": {"device": "nvme"}},
     "sm3": {"optimizer.type": "sm3", "weight_decay": 0.0},
     "cpu_adam": {"optimizer.type": "cpu_adam"},
+    "update in backward": {"optimizer_in_backward": True, "gradient_clipping": 0.0},
     "round robin": {"zero_optimization.round_robin_gradients": True},
     "no norm": {"zero_optimization.compute_grad_norm": False},
 }
