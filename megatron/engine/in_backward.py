@@ -1,8 +1,8 @@
 """Our own engine where gradients would not fit: each weight is updated in the backward pass, and its gradient freed.
 
 The optimizer's formula, the sums over ranks and the state are those of `LocalEngine`; at any moment there is one
-gradient, in fp32, instead of all. So a step is one micro-batch, and nothing may wait for the norm of all gradients: there
-is no clipping, and no loss scale. A weight may change in the middle of the backward pass, because its gradient is
+gradient, in fp32, instead of all. So a step is one micro-batch, and nothing may wait for the norm of all gradients:
+there is no clipping, and no loss scale. A weight may change in the middle of the backward pass, because its gradient is
 complete only when whoever used it has been through its own; PyTorch checks that nobody reads it afterwards.
 """
 

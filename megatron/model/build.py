@@ -60,6 +60,7 @@ def build_model(
         "seed": config.numerics.seed if initialized else None,
         "tensor_axis": mesh.tp,
         "recompute": Recompute.of(config.training),
+        "offload": config.training.offload_activations,
     }
     if mesh.pp.size == 1:
         return SequentialModel(plans, **settings)
