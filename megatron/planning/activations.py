@@ -73,7 +73,8 @@ def working_bytes(config: Config, layout: Layout, largest: int) -> int:
     the stream, and the gradient of the largest tensor (`largest` elements) before it is added to the sum."""
     element, count = WEIGHT_BYTES[config.numerics.precision], tokens(config, layout)
     rows, columns, _ = mlp_shape(config.model)
-    return element * (count * ((rows + columns) // layout.tp + 2 * config.model.hidden_size) + largest)
+    sum_of_one = 4 * largest if layout.at_once and element != 4 else 0  # the gradient in fp32, before it is freed
+    return sum_of_one + element * (count * ((rows + columns) // layout.tp + 2 * config.model.hidden_size) + largest)
 
 
 def _norms(model: ModelConfig, element: int) -> tuple[int, int]:

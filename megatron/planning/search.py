@@ -10,7 +10,11 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from megatron.planning.layout import Layout, least_stage
+from megatron.planning.memory import is_adam
 from megatron.planning.plan import Plan, Planner
+
+CHEAP = ("norm", "activation")
+"""Operations that are recomputed at hardly any time."""
 
 _SMALL_BUCKET = 50_000_000
 _MOST_CHANGES = 3
@@ -56,6 +60,12 @@ def _moves(planner: Planner, layout: Layout) -> Iterator[tuple[str, Fields]]:
     """Yield (axis=value, fields) of single changes; the data axis and accumulation follow from them."""
     if not layout.recompute:
         yield "recompute=1", {"recompute": 1, "operations": (), "first": None}
+        if not layout.operations:
+            yield "recompute=operations", {"operations": CHEAP, "first": None}
+    if is_adam(planner.config) and layout.moment_bytes == 4 and not layout.offload:
+        yield "moments=2", {"moment_bytes": 2}
+    if not layout.travels:
+        yield "travels=1", {"travels": True}
     if layout.tp > 1 and not layout.sequence_parallel:
         yield "sequence=1", {"sequence_parallel": True}
     for factor in (2, 4, 8):

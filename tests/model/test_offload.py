@@ -78,7 +78,7 @@ def test_blocks_leave_and_return_in_turn(counting: Counting, monkeypatch: pytest
         return block(self, *inputs)
 
     monkeypatch.setattr(Offload, "block", watched)
-    run(**MODELS["pythia"], **ON, hidden_dropout=0.0)
+    run(**MODELS["llama"], **ON, hidden_dropout=0.0)
     assert len(near) == LAYERS - 1
     assert max(near) <= offload.NEAR
     assert counting.events.index("back") > len(counting.events) - 1 - counting.events[::-1].index("out")
