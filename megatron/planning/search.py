@@ -44,7 +44,7 @@ def changes(planner: Planner, before: Plan, limit: float, count: int = 3) -> lis
             axes = [name.split("=")[0] for name in names]
             if len(set(axes)) < len(axes) or any(smaller <= names for smaller, _ in found):
                 continue
-            layout = _combine(before.layout, [change for _, change in chosen])
+            layout = combine(before.layout, [change for _, change in chosen])
             if layout is not None and planner.is_possible(layout) and planner.peak(layout) <= limit:
                 found.append((names, layout))
         if len(found) >= 4 * count:
@@ -83,7 +83,7 @@ def _moves(planner: Planner, layout: Layout) -> Iterator[tuple[str, Fields]]:
         yield "offload=1", {"offload": True}
 
 
-def _combine(layout: Layout, fields: list[Fields]) -> Layout | None:
+def combine(layout: Layout, fields: list[Fields]) -> Layout | None:
     """Return the layout with these fields and the same GPUs and global batch; None where they do not divide."""
     merged = {name: value for change in fields for name, value in change.items()}
     changed = layout.changed(**merged)

@@ -29,6 +29,7 @@ from megatron.tokenizer.base import Tokenizer
 from megatron.tokenizer.build import build_tokenizer
 from megatron.training.evaluate import Evaluator
 from megatron.training.loop import Run, run_loop
+from megatron.training.out_of_memory import explained
 from megatron.training.persistence import Keeper
 from megatron.training.progress import Progress
 from megatron.training.stop import StopRequest
@@ -54,7 +55,9 @@ def train(config: Config, mesh: Mesh, config_files: Mapping[str, str] | None = N
         _tell_obstacles(config)
         assembly = _Assembly(config, mesh, tokenizer, stack)
         vocab_size = keeper.vocabulary(new_size, tensor_parallel_size)
+        scene = stack.enter_context(explained(config, mesh, vocab_size))
         engine, progress = assembly.engine(vocab_size, keeper)
+        scene.engine = engine
         monitor = assembly.monitor(vocab_size, progress)
         for summary in data.summaries:
             monitor.message(str(summary))
