@@ -26,7 +26,7 @@ from megatron.planning.memory import GIBIBYTE, RESERVE, StageMemory
 from megatron.planning.plan import Planner
 from megatron.planning.remedies import Remedy, remedies
 from megatron.planning.speed import GPUS, assume
-from megatron.training.room import Room, room
+from megatron.training.room import Room, in_use, room
 
 _WORDS = ("out of memory", "can't allocate memory", "defaultcpuallocator", "not enough memory", "alloc_failed")
 """What tells a lack of memory in errors that have no type of their own: on a CPU, in cuBLAS and in cuDNN."""
@@ -34,8 +34,10 @@ _WORDS = ("out of memory", "can't allocate memory", "defaultcpuallocator", "not 
 
 @dataclass
 class Scene:
-    """What is known of the run when it fails. engine: None while there is none."""
+    """What is known of the run when it fails. before: bytes in use before there was a model. engine: None while there
+    is none."""
 
+    before: int
     engine: Engine | None = None
 
 
@@ -49,13 +51,13 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 @contextmanager
 def explained(config: Config, mesh: Mesh, vocab_size: int) -> Iterator[Scene]:
     """Within it, a lack of memory becomes a MemoryShortageError. vocab_size: rows of the word embedding."""
-    scene = Scene()
+    scene = Scene(in_use(mesh.device))
     try:
         yield scene
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise MemoryShortageError(_problem(error, scene.engine, config, mesh, vocab_size)) from error
+        raise MemoryShortageError(_problem(error, scene, config, mesh, vocab_size)) from error
 
 
 def make_planner(config: Config, vocab_size: int, device: torch.device) -> Planner:
@@ -64,14 +66,14 @@ def make_planner(config: Config, vocab_size: int, device: torch.device) -> Plann
     return Planner(config, vocab_size, assume(GPUS["H100"], num_parameters(config.model, vocab_size)), reserve)
 
 
-def _problem(error: Exception, engine: Engine | None, config: Config, mesh: Mesh, vocab_size: int) -> Problem:
+def _problem(error: Exception, scene: Scene, config: Config, mesh: Mesh, vocab_size: int) -> Problem:
     planner, layout = make_planner(config, vocab_size, mesh.device), Layout.of(config)
-    found = held(engine, mesh.device) if isinstance(engine, StepEngine) else None
+    found = held(scene.engine, mesh.device) if isinstance(scene.engine, StepEngine) else None
     memory = room(mesh.device)
     step, rank = current_step(), f" of rank {mesh.world.rank}" if mesh.world.size > 1 else ""
     when = "before the first step" if step is None else f"at step {step}"
     said = str(error).strip().splitlines() or [type(error).__name__]
-    table = _table(found, memory, planner.memory(layout)[mesh.pp.rank])
+    table = _table(found, scene.before, memory, planner.memory(layout)[mesh.pp.rank])
     ways = [line for number, way in enumerate(remedies(planner, layout), start=1) for line in _lines(number, way)]
     advice = ["What would need less, the cheapest first, each with what it saves by the plan:", *ways]
     return Problem(
@@ -82,7 +84,7 @@ def _problem(error: Exception, engine: Engine | None, config: Config, mesh: Mesh
     )
 
 
-def _table(found: Held | None, memory: Room, plan: StageMemory) -> list[str]:
+def _table(found: Held | None, before: int, memory: Room, plan: StageMemory) -> list[str]:
     """Return what was measured beside what is planned, in GiB."""
     state, other = plan.state, plan.activations + plan.loss + plan.working + plan.buffers
     rows: list[tuple[str, int | None, int]] = [
@@ -90,7 +92,12 @@ def _table(found: Held | None, memory: Room, plan: StageMemory) -> list[str]:
         ("masters", None if found is None else found.masters, state.masters),
         ("moments", None if found is None else found.moments, state.moments),
         ("gradients", None if found is None else found.gradients, state.gradients),
-        ("activations, logits, workspace", None if found is None else max(0, memory.peak - found.total), other),
+        (
+            "activations, logits, workspace",
+            None if found is None else max(0, memory.peak - before - found.total),
+            other,
+        ),
+        ("before the model", before, plan.reserve),
         ("peak", memory.peak, plan.total),
     ]
     width = max(len(name) for name, _, _ in rows)
