@@ -134,7 +134,8 @@ def test_sizes_divide_what_a_process_computes() -> None:
         assert sizes_of.sized(layout, size).batch == 24
 
 
-def run(folder: Path, **keys: Any) -> list[float]:
+def run(folder: Path, keys: dict[str, Any]) -> list[float]:
+    """Run inside a rank: train, and return the losses."""
     values = settings(folder, **{"hidden_dropout": 0.0, "attention_dropout": 0.0, **keys})
     train(resolve({key: value for key, value in values.items() if value is not None}, world_size=1), Mesh.single())
     return list(losses(folder).values())
@@ -147,10 +148,11 @@ def test_losses_do_not_depend_on_what_is_found_and_a_resume_keeps_it(
     for name in ("auto", "given"):
         write_corpus(tmp_path / name / "corpus")
         keys = AUTO if name == "auto" else {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 4}
-        found[name] = run(tmp_path / name, **{**keys, "train_batch_size": 8, "train_iters": 4})
+        keys = {**keys, "train_batch_size": 8, "train_iters": 4}
+        (found[name],) = run_ranks(1, run, tmp_path / name, keys)
     assert found["auto"] == pytest.approx(found["given"], rel=1e-5)
     monkeypatch.setattr(micro_batch, "_found", lambda *_: pytest.fail("a resume searches again"))
-    run(tmp_path / "auto", **{**AUTO, "train_batch_size": 8, "train_iters": 6})
+    run_ranks(1, run, tmp_path / "auto", {**AUTO, "train_batch_size": 8, "train_iters": 6})
 
 
 @pytest.mark.gpu
