@@ -18,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.train_sizes import Size
 
 ON_GPU = torch.cuda.is_available()
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if ON_GPU else "cpu")  # DeepSpeed reads it when it is imported
 GIB = 2**30
 
 Step = Callable[[], Any]
