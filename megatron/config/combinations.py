@@ -100,6 +100,8 @@ USES: dict[str, Use] = {
     "cpu_adam": Use("optimizer.type", _is("cpu_adam"), "DeepSpeed's Adam for CPU memory; it compiles at first use"),
     "update in backward": Use("optimizer_in_backward", _is(True), "each weight is updated when its gradient is there"),
     "round robin": Use("zero_optimization.round_robin_gradients", _is(True), "another order of gradients over ranks"),
+    "DeepSpeed's bf16 states": Use("bf16.bf16_optimizer_states", _is(True), "moments and masters in bf16"),
+    "bf16 masters": Use("bf16.bf16_master_weights_and_grads", _is(True), "masters and gradients in bf16"),
     "no norm": Use("zero_optimization.compute_grad_norm", _is(False), "no gradient norm"),
 }
 
@@ -137,6 +139,9 @@ LINES: tuple[Line, ...] = (
     Line("parameters on disk", "", _ON_DISK, 'Set it to "cpu" or "none".'),
     Line("round robin", "", "DeepSpeed 0.19.8 hands over wrong masters under it, and checkpoints would hold them.",
          "Remove the entry."),
+    Line("DeepSpeed's bf16 states", "", "DeepSpeed keeps the masters in bf16 under it, which lose small updates.",
+         "Set moments_dtype: bf16, whose masters are fp32, and remove the entry."),
+    Line("bf16 masters", "", "masters in bf16 lose small updates, and are always fp32 here.", "Remove the entry."),
     Line("no norm", "", "the norm is reported at every step, and tells a gradient that is not finite.",
          "Remove the entry."),
 )  # fmt: skip

@@ -74,10 +74,7 @@ class Chunk:
     def __call__(self, call: CallLayer, stream: Stream, cache: KVCache | None) -> Stream:
         """Return the stream after these layers."""
         if self.recomputed and torch.is_grad_enabled():
-            rest = stream._replace(hidden=stream.hidden.new_empty(0))
-            again: Stream = recomputed(
-                lambda hidden: self._run(call, rest._replace(hidden=hidden), cache), stream.hidden
-            )
+            again: Stream = recomputed(lambda *fields: self._run(call, Stream(*fields), cache), *stream)
             return again
         return self._run(call, stream, cache)
 

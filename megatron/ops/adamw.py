@@ -109,28 +109,31 @@ def adamw_update_reference_(
 ) -> None:
     """The formula of `adamw_update_`, block by block."""
     is_finite = torch.isfinite(coefficient)
+    if coefficient.device.type == "cpu" and not is_finite:
+        return
     correction, root = bias_corrections(step, beta1, beta2)
-    key = noise_key(seed, step)
+    key, size = noise_key(seed, step), _BLOCK.get(coefficient.device.type, 2**26)
     for index, tensors in enumerate(zip(gradients, masters, averages, squares, strict=True)):
-        for start in range(0, tensors[0].numel(), _BLOCK):
-            gradient, master, average, square = (tensor.reshape(-1)[start : start + _BLOCK] for tensor in tensors)
+        for start in range(0, tensors[0].numel(), size):
+            gradient, master, average, square = (tensor.reshape(-1)[start : start + size] for tensor in tensors)
             gradient = gradient * coefficient
             new_average = torch.lerp(average.float(), gradient, 1.0 - beta1)
-            new_square = square.float() * beta2 + (1.0 - beta2) * gradient.square()
-            change = rate * correction * new_average / (new_square.sqrt() * root + eps)
+            new_square = (square.float() * beta2).addcmul_(gradient, gradient, value=1.0 - beta2)
+            change = new_average / new_square.sqrt().mul_(root).add_(eps)
+            new_master = (master * (1.0 - rate * weight_decay)).sub_(change.mul_(rate * correction))
             if average.dtype == torch.bfloat16:
                 bits = noise(key, first + index, start, average.numel())
                 new_average = round_at_random(new_average, bits & 0xFFFF)
-                new_square = round_at_random(new_square, (bits >> 16) & 0xFFFF)
-            master.copy_(torch.where(is_finite, master * (1.0 - rate * weight_decay) - change, master))
-            average.copy_(torch.where(is_finite, new_average, average.float()))
-            square.copy_(torch.where(is_finite, new_square, square.float()))
+                new_square = round_at_random(new_square, (bits >> 16).bitwise_and_(0xFFFF))
+            for old, new in ((master, new_master), (average, new_average), (square, new_square)):
+                old.copy_(new if old.device.type == "cpu" else torch.where(is_finite, new, old.float()))
         if weights:
             weights[index].copy_(masters[index])
 
 
-_BLOCK = 2**20
-"""Elements that the formula computes at once, so that what it needs beside the state stays small."""
+_BLOCK = {"cpu": 2**17, "cuda": 2**26}
+"""Elements that the formula computes at once, so that what it needs beside the state stays small: on a CPU in its cache,
+where 38 million parameters take 0.4 s on a core (PyTorch's fused kernel with fp32 moments: 0.04)."""
 
 GOLDEN, MIX1, MIX2 = 0x9E3779B9, 0x85EBCA6B, 0xC2B2AE35
 """2^32 over the golden ratio, and the factors of MurmurHash3's finaliser."""
@@ -144,8 +147,8 @@ def noise_key(seed: int, step: Tensor) -> Tensor:
 def noise(key: Tensor, number: int, start: int, count: int) -> Tensor:
     """Return 32 random bits for each of `count` elements from `start` of tensor `number`, int32."""
     of_tensor = _mixed(key + _signed(number * MIX1))
-    elements = torch.arange(start, start + count, dtype=torch.int64, device=key.device).to(torch.int32)
-    return _mixed(elements * _signed(GOLDEN) + of_tensor)
+    elements = torch.arange(count, dtype=torch.int32, device=key.device)
+    return _mixed(elements.mul_(_signed(GOLDEN)).add_(of_tensor + _signed(start * GOLDEN)))
 
 
 def round_at_random(values: Tensor, bits: Tensor) -> Tensor:
@@ -153,14 +156,14 @@ def round_at_random(values: Tensor, bits: Tensor) -> Tensor:
 
     bits: int32 in [0, 2^16); a value that lies a share p of the way to the next number is rounded to it in p 2^16
     cases."""
-    return ((values.view(torch.int32) + bits) & -0x10000).view(torch.float32)
+    return (values.view(torch.int32) + bits).bitwise_and_(-0x10000).view(torch.float32)
 
 
 def _mixed(bits: Tensor) -> Tensor:
     """Return int32 bits scattered: MurmurHash3's finaliser (Appleby 2011)."""
-    bits = (bits ^ ((bits >> 16) & 0xFFFF)) * _signed(MIX1)
-    bits = (bits ^ ((bits >> 13) & 0x7FFFF)) * _signed(MIX2)
-    return bits ^ ((bits >> 16) & 0xFFFF)
+    bits = ((bits >> 16).bitwise_and_(0xFFFF)).bitwise_xor_(bits).mul_(_signed(MIX1))
+    bits = ((bits >> 13).bitwise_and_(0x7FFFF)).bitwise_xor_(bits).mul_(_signed(MIX2))
+    return ((bits >> 16).bitwise_and_(0xFFFF)).bitwise_xor_(bits)
 
 
 def _signed(number: int) -> int:
