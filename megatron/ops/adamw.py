@@ -132,8 +132,8 @@ def adamw_update_reference_(
 
 
 _BLOCK = {"cpu": 2**17, "cuda": 2**26}
-"""Elements that the formula computes at once, so that what it needs beside the state stays small: on a CPU in its cache,
-where 38 million parameters take 0.4 s on a core (PyTorch's fused kernel with fp32 moments: 0.04)."""
+"""Elements that the formula computes at once, so that what it needs beside the state stays small: on a CPU in its
+cache, where 38 million parameters take 0.4 s on a core (PyTorch's fused kernel with fp32 moments: 0.04)."""
 
 GOLDEN, MIX1, MIX2 = 0x9E3779B9, 0x85EBCA6B, 0xC2B2AE35
 """2^32 over the golden ratio, and the factors of MurmurHash3's finaliser."""
