@@ -49,6 +49,10 @@ void launch(const Request& request, int device, void* stream) {
   const void* kernel = reinterpret_cast<const void*>(walk);
   const Plan plan = plan_of<T, KIND>(request, device_of(kernel, device));
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(plan.shared)), "shared memory");
+  if (plan.resident > 0) {  // what the L1 cache could have is of no use to it
+    const int carveout = cudaSharedmemCarveoutMaxShared;
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, carveout), "shared memory");
+  }
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {unsigned(plan.cluster), 1, 1};

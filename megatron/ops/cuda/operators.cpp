@@ -50,9 +50,11 @@ deepy::Request request_of(const Tensor& logits, const Tensor& labels) {
 }
 
 void start(deepy::Kind kind, const Tensor& logits, const deepy::Request& request) {
+  const deepy::Element element = element_of(logits);
   const int32_t device = logits.get_device_index();
+  void* const stream = stream_of(device);
   const torch::stable::accelerator::DeviceGuard guard(device);
-  deepy::start(kind, element_of(logits), request, device, stream_of(device));
+  deepy::start(kind, element, request, device, stream);
 }
 
 float* results_of(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }

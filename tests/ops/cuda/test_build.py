@@ -219,6 +219,35 @@ def test_the_library_has_the_kernels_of_the_operators(built: Path) -> None:
         assert (found.shape, found.dtype, found.device.type) == ((5,), torch.float32, "cuda")
 
 
+CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch has CUDA's streams")
+def test_arguments_reach_the_library_and_its_refusals_come_back(built: Path) -> None:
+    """As far as a PyTorch without CUDA goes: to the stream that the kernel would be started in."""
+    torch.ops.load_library(str(built))
+    values, labels, ones = torch.zeros(5, 37), torch.zeros(5, dtype=torch.int64), torch.ones(5)
+    operators = torch.ops.deepy_cuda
+    calls = {
+        operators.cross_entropy_losses_.default: (values, labels, 1.0),
+        operators.logits_statistics.default: (values, labels, 3),
+        operators.logits_gradient_.default: (values, labels, 3, ones, ones, 1.0),
+    }
+    for operator, arguments in calls.items():
+        with pytest.raises(RuntimeError, match="this PyTorch has no CUDA streams"):
+            operator.redispatch(CUDA, *arguments)
+        with pytest.raises(RuntimeError, match="labels must be int64"):
+            operator.redispatch(CUDA, arguments[0], labels.int(), *arguments[2:])
+        with pytest.raises(RuntimeError, match="each row needs a label"):
+            operator.redispatch(CUDA, arguments[0], labels[:4], *arguments[2:])
+        with pytest.raises(RuntimeError, match="rows must be contiguous"):
+            operator.redispatch(CUDA, values.t().contiguous().t(), *arguments[1:])
+        with pytest.raises(RuntimeError, match="fp32, bf16 and fp16"):
+            operator.redispatch(CUDA, values.double(), *arguments[1:])
+    with pytest.raises(RuntimeError, match="each row needs its statistics"):
+        operators.logits_gradient_.default.redispatch(CUDA, values, labels, 3, ones[:4], ones, 1.0)
+
+
 def test_both_operations_can_be_computed_by_it() -> None:
     for name in ("cross_entropy", "share_losses"):
         (cuda,) = [each for each in CATALOGUE[name].candidates if each.name == "cuda"]
