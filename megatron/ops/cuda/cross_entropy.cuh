@@ -238,10 +238,10 @@ DEEPY_INLINE void write_row(const Row<T>& row, const Gradient& how) {
   }
 }
 
-// The label's column in the row, or -1 where these columns are not the label's.
+// The column of a label, or -1 where these columns are not the label's.
 template <typename T>
-DEEPY_INLINE int label_of(const Work<T>& work, int64_t row) {
-  const int64_t label = work.labels[row] - work.first;
+DEEPY_INLINE int column_of(const Work<T>& work, int64_t label) {
+  label -= work.first;
   return label >= 0 && label < work.columns ? static_cast<int>(label) : -1;
 }
 
@@ -256,12 +256,14 @@ DEEPY_KERNEL(1024) walk_rows(const Work<T> work) {
   Row<T> row{{}, slice_of_row(work, index, rank), shared_memory() + sizeof(Scratch) / sizeof(Vector), work.resident,
              (work.resident + in_stage - 1) / in_stage, 0.0f, false};
   for (int stage = 0; stage < row.stages; ++stage) request(row.next, row.held, row.resident, stage);
+  int64_t upcoming = work.labels[index];  // a row ahead, so that nothing waits for it
   for (int parity = 0; index < work.rows; index += step, parity ^= 1) {
     row.slice = row.next;
     row.next = slice_of_row(work, index + step, rank);
     row.has_edge = thread < row.slice.edges();
     if (row.has_edge) row.edge = to_float(row.slice.start[row.slice.edge(thread)]);
-    const int label = label_of(work, index);
+    const int label = column_of(work, upcoming);
+    if (index + step < work.rows) upcoming = work.labels[index + step];
     Statistics all;
     if (KIND == Kind::gradient) {
       all = {work.maxima[index], work.totals[index]};
