@@ -2,10 +2,10 @@
 
     reason = make_ready(torch.device("cuda"))   # "" once torch.ops.deepy_cuda has its kernels, else why it has not
 
-A library is for the sources, the flags, the version of PyTorch and the GPU's architecture that its folder's name is a
-hash of, under $XDG_CACHE_HOME/deepy/cuda, or ~/.cache/deepy/cuda. It is built in a folder of its own, which a rename
-puts in place; of many ranks one builds, and the others wait for it. Nothing is downloaded, and where the library is
-there already, no compiler is needed. What nvcc says stays beside it, in build.log.
+A library is for the sources, the flags, the version of PyTorch and the architectures of GPU and processor that its
+folder's name is a hash of, under $XDG_CACHE_HOME/deepy/cuda, or ~/.cache/deepy/cuda. It is built in a folder of its
+own, which a rename puts in place; of many ranks one builds, and the others wait for it. Nothing is downloaded, and
+where the library is there already, no compiler is needed. What nvcc says stays beside it, in build.log.
 
 nvcc is taken from $CUDA_HOME or $CUDA_PATH, else from PATH, else from the wheels nvidia-cuda-nvcc and its like, else
 from /usr/local/cuda. Only `operators.cpp` knows PyTorch, by LibTorch's stable ABI as of 2.11.
@@ -17,6 +17,7 @@ import fcntl
 import hashlib
 import importlib.util
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -70,7 +71,7 @@ def library(architectures: tuple[str, ...], folder: Path | None = None) -> Path:
 
 def key(architectures: tuple[str, ...]) -> str:
     """Return the name of the folder of a library."""
-    digest = hashlib.sha256(repr((architectures, torch.__version__, _FLAGS, _STABLE_ABI)).encode())
+    digest = hashlib.sha256(repr((architectures, platform.machine(), torch.__version__, _FLAGS, _STABLE_ABI)).encode())
     for path in sorted(path for path in SOURCES.iterdir() if path.suffix in (".cu", ".cuh", ".h", ".cpp")):
         digest.update(f"{path.name} {path.stat().st_size}\n".encode() + path.read_bytes())
     return f"sm_{'_'.join(architectures)}-{digest.hexdigest()[:16]}"
