@@ -100,10 +100,11 @@ DEEPY_INLINE int cluster_rank() {
   return static_cast<int>(rank);
 }
 
-// All threads of all blocks of the cluster: what any wrote before is seen by all after it.
+// All threads of all blocks of the cluster: what any wrote before is seen by all after it. Not `.aligned`, which would
+// need the threads of a warp to come together.
 DEEPY_INLINE void cluster_barrier() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 }
 
 // What another block of the cluster holds at this place of its shared memory.
