@@ -281,6 +281,9 @@ def backward_updates_at_once(d: Draft) -> Iterator[Problem]:
     """A weight that changes in the backward pass waits for no other micro-batch, and for no norm of all gradients."""
     if not d.optimizer_in_backward:
         return
+    if d.values.get("engine") == "deepspeed":
+        why = "engine = deepspeed: DeepSpeed updates weights when all gradients are reduced."
+        yield d.problem("optimizer_in_backward", True, why, "Set engine: auto, or remove optimizer_in_backward.")
     if d.gradient_accumulation_steps > 1 and not d.find_micro_batch_size:
         why = f"gradients are kept over gradient_accumulation_steps = {d.gradient_accumulation_steps} micro-batches."
         fix = (

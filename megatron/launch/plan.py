@@ -166,6 +166,8 @@ def _sections(
 
 
 def _word(value: object) -> str:
+    if isinstance(value, list):
+        return f"[{','.join(map(_word, value))}]"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

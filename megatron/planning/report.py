@@ -218,4 +218,6 @@ def _count(number: float) -> str:
 
 
 def _value(value: object) -> str:
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_value, value))}]"
     return str(value).lower() if isinstance(value, bool) else str(value)
