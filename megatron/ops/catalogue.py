@@ -8,9 +8,12 @@ from megatron.ops import probes
 from megatron.ops.choice import EAGER, Candidate, Operation, Probe
 
 
-def _operation(name: str, eager: str, twin: str, probe: Probe, triton: str, *others: Candidate) -> Operation:
+def _operation(
+    name: str, eager: str, twin: str, probe: Probe, triton: str, *others: Candidate, presumed: str = EAGER
+) -> Operation:
     fused = Candidate("triton", f"megatron.ops.triton.{triton}", "triton")
-    return Operation(name, f"megatron.ops.{twin}", (Candidate(EAGER, f"megatron.ops.{eager}"), fused, *others), probe)
+    candidates = (Candidate(EAGER, f"megatron.ops.{eager}"), fused, *others)
+    return Operation(name, f"megatron.ops.{twin}", candidates, probe, presumed)
 
 
 _APEX_NORMS = "megatron.ops.apex_norms"
@@ -76,6 +79,10 @@ _OPERATIONS = (
     ),
     _operation(
         "selective_scan", "scan:selective_scan", "scan:selective_scan", probes.selective_scan, "scan:selective_scan"
+    ),
+    _operation(
+        "float8_linear", "fp8:float8_linear", "fp8:float8_linear_reference", probes.float8_linear, "fp8:float8_linear",
+        presumed="triton",
     ),
     _operation(
         "sum_of_squares", "adamw:sum_of_squares", "adamw:sum_of_squares", probes.sum_of_squares,

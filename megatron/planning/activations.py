@@ -35,7 +35,7 @@ def tokens(config: Config, layout: Layout) -> int:
 
 def block_bytes(config: Config, layout: Layout, layer: int = 0) -> int:
     """Return what one block keeps of one micro-batch."""
-    model, element, count = config.model, WEIGHT_BYTES[config.numerics.precision], tokens(config, layout)
+    model, element, count = config.model, WEIGHT_BYTES[config.numerics.weight_precision], tokens(config, layout)
     inputs, outputs = _norms(model, element)
     spread = layout.tp if layout.sequence_parallel and not model.gpt_j_residual else 1
     dropped = _dropout(config) // (layout.tp if layout.sequence_parallel else 1)
@@ -49,7 +49,7 @@ def block_bytes(config: Config, layout: Layout, layer: int = 0) -> int:
 def boundary_bytes(config: Config, layout: Layout) -> int:
     """Return the bytes of the hidden states [b, s, h] between two blocks: what recomputation keeps of them."""
     spread = layout.tp if layout.sequence_parallel else 1
-    return tokens(config, layout) * config.model.hidden_size * WEIGHT_BYTES[config.numerics.precision] // spread
+    return tokens(config, layout) * config.model.hidden_size * WEIGHT_BYTES[config.numerics.weight_precision] // spread
 
 
 def loss_bytes(config: Config, layout: Layout, vocab_size: int) -> int:
@@ -59,7 +59,7 @@ def loss_bytes(config: Config, layout: Layout, vocab_size: int) -> int:
     there are several chunks, while one chunk's logits are there in the model's type, and where no kernel computes the
     losses, in fp32 besides.
     """
-    element, count = WEIGHT_BYTES[config.numerics.precision], tokens(config, layout)
+    element, count = WEIGHT_BYTES[config.numerics.weight_precision], tokens(config, layout)
     rows, hidden = vocab_size // layout.tp, config.model.hidden_size
     chunk = max(1, CHUNK_BYTES // (element * rows))
     logits = min(chunk, count) * rows * (element + (4 if config.kernels.cross_entropy_fusion is False else 0))
@@ -71,7 +71,7 @@ def loss_bytes(config: Config, layout: Layout, vocab_size: int) -> int:
 def working_bytes(config: Config, layout: Layout, largest: int) -> int:
     """Return what the backward pass of one block needs beside what was kept: gradients of the MLP's activations and of
     the stream, and the gradient of the largest tensor (`largest` elements) before it is added to the sum."""
-    element, count = WEIGHT_BYTES[config.numerics.precision], tokens(config, layout)
+    element, count = WEIGHT_BYTES[config.numerics.weight_precision], tokens(config, layout)
     rows, columns, _ = mlp_shape(config.model)
     return element * (count * ((rows + columns) // layout.tp + 2 * config.model.hidden_size) + largest)
 
@@ -150,7 +150,7 @@ def _dropout(config: Config) -> int:
 def _mask(config: Config, layout: Layout, layer: int) -> int:
     """Return the bytes of a layer's own mask or bias over all pairs of positions."""
     model = config.model
-    pairs = (model.seq_length // layout.cp) * model.seq_length * WEIGHT_BYTES[config.numerics.precision]
+    pairs = (model.seq_length // layout.cp) * model.seq_length * WEIGHT_BYTES[config.numerics.weight_precision]
     if model.pos_emb in ("alibi", "rpe"):
         return pairs * model.num_attention_heads // layout.tp
     types = layer_types(model)

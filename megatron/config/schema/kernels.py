@@ -8,6 +8,7 @@ from megatron.config.schema.base import Section, setting
 
 Fusion = Literal["auto", True, False, "triton"]
 NormFusion = Literal["auto", True, False, "triton", "apex", "liger"]
+Float8Fusion = Literal["auto", True, False, "triton"]
 ActivationFusion = Literal["auto", True, False, "triton", "liger"]
 
 _MEANING = (
@@ -30,6 +31,11 @@ class KernelsConfig(Section):
     )
     cross_entropy_fusion: Fusion = setting(
         "auto", f"What turns logits into losses, and into their own gradients. {_MEANING}"
+    )
+    fp8_fusion: Float8Fusion = setting(
+        "auto",
+        "What measures and rounds the factors of float8 products, with precision: fp8. auto: a fused kernel wherever "
+        "one can run; false: PyTorch's, which is slow unless compiled.",
     )
     optimizer_fusion: Fusion = setting(
         "auto",
