@@ -142,7 +142,7 @@ def float8_linear(function: Function, device: torch.device, dtype: torch.dtype, 
     hidden = -(-hidden_size // 16) * 16
     shapes = (_ROWS, hidden), (48, hidden), (48,), (_ROWS, 48)
     inputs, weight, bias, upstream = _draw(device, dtype, *shapes)
-    weight = weight.detach().div(hidden**0.5).requires_grad_()
+    weight = weight.detach().div(2 ** (hidden.bit_length() // 2)).requires_grad_()  # exactly, in every dtype
     first = _results([function(inputs, weight, bias)], [inputs, weight, bias], [upstream])
     return [*first, *_results([function(inputs, weight)], [inputs, weight], [upstream])]
 
