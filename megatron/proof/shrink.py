@@ -158,7 +158,9 @@ def _head_dim(rotary_pct: float, part: int) -> int:
     """Return the least width of a head, from 8 and a multiple of `part`, of which rotary_pct is an even number of
     features."""
     least = max(8, part)
-    fitting = (width for width in range(least, 1025, least) if int(width * rotary_pct) % 2 == 0 < int(width * rotary_pct))
+    fitting = (
+        width for width in range(least, 1025, least) if int(width * rotary_pct) % 2 == 0 < int(width * rotary_pct)
+    )
     return next(fitting, 1024)
 
 
