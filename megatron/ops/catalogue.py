@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from megatron.ops import probes
 from megatron.ops.choice import EAGER, Candidate, Operation, Probe
 
 
-def _operation(
-    name: str, eager: str, twin: str, probe: Probe, triton: str, *others: Candidate, presumed: str = EAGER
-) -> Operation:
+def _operation(name: str, eager: str, twin: str, probe: Probe, triton: str, *others: Candidate) -> Operation:
     fused = Candidate("triton", f"megatron.ops.triton.{triton}", "triton")
-    candidates = (Candidate(EAGER, f"megatron.ops.{eager}"), fused, *others)
-    return Operation(name, f"megatron.ops.{twin}", candidates, probe, presumed)
+    return Operation(name, f"megatron.ops.{twin}", (Candidate(EAGER, f"megatron.ops.{eager}"), fused, *others), probe)
 
 
 _APEX_NORMS = "megatron.ops.apex_norms"
+_TE_LINEAR = "megatron.ops.transformer_engine_linear"
 _LIGER = "megatron.ops.liger"
 
 _OPERATIONS = (
@@ -81,16 +80,20 @@ _OPERATIONS = (
         "selective_scan", "scan:selective_scan", "scan:selective_scan", probes.selective_scan, "scan:selective_scan"
     ),
     _operation(
-        "float8_linear", "fp8:float8_linear", "fp8:float8_linear_reference", probes.float8_linear, "fp8:float8_linear",
-        presumed="triton",
-    ),
-    _operation(
         "sum_of_squares", "adamw:sum_of_squares", "adamw:sum_of_squares", probes.sum_of_squares,
         "adamw:sum_of_squares",
     ),
     _operation(
         "adamw_update_", "adamw:adamw_update_", "adamw:adamw_update_reference_", probes.adamw_update_,
         "adamw:adamw_update_",
+    ),
+    replace(
+        _operation(
+            "float8_linear", "fp8:float8_linear", "fp8:float8_linear_reference", probes.float8_linear,
+            "fp8:float8_linear",
+            Candidate("transformer_engine", f"{_TE_LINEAR}:float8_linear", "transformer_engine"),
+        ),
+        presumed="triton",
     ),
 )  # fmt: skip
 

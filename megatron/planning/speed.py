@@ -40,9 +40,9 @@ _LAUNCHES = 0.2e-3
 class Gpu:
     """A GPU and its usual surroundings.
 
-    float8: it multiplies in 8 bits. memory: GiB. peak: dense half-precision TFLOP/s. peak_fp32: TFLOP/s without tensor cores. bandwidth: of its memory,
+    memory: GiB. peak: dense half-precision TFLOP/s. peak_fp32: TFLOP/s without tensor cores. bandwidth: of its memory,
     GB/s. link: GB/s that it sends to its node, network: to other nodes, both as achieved by large messages.
-    anchors: (parameters, MFU) of published runs.
+    anchors: (parameters, MFU) of published runs. float8: whether it multiplies in 8 bits.
     """
 
     name: str

@@ -57,7 +57,7 @@ def test_in_fp32_only_the_order_of_sums_differs() -> None:
 
 
 def test_it_errs_as_much_as_its_roundings_may() -> None:
-    """One to 4 significant bits errs by up to 1/16, the root of the mean square being 0.026; one to 3 bits twice that."""
+    """A rounding to 4 significant bits errs by 0.026, the root of the mean square; one to 3 bits by twice that."""
     x, weight, _, dy = draw((512,))
     found = run(fp8.float8_linear, x, weight, None, dy)
     exact = run(linear, x.double(), weight.double(), None, dy.double())

@@ -8,7 +8,7 @@ from megatron.config.schema.base import Section, setting
 
 Fusion = Literal["auto", True, False, "triton"]
 NormFusion = Literal["auto", True, False, "triton", "apex", "liger"]
-Float8Fusion = Literal["auto", True, False, "triton"]
+Float8Fusion = Literal["auto", True, False, "triton", "transformer_engine"]
 ActivationFusion = Literal["auto", True, False, "triton", "liger"]
 
 _MEANING = (
@@ -35,7 +35,7 @@ class KernelsConfig(Section):
     fp8_fusion: Float8Fusion = setting(
         "auto",
         "What measures and rounds the factors of float8 products, with precision: fp8. auto: a fused kernel wherever "
-        "one can run; false: PyTorch's, which is slow unless compiled.",
+        "one can run; false: PyTorch's, which is slow unless compiled; transformer_engine: its whole linear layer.",
     )
     optimizer_fusion: Fusion = setting(
         "auto",
