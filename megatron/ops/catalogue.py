@@ -18,6 +18,11 @@ _APEX_NORMS = "megatron.ops.apex_norms"
 _TE_LINEAR = "megatron.ops.transformer_engine_linear"
 _LIGER = "megatron.ops.liger"
 
+
+def _cuda(place: str) -> Candidate:
+    return Candidate("cuda", f"megatron.ops.cuda.{place}", "torch", "megatron.ops.cuda.build:make_ready")
+
+
 _OPERATIONS = (
     _operation(
         "layer_norm", "norms:layer_norm", "norms:layer_norm_reference", probes.layer_norm, "norms:layer_norm",
@@ -63,10 +68,11 @@ _OPERATIONS = (
     ),
     _operation(
         "cross_entropy", "cross_entropy:block_losses", "cross_entropy:block_losses", probes.cross_entropy,
-        "cross_entropy:block_losses",
+        "cross_entropy:block_losses", _cuda("cross_entropy:block_losses"),
     ),
     _operation(
-        "share_losses", "logits:share_losses", "logits:share_losses", probes.share_losses, "cross_entropy:share_losses"
+        "share_losses", "logits:share_losses", "logits:share_losses", probes.share_losses,
+        "cross_entropy:share_losses", _cuda("cross_entropy:share_losses"),
     ),
     _operation(
         "masked_softmax", "softmax:masked_softmax", "softmax:masked_softmax", probes.masked_softmax,

@@ -81,19 +81,23 @@ def test_zeros(device: torch.device) -> None:
 
 @pytest.mark.parametrize("rows", [32, 37])
 def test_the_linear_map(rows: int, device: torch.device) -> None:
-    """Forward and backward equal PyTorch's own, bit by bit: the products are the same ones."""
+    """Forward and backward equal PyTorch's own, bit by bit, for the products are the same ones; and the formula."""
     if HAS_GPU and formulae.obstacle(device):
         pytest.skip(formulae.obstacle(device))
     generator = torch.Generator().manual_seed(2)
     shapes = [(rows, 48), (80, 48), (80,)]
     leaves = [torch.randn(shape, generator=generator).to(device, torch.bfloat16).requires_grad_() for shape in shapes]
     upstream = torch.randn(rows, 80, generator=generator).to(device, torch.bfloat16)
+    exact = [leaf.detach().float().requires_grad_() for leaf in leaves]
     results = []
-    for function in (kernels.float8_linear, formulae.float8_linear):
-        output = function(*leaves)
-        results.append([output, *torch.autograd.grad(output, leaves, upstream)])
-    for one, other in zip(*results, strict=True):
+    for function, values in (
+        (kernels.float8_linear, leaves), (formulae.float8_linear, leaves), (formulae.float8_linear_reference, exact),
+    ):  # fmt: skip
+        output = function(*values)
+        results.append([output, *torch.autograd.grad(output, values, upstream.to(output.dtype))])
+    for one, other, right in zip(*results, strict=True):
         assert torch.equal(one, other)
+        torch.testing.assert_close(one.float(), right, rtol=2**-6, atol=2**-7 * float(right.abs().max()))
 
 
 def test_operators(device: torch.device) -> None:
