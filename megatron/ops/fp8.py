@@ -58,6 +58,8 @@ def obstacle(device: torch.device) -> str:
     """Return why a device cannot compute float8 products, or ""."""
     if device.type != "cuda":
         return ""
+    if torch.version.hip is not None:
+        return "GPUs of AMD have other float8 types than e4m3fn and e5m2, which are not built in this version."
     capability = torch.cuda.get_device_capability(device)
     if capability >= CAPABILITY:
         return ""

@@ -212,3 +212,5 @@ def test_a_gpu_without_float8_is_refused_in_words(monkeypatch: pytest.MonkeyPatc
         "NVIDIA A100-SXM4-80GB has compute capability 8.0, and float8 products need 8.9 (Ada), 9.0 (Hopper) or later."
     )
     assert fp8.obstacle(torch.device("cpu")) == ""
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert fp8.obstacle(gpu).startswith("GPUs of AMD have other float8 types")
