@@ -23,6 +23,8 @@ CPU = torch.device("cpu")
     ("settings", "operations"),
     [
         ({"gpt_j_residual": True}, {"layer_norm", "rotate_packed", "bias_gelu"}),
+        ({"pos_emb": "none", "activation": "relu", "precision": "fp8"},
+         {"layer_norm", "add_layer_norm", "float8_linear"}),
         ({"norm": "rmsnorm", "pos_emb": "none", "activation": "swiglu"}, {"rms_norm", "add_rms_norm", "bias_swiglu"}),
         ({"norm": "scalenorm", "activation": "relu", "pos_emb": "none"}, set()),
         ({"gpt_j_residual": True, "bias_gelu_fusion": True, "hidden_dropout": 0.1},
