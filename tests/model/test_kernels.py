@@ -69,6 +69,6 @@ def test_fp8_on_a_gpu_without_it_is_refused_before_anything_is_built(monkeypatch
     with pytest.raises(ConfigError) as caught:
         choose_kernels(small_config(precision="fp8"), torch.device("cuda", 0), torch.bfloat16)
     assert str(caught.value) == (
-        'precision = "fp8": NVIDIA A100 has compute capability 8.0, and float8 products need 8.9 (Ada), 9.0 (Hopper) or '
-        "later. Set precision: bf16"
+        'precision = "fp8": NVIDIA A100 has compute capability 8.0, and float8 products need 8.9 (Ada), 9.0 (Hopper) '
+        "or later. Set precision: bf16"
     )
