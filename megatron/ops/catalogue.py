@@ -99,7 +99,7 @@ _OPERATIONS = (
             "fp8:float8_linear",
             Candidate("transformer_engine", f"{_TE_LINEAR}:float8_linear", "transformer_engine"),
         ),
-        presumed="triton",
+        unmeasured="triton",
     ),
 )  # fmt: skip
 

@@ -87,14 +87,14 @@ class Operation:
 
     twin: "module:function" of the formula, with the signature of all candidates.
     candidates: of which the first is eager, the others in order of preference.
-    presumed: the candidate that "auto" tries first on a GPU on which nothing was measured.
+    unmeasured: the candidate that "auto" tries on a GPU where nothing was measured.
     """
 
     name: str
     twin: str
     candidates: tuple[Candidate, ...]
     probe: Probe
-    presumed: str = EAGER
+    unmeasured: str = EAGER
 
     def formula(self) -> Function:
         """Return the twin."""
@@ -169,9 +169,12 @@ def _order(operation: Operation, wish: Asked, situation: Situation, fastest: str
     if wish == "auto":
         if situation.device.type != "cuda":
             return [(eager, f"auto on {situation.device.type}")]
-        why = "nothing was measured" if fastest is None else "the fastest measured"
-        first = [each for each in operation.candidates if each.name == (fastest or operation.presumed)]
-        return [*((each, f"auto: {why} on this device") for each in first), _last(eager)]
+        why = "auto: the fastest measured on this device"
+        if fastest is None:
+            fastest, why = operation.unmeasured, "auto: nothing was measured on this device"
+            if fastest == EAGER:
+                return [(eager, why)]
+        return [*((each, why) for each in operation.candidates if each.name == fastest), _last(eager)]
     if wish is True:
         return [*((each, "true was asked for") for each in fused), _last(eager)]
     named = [(each, f"{wish} was asked for") for each in fused if each.name == wish]

@@ -58,13 +58,13 @@ def chosen(asked: Asked, *fused: str, situation: Situation = GPU, fastest: str |
     return choices.choices[0].candidate, choices.table()
 
 
-def test_what_is_presumed_to_be_the_fastest_is_taken_until_something_is_measured() -> None:
-    known = replace(operation("exact", "wrong"), presumed="exact")
+def test_what_is_to_be_tried_where_nothing_was_measured() -> None:
+    known = replace(operation("exact", "wrong"), unmeasured="exact")
     for fastest, candidate in ((None, "exact"), ("eager", "eager")):
         (found,) = choose({"rms_norm": "auto"}, GPU, {"rms_norm": known}, lambda *_, name=fastest: name).choices
         assert found.candidate == candidate
     assert choose({"rms_norm": "auto"}, CPU, {"rms_norm": known}).choices[0].candidate == "eager"
-    assert CATALOGUE["float8_linear"].presumed == "triton"
+    assert CATALOGUE["float8_linear"].unmeasured == "triton"
 
 
 @pytest.mark.parametrize(
