@@ -44,6 +44,7 @@ def main(argv: list[str]) -> int:
     settings = read(words["config_files"], words["config_dir"], words["overrides"])
     resolution = settings.resolve(words["gpus"], planning=words["gpus"] is None)
     config, gpu = resolution.config, _find_gpu(words)
+    _require_float8(config, gpu)
     vocab_size, is_known = vocabulary_size(config)
     planner = Planner(config, vocab_size, _assumptions(config, gpu, vocab_size, words), words["reserve"] * GIBIBYTE)
     limit = gpu.memory * GIBIBYTE
@@ -130,6 +131,12 @@ def _layout(planner: Planner, limit: float) -> Layout:
     if not planner.config.batch.find_micro_batch_size:
         return layout
     return micro_batch.sized(layout, micro_batch.largest(planner, layout, limit) or 1)
+
+
+def _require_float8(config: Config, gpu: Gpu) -> None:
+    if config.numerics.precision == "fp8" and not gpu.float8:
+        why = f"{gpu.name} has no float8 products, which need compute capability 8.9."
+        raise ConfigError(Problem('precision = "fp8"', why, "Set precision: bf16, or give --gpu H100 or H200."))
 
 
 def _name(gpu: Gpu) -> str:

@@ -31,6 +31,11 @@ BLOCKS = {
     "scalenorm, relu": {"pos_emb": "none", "norm": "scalenorm", "activation": "relu"},
     "softsign": {"pos_emb": "none", "activation": "softsign"},
     "bilinear": {"pos_emb": "none", "activation": "bilinear", "precision": "fp32"},
+    "GPT-NeoX fp8": {"gpt_j_residual": True, "rotary_pct": 0.25, "precision": "fp8"},
+    "GPT-J fp8": {"gpt_j_residual": True, "gpt_j_tied": True, "precision": "fp8"},
+    "LLaMA fp8": {"norm": "rmsnorm", "activation": "swiglu", "mlp_multiple_of": 16, "precision": "fp8"},
+    "relu fp8": {"pos_emb": "none", "activation": "relu", "precision": "fp8"},
+    "softsign fp8": {"pos_emb": "none", "activation": "softsign", "precision": "fp8"},
     "window": {"pos_emb": "none", "sliding_window_width": 8},
 }
 
@@ -76,6 +81,7 @@ HEADS = {**CP, "context_parallel_method": "all_to_all"}
 AGAIN = {"checkpoint_activations": True}
 SCORES, NARROW = {**AGAIN, "checkpoint_operations": ["attention"]}, {**AGAIN, "checkpoint_operations": ["activation"]}
 NORMS = {**AGAIN, "checkpoint_operations": ["norm"]}
+CHEAP = {**AGAIN, "checkpoint_operations": ["norm", "activation"]}
 LLAMA = {**BLOCKS["LLaMA"], "mlp_multiple_of": 8}
 
 SHARED: dict[str, tuple[int, dict]] = {
@@ -92,6 +98,8 @@ SHARED: dict[str, tuple[int, dict]] = {
     "ring, norms of queries and keys": (2, {**CP, "use_qk_layernorm": True}),
     "ring, sequence": (4, {**CP, **SP}),
     "ring, attention recomputed": (2, {**CP, **SCORES}),
+    "ring, fp8": (2, {**CP, "precision": "fp8"}),
+    "tensor, fp8, attention recomputed": (2, {**TP, **SCORES, "precision": "fp8"}),
     "all to all": (2, HEADS),
     "all to all, LLaMA": (2, {**HEADS, **LLAMA}),
     "all to all, norms of queries and keys": (2, {**HEADS, "use_qk_layernorm": True}),
@@ -104,7 +112,8 @@ SHARED: dict[str, tuple[int, dict]] = {
     "norms recomputed, GPT-J": (1, {**NORMS, **BLOCKS["GPT-J"]}),
     "norms recomputed, sequence": (2, {**NORMS, **SP}),
     "norms recomputed, sequence, parallel residual": (2, {**NORMS, **SP, "gpt_j_residual": True}),
-    "norms and activation recomputed": (1, {**AGAIN, "checkpoint_operations": ["norm", "activation"]}),
+    "norms and activation recomputed": (1, CHEAP),
+    "norms and activation recomputed in fp8": (1, {**BLOCKS["GPT-NeoX fp8"], **CHEAP}),
     "all recomputed, tensor": (2, {**TP, **AGAIN, "checkpoint_operations": ["norm", "attention", "activation"]}),
     "all recomputed, ring": (2, {**CP, **AGAIN, "checkpoint_operations": ["norm", "attention", "activation"]}),
 }  # fmt: skip
