@@ -10,10 +10,11 @@ import torch
 import torch.distributed as dist
 
 from megatron.errors import ConfigError
+from megatron.model.build import build_model
 from megatron.model.kernels import choose_kernels, require_agreement
 from megatron.ops.choice import Choice, Choices
-from megatron.parallel.mesh import Axis
-from tests.model.models import small_config
+from megatron.parallel.mesh import Axis, Mesh
+from tests.model.models import VOCAB, random_tokens, small_config
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -40,7 +41,7 @@ def test_nothing_is_said_where_nothing_was_asked_for(caplog: pytest.LogCaptureFi
     with caplog.at_level(logging.INFO, logger="deepy.model.kernels"):
         choose_kernels(small_config(), CPU, torch.float32)
         assert caplog.text == ""
-        choose_kernels(small_config(rope_fusion=True), CPU, torch.float32)
+        choose_kernels(small_config(rope_fusion="triton"), CPU, torch.float32)
     assert "rotate_packed" in caplog.text
     assert "not triton" in caplog.text
     assert "needs a CUDA device, and this is cpu" in caplog.text
@@ -59,3 +60,26 @@ def test_ranks_that_choose_differently_are_told_so() -> None:
 
     for message in run_ranks(2, check):
         assert "rank 0 would use triton and rank 1 eager (triton: PTXASError: no such file)" in message
+
+
+@pytest.mark.parametrize("operations", [None, ["activation", "attention"]])
+def test_a_compiled_model_is_the_eager_one(operations: list[str] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In loss and gradients, and where its operations are computed again; traced here, without a C++ compiler."""
+    compile_, traced = torch.compile, []
+
+    def trace(function: Any) -> Any:
+        traced.append(function)
+        return compile_(function, backend="aot_eager", fullgraph=True)
+
+    monkeypatch.setattr(torch, "compile", trace)
+    keys = ("rmsnorm_fusion", "rope_fusion", "activation_fusion")
+    model = {"norm": "rmsnorm", "activation": "swiglu", "checkpoint_operations": operations}
+    results = []
+    for settings in ({}, {"checkpoint_activations": True, **dict.fromkeys(keys, "compile")}):
+        decoder = build_model(small_config(**model, **settings), VOCAB, Mesh.single())
+        tokens = random_tokens(rows=2, length=7)
+        loss = torch.nn.functional.cross_entropy(decoder(tokens).flatten(0, 1), tokens.flatten())
+        loss.backward()
+        results.append([loss.detach(), *(parameter.grad for parameter in decoder.parameters())])
+    assert len(traced) == 8  # four operations, each with a copy for its probe
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)

@@ -7,8 +7,10 @@ from typing import Literal
 from megatron.config.schema.base import Section, setting
 
 Fusion = Literal["auto", True, False, "triton"]
-NormFusion = Literal["auto", True, False, "triton", "apex", "liger"]
-ActivationFusion = Literal["auto", True, False, "triton", "liger"]
+ElementWiseFusion = Literal["auto", True, False, "triton", "compile"]
+NormFusion = Literal["auto", True, False, "triton", "apex", "liger", "transformer_engine", "compile"]
+ActivationFusion = Literal["auto", True, False, "triton", "liger", "compile"]
+OptimizerFusion = Literal["auto", True, False, "triton", "apex"]
 
 _MEANING = (
     "auto: on a GPU what was measured to be the fastest there, else PyTorch's; true: a fused kernel wherever one can "
@@ -21,17 +23,17 @@ class KernelsConfig(Section):
 
     layernorm_fusion: NormFusion = setting("auto", f"What computes norm: layernorm. {_MEANING}")
     rmsnorm_fusion: NormFusion = setting("auto", f"What computes norm: rmsnorm. {_MEANING}")
-    rope_fusion: Fusion = setting("auto", f"What turns queries and keys by their positions. {_MEANING}")
+    rope_fusion: ElementWiseFusion = setting("auto", f"What turns queries and keys by their positions. {_MEANING}")
     activation_fusion: ActivationFusion = setting(
         "auto", f"What computes the bias and the activation of an MLP: gelu, swiglu and geglu. {_MEANING}"
     )
-    bias_dropout_fusion: Fusion = setting(
+    bias_dropout_fusion: ElementWiseFusion = setting(
         "auto", f"What computes the hidden dropout and the addition to the residual stream. {_MEANING}"
     )
     cross_entropy_fusion: Fusion = setting(
         "auto", f"What turns logits into losses, and into their own gradients. {_MEANING}"
     )
-    optimizer_fusion: Fusion = setting(
+    optimizer_fusion: OptimizerFusion = setting(
         "auto",
         "What applies AdamW in the library's own engine, at ZeRO stage 0: a fused kernel clips, updates and rounds the "
         f"weights in one pass over memory. {_MEANING}",
