@@ -23,11 +23,11 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(
     ("settings", "operations"),
     [
-        ({"gpt_j_residual": True}, {"layer_norm", "rotate_packed", "bias_gelu"}),
+        ({"gpt_j_residual": True}, {"layer_norm", "add_layer_norm", "rotate_packed", "bias_gelu"}),
         ({"norm": "rmsnorm", "pos_emb": "none", "activation": "swiglu"}, {"rms_norm", "add_rms_norm", "bias_swiglu"}),
         ({"norm": "scalenorm", "activation": "relu", "pos_emb": "none"}, set()),
         ({"gpt_j_residual": True, "bias_gelu_fusion": True, "hidden_dropout": 0.1},
-         {"layer_norm", "rotate_packed", "bias_gelu_tanh", "add_dropped"}),
+         {"layer_norm", "add_layer_norm", "rotate_packed", "bias_gelu_tanh", "add_dropped"}),
     ],
 )  # fmt: skip
 def test_the_operations_of_a_model(settings: dict[str, Any], operations: set[str]) -> None:
