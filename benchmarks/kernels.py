@@ -262,7 +262,10 @@ def on_a_cpu(options: argparse.Namespace, works: list[Work], clock: Clock) -> Me
     print(f"{measured.device}: a copy moves {measured.copy:.0f} GB/s; load {os.getloadavg()[0]:.1f}", flush=True)
     for each in [threads] if options.quick else sorted({1, threads}):
         compared = beside_torch.compare_all(*CPU_SIZES[0], each, options.only)
-        measured.compared += [asdict(row) | {"ratio": row.ratio} for row in compared]
+        measured.compared += [
+            asdict(row) | {"ratio": row.ratio, "ratio_of_processor_time": row.ratio_of_processor_time}
+            for row in compared
+        ]
         measured.misses += [row.miss() for row in compared if row.is_short]
     torch.set_num_threads(threads)
     if options.only in "linear + cross_entropy":

@@ -34,7 +34,8 @@ def test_what_falls_short_of_the_aims_is_named() -> None:
 
 
 def test_a_comparison_misses_its_aim_by_more_than_noise_only() -> None:
-    compared = [Compared("swiglu", "float32", 2, ours, 1.0, aim) for ours, aim in ((1.04, 1), (1.1, 1), (0.8, 1.5))]
-    assert [each.is_short for each in compared] == [False, True, True]
+    measured = ((1.04, 1, 2.0), (1.1, 1, 1.1), (0.8, 1.5, 0.8), (1.1, 1, 1.0))  # the last by neighbours alone
+    compared = [Compared("swiglu", "float32", 2, ours, 1.0, aim, busy, 1.0) for ours, aim, busy in measured]
+    assert [each.is_short for each in compared] == [False, True, True, False]
     assert compared[1].miss() == "swiglu, float32, 2 threads: 0.91 times PyTorch, aim 1"
-    assert not Compared("softmax", "float32", 2, 9.0, 1.0, 0).is_short
+    assert not Compared("softmax", "float32", 2, 9.0, 1.0, 0, 9.0, 1.0).is_short

@@ -16,19 +16,23 @@ _MEANING = (
     "auto: on a GPU what was measured to be the fastest there, else PyTorch's; true: a fused kernel wherever one can "
     "run; false: PyTorch's; or the name of one."
 )
+_COMPILED = (
+    f"{_MEANING} compile is torch.compile, the last that true tries, and all that it finds on a CPU, where it takes a "
+    "C++ compiler and seconds for each operation."
+)
 
 
 class KernelsConfig(Section):
     """Which kernels compute the operations of a model: a table at the start of a run says what was chosen, and why."""
 
-    layernorm_fusion: NormFusion = setting("auto", f"What computes norm: layernorm. {_MEANING}")
-    rmsnorm_fusion: NormFusion = setting("auto", f"What computes norm: rmsnorm. {_MEANING}")
-    rope_fusion: ElementWiseFusion = setting("auto", f"What turns queries and keys by their positions. {_MEANING}")
+    layernorm_fusion: NormFusion = setting("auto", f"What computes norm: layernorm. {_COMPILED}")
+    rmsnorm_fusion: NormFusion = setting("auto", f"What computes norm: rmsnorm. {_COMPILED}")
+    rope_fusion: ElementWiseFusion = setting("auto", f"What turns queries and keys by their positions. {_COMPILED}")
     activation_fusion: ActivationFusion = setting(
-        "auto", f"What computes the bias and the activation of an MLP: gelu, swiglu and geglu. {_MEANING}"
+        "auto", f"What computes the bias and the activation of an MLP: gelu, swiglu and geglu. {_COMPILED}"
     )
     bias_dropout_fusion: ElementWiseFusion = setting(
-        "auto", f"What computes the hidden dropout and the addition to the residual stream. {_MEANING}"
+        "auto", f"What computes the hidden dropout and the addition to the residual stream. {_COMPILED}"
     )
     cross_entropy_fusion: Fusion = setting(
         "auto", f"What turns logits into losses, and into their own gradients. {_MEANING}"
