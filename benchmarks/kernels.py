@@ -49,9 +49,12 @@ from megatron.ops.measured import Fastest, write
 AIMED_AT = (16384, 4096)
 WIDTHS = (4096, 768, 2048, 8192, 1024)
 GPU_SIZES = [(tokens, hidden) for tokens in (16384, 2048, 65536) for hidden in WIDTHS]
+SELDOM = ("masked_softmax", "grouped_matmul", "selective_scan")
+"""No model uses them yet: on a GPU they are measured at the size of the aims only."""
+
 CPU_SIZES = [(512, 768), (2048, 2048)]
-COMPILED_AT = (AIMED_AT, (16384, 768), *CPU_SIZES)
-"""Compilation takes seconds for each operation and size."""
+COMPILED_AT = (AIMED_AT, (16384, 768))
+"""Of a GPU's sizes, those of torch.compile, which takes seconds for each operation and size."""
 
 COMPILE_PAYS = 0.9
 """The share of the next best's time that torch.compile must stay below to be chosen: it compiles at every start."""
@@ -117,10 +120,13 @@ class Clock:
         return 2 * source.numel() * 4 / self.median(lambda: target.copy_(source))
 
 
-def candidates(operation: str, situation: Situation, size: tuple[int, int]) -> Iterator[tuple[str, Function]]:
-    """Yield what can compute an operation here, by name; say why something on a GPU cannot."""
+def candidates(operation: str, situation: Situation, compiled: bool) -> Iterator[tuple[str, Function]]:
+    """Yield what can compute an operation here, by name; say why something on a GPU cannot.
+
+    compiled: torch.compile alone; else all but that.
+    """
     for candidate in CATALOGUE[operation].candidates:
-        if candidate.name == COMPILE and size not in COMPILED_AT:
+        if (candidate.name == COMPILE) != compiled:
             continue
         reason = candidate.obstacle(situation)
         if not reason:
@@ -160,12 +166,12 @@ def measure(
 
 
 def measured_rows(
-    works: list[Work], size: tuple[int, int], clock: Clock, copy: float, dtype: torch.dtype
+    works: list[Work], size: tuple[int, int], clock: Clock, copy: float, dtype: torch.dtype, compiled: bool = False
 ) -> Iterator[Row]:
-    """Yield the row of every candidate at a size; of one that fails here, its message."""
+    """Yield the row of every candidate at a size, or of torch.compile alone; of one that fails here, its message."""
     situation = Situation(clock.device, dtype, size[1])
     for work in works:
-        for name, function in candidates(work.operation, situation, size):
+        for name, function in candidates(work.operation, situation, compiled):
             try:
                 yield measure(work, name, function, size, clock, copy, dtype)
             except Exception as error:  # no memory for this size, or a library or a compiler that does not work here
@@ -231,19 +237,27 @@ class Measured:
             path.write_text(json.dumps(asdict(self), indent=1) + "\n")
 
 
+def gpu_passes(quick: bool) -> list[tuple[tuple[int, int], bool]]:
+    """Return the sizes in the order of their weight, each with whether torch.compile is measured or all else."""
+    first, rest = GPU_SIZES[: len(COMPILED_AT)], GPU_SIZES[len(COMPILED_AT) :]
+    passes = [(size, compiled) for compiled in (False, True) for size in first] + [(size, False) for size in rest]
+    return [each for each in passes if not quick or each[0] == GPU_SIZES[0]]
+
+
 def on_a_gpu(options: argparse.Namespace, works: list[Work], clock: Clock) -> Measured:
     """Measure size by size until the limit."""
     copy = clock.copy_bandwidth()
     measured = Measured(torch.cuda.get_device_name(clock.device), copy / 1e9)
     print(f"{measured.device}: a copy moves {measured.copy:.0f} GB/s", flush=True)
     begin = time.perf_counter()
-    for number, size in enumerate(GPU_SIZES[: 1 if options.quick else None]):
+    for number, (size, compiled) in enumerate(gpu_passes(options.quick)):
         if number and options.limit and time.perf_counter() - begin > options.limit:
             print(f"{options.limit} s are over: nothing of {size[0]} tokens of {size[1]} and what comes after it")
             break
-        for row in measured_rows(works, size, clock, copy, torch.bfloat16):
+        here = [work for work in works if number == 0 or work.operation not in SELDOM]
+        for row in measured_rows(here, size, clock, copy, torch.bfloat16, compiled):
             measured.rows.append(row)
-            if options.limit and time.perf_counter() - begin > options.limit:
+            if number and options.limit and time.perf_counter() - begin > options.limit:
                 break
         measured.fastest = fastest(measured.rows, measured.device)
         measured.save(options.json)
@@ -280,7 +294,8 @@ def on_a_cpu(options: argparse.Namespace, works: list[Work], clock: Clock) -> Me
     if not options.quick:
         for dtype in (torch.float32, torch.bfloat16):
             for size in CPU_SIZES:
-                measured.rows += measured_rows(works, size, clock, copy, dtype)
+                for compiled in (False, True):
+                    measured.rows += measured_rows(works, size, clock, copy, dtype, compiled)
         report(measured.rows)
     return measured
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from megatron.config.schema.kernels import KernelsConfig
 from megatron.errors import ConfigError
 from megatron.model.build import build_model
 from megatron.model.kernels import choose_kernels, require_agreement
+from megatron.ops.catalogue import CATALOGUE
 from megatron.ops.choice import Choice, Choices
 from megatron.parallel.mesh import Axis, Mesh
 from tests.model.models import VOCAB, random_tokens, small_config
@@ -83,3 +85,19 @@ def test_a_compiled_model_is_the_eager_one(operations: list[str] | None, monkeyp
         results.append([loss.detach(), *(parameter.grad for parameter in decoder.parameters())])
     assert len(traced) == 8  # four operations, each with a copy for its probe
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
+
+
+def test_every_candidate_can_be_asked_for_by_its_operations_key() -> None:
+    keys = {
+        "layernorm_fusion": ("layer_norm", "add_layer_norm"),
+        "rmsnorm_fusion": ("rms_norm", "add_rms_norm"),
+        "rope_fusion": ("rotate_packed",),
+        "activation_fusion": ("bias_gelu", "bias_gelu_tanh", "bias_swiglu", "bias_geglu"),
+        "bias_dropout_fusion": ("add_dropped",),
+        "cross_entropy_fusion": ("cross_entropy", "share_losses"),
+        "optimizer_fusion": ("adamw_update_", "sum_of_squares"),
+    }
+    for key, operations in keys.items():
+        names = {each.name for operation in operations for each in CATALOGUE[operation].candidates} - {"eager"}
+        values = set(get_args(KernelsConfig.model_fields[key].annotation)) - {"auto", True, False}
+        assert names == values, key
