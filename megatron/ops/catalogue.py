@@ -36,6 +36,10 @@ def _transformer_engine(place: str) -> Candidate:
     return Candidate("transformer_engine", f"megatron.ops.transformer_engine_norms:{place}", "transformer_engine")
 
 
+def _cuda(place: str) -> Candidate:
+    return Candidate("cuda", f"megatron.ops.cuda.{place}", "torch", "megatron.ops.cuda.build:make_ready")
+
+
 _OPERATIONS = (
     _element_wise(
         "layer_norm", "norms", probes.layer_norm,
@@ -59,10 +63,11 @@ _OPERATIONS = (
     _element_wise("add_dropped", "dropout_add", probes.add_dropped, twin="dropout_add:add_dropped_reference"),
     _operation(
         "cross_entropy", "cross_entropy:block_losses", "cross_entropy:block_losses", probes.cross_entropy,
-        "cross_entropy:block_losses",
+        "cross_entropy:block_losses", _cuda("cross_entropy:block_losses"),
     ),
     _operation(
-        "share_losses", "logits:share_losses", "logits:share_losses", probes.share_losses, "cross_entropy:share_losses"
+        "share_losses", "logits:share_losses", "logits:share_losses", probes.share_losses,
+        "cross_entropy:share_losses", _cuda("cross_entropy:share_losses"),
     ),
     _operation(
         "masked_softmax", "softmax:masked_softmax", "softmax:masked_softmax", probes.masked_softmax,

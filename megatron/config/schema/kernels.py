@@ -6,7 +6,7 @@ from typing import Literal
 
 from megatron.config.schema.base import Section, setting
 
-Fusion = Literal["auto", True, False, "triton"]
+LossFusion = Literal["auto", True, False, "triton", "cuda"]
 ElementWiseFusion = Literal["auto", True, False, "triton", "compile"]
 NormFusion = Literal["auto", True, False, "triton", "apex", "liger", "transformer_engine", "compile"]
 ActivationFusion = Literal["auto", True, False, "triton", "liger", "compile"]
@@ -34,8 +34,10 @@ class KernelsConfig(Section):
     bias_dropout_fusion: ElementWiseFusion = setting(
         "auto", f"What computes the hidden dropout and the addition to the residual stream. {_COMPILED}"
     )
-    cross_entropy_fusion: Fusion = setting(
-        "auto", f"What turns logits into losses, and into their own gradients. {_MEANING}"
+    cross_entropy_fusion: LossFusion = setting(
+        "auto",
+        "What turns logits into losses, and into their own gradients; cuda is built by nvcc when it is first used. "
+        f"{_MEANING}",
     )
     optimizer_fusion: OptimizerFusion = setting(
         "auto",
