@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from megatron.ops import probes
 from megatron.ops.choice import EAGER, Candidate, Operation, Probe
@@ -33,7 +34,7 @@ def _liger(place: str) -> Candidate:
 
 
 def _transformer_engine(place: str) -> Candidate:
-    return Candidate("transformer_engine", f"megatron.ops.transformer_engine_norms:{place}", "transformer_engine")
+    return Candidate("transformer_engine", f"megatron.ops.{place}", "transformer_engine")
 
 
 def _cuda(place: str) -> Candidate:
@@ -43,12 +44,13 @@ def _cuda(place: str) -> Candidate:
 _OPERATIONS = (
     _element_wise(
         "layer_norm", "norms", probes.layer_norm,
-        _apex("apex_norms:layer_norm"), _liger("layer_norm"), _transformer_engine("layer_norm"),
+        _apex("apex_norms:layer_norm"), _liger("layer_norm"),
+        _transformer_engine("transformer_engine_norms:layer_norm"),
         twin="norms:layer_norm_reference",
     ),
     _element_wise(
         "rms_norm", "norms", probes.rms_norm,
-        _apex("apex_norms:rms_norm"), _liger("rms_norm"), _transformer_engine("rms_norm"),
+        _apex("apex_norms:rms_norm"), _liger("rms_norm"), _transformer_engine("transformer_engine_norms:rms_norm"),
         twin="norms:rms_norm_reference",
     ),
     _element_wise("add_layer_norm", "norms", probes.add_layer_norm, twin="norms:add_layer_norm_reference"),
@@ -87,6 +89,14 @@ _OPERATIONS = (
     _operation(
         "adamw_update_", "adamw:adamw_update_", "adamw:adamw_update_reference_", probes.adamw_update_,
         "adamw:adamw_update_", _apex("apex_adam:adamw_update_"),
+    ),
+    replace(
+        _operation(
+            "float8_linear", "fp8:float8_linear", "fp8:float8_linear_reference", probes.float8_linear,
+            "fp8:float8_linear",
+            _transformer_engine("transformer_engine_linear:float8_linear"),
+        ),
+        unmeasured="triton",
     ),
 )  # fmt: skip
 

@@ -87,12 +87,14 @@ class Operation:
 
     twin: "module:function" of the formula, with the signature of all candidates.
     candidates: of which the first is eager, the others in order of preference.
+    unmeasured: the candidate that "auto" tries on a GPU where nothing was measured.
     """
 
     name: str
     twin: str
     candidates: tuple[Candidate, ...]
     probe: Probe
+    unmeasured: str = EAGER
 
     def formula(self) -> Function:
         """Return the twin."""
@@ -167,10 +169,12 @@ def _order(operation: Operation, wish: Asked, situation: Situation, fastest: str
     if wish == "auto":
         if situation.device.type != "cuda":
             return [(eager, f"auto on {situation.device.type}")]
+        why = "auto: the fastest measured on this device"
         if fastest is None:
-            return [(eager, "auto: nothing was measured on this device")]
-        first = [each for each in operation.candidates if each.name == fastest]
-        return [*((each, "auto: the fastest measured on this device") for each in first), _last(eager)]
+            fastest, why = operation.unmeasured, "auto: nothing was measured on this device"
+            if fastest == EAGER:
+                return [(eager, why)]
+        return [*((each, why) for each in operation.candidates if each.name == fastest), _last(eager)]
     if wish is True:
         return [*((each, "true was asked for") for each in fused), _last(eager)]
     named = [(each, f"{wish} was asked for") for each in fused if each.name == wish]

@@ -26,6 +26,8 @@ CPU = torch.device("cpu")
     ("settings", "operations"),
     [
         ({"gpt_j_residual": True}, {"layer_norm", "add_layer_norm", "rotate_packed", "bias_gelu"}),
+        ({"pos_emb": "none", "activation": "relu", "precision": "fp8"},
+         {"layer_norm", "add_layer_norm", "float8_linear"}),
         ({"norm": "rmsnorm", "pos_emb": "none", "activation": "swiglu"}, {"rms_norm", "add_rms_norm", "bias_swiglu"}),
         ({"norm": "scalenorm", "activation": "relu", "pos_emb": "none"}, set()),
         ({"gpt_j_residual": True, "bias_gelu_fusion": True, "hidden_dropout": 0.1},
@@ -101,3 +103,14 @@ def test_every_candidate_can_be_asked_for_by_its_operations_key() -> None:
         names = {each.name for operation in operations for each in CATALOGUE[operation].candidates} - {"eager"}
         values = set(get_args(KernelsConfig.model_fields[key].annotation)) - {"auto", True, False}
         assert names == values, key
+
+
+def test_fp8_on_a_gpu_without_it_is_refused_before_anything_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    with pytest.raises(ConfigError) as caught:
+        choose_kernels(small_config(precision="fp8"), torch.device("cuda", 0), torch.bfloat16)
+    assert str(caught.value) == (
+        'precision = "fp8": NVIDIA A100 has compute capability 8.0, and float8 products need 8.9 (Ada), 9.0 (Hopper) '
+        "or later. Set precision: bf16"
+    )

@@ -190,7 +190,7 @@ OFFERED = [
     (operation.name, candidate.name)
     for operation in CATALOGUE.values()
     for candidate in operation.candidates
-    if candidate.name in ("liger", "transformer_engine", "apex")
+    if candidate.place.split(":")[0].removeprefix("megatron.ops.") in ADAPTERS
 ]
 
 

@@ -7,6 +7,7 @@ from typing import Literal
 from megatron.config.schema.base import Section, setting
 
 LossFusion = Literal["auto", True, False, "triton", "cuda"]
+Float8Fusion = Literal["auto", True, False, "triton", "transformer_engine"]
 ElementWiseFusion = Literal["auto", True, False, "triton", "compile"]
 NormFusion = Literal["auto", True, False, "triton", "apex", "liger", "transformer_engine", "compile"]
 ActivationFusion = Literal["auto", True, False, "triton", "liger", "compile"]
@@ -38,6 +39,11 @@ class KernelsConfig(Section):
         "auto",
         "What turns logits into losses, and into their own gradients; cuda is built by nvcc when it is first used. "
         f"{_MEANING}",
+    )
+    fp8_fusion: Float8Fusion = setting(
+        "auto",
+        "What measures and rounds the factors of float8 products, with precision: fp8. auto: a fused kernel wherever "
+        "one can run; false: PyTorch's, which is slow unless compiled; transformer_engine: its whole linear layer.",
     )
     optimizer_fusion: OptimizerFusion = setting(
         "auto",
