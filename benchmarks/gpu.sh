@@ -8,7 +8,7 @@
 #
 # It needs bash, coreutils and Python with torch. A step that fails or is too slow costs only itself; the table at the
 # end names it, OUT/summary.json has it, and OUT/<step>.log its output. All of it ends within 535 seconds: the tests come
-# last and have what the others leave, at least 160 seconds less what the installation took.
+# last and have what the others leave, at least 120 seconds less what the installation took.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 mkdir -p "${1:-runs/gpu}" || exit 1
@@ -70,6 +70,7 @@ kernels=(--limit 165 --json "$out/kernels.json")
 if [ "${DEEPY_TEST_DEVICE:-cuda}" = cpu ]; then kernels+=(--quick); fi
 if [ -n "${WRITE:-}" ]; then kernels+=(--write); fi
 SHOWN=40 step kernels 200 "$python" benchmarks/kernels.py "${kernels[@]}"
+step fp8 40 "$python" benchmarks/fp8.py --quick --json "$out/fp8.json"
 step train 90 "$python" benchmarks/train.py --quick --json "$out/train.json"
 step startup 40 "$python" benchmarks/startup.py --quick --json "$out/startup.json"
 step data 45 "$python" benchmarks/data.py --quick --json "$out/data.json"

@@ -32,6 +32,7 @@ def test_a_failed_step_costs_only_itself(tmp_path: Path) -> None:
     assert {step["step"]: step["result"] for step in summary["steps"]} == {
         "install": "passed",
         "kernels": "passed",
+        "fp8": "passed",
         "train": "FAILED: exit code 3",
         "startup": "passed",
         "data": "passed",
