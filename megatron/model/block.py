@@ -5,6 +5,9 @@
 
 n2 is n1 itself where the norms are tied (gpt_j_tied).
 
+What a layer adds last is a pass over memory of its own, unless the next norm adds it as it reads: then the layer leaves
+it to that norm, as the branch of its stream. The sums are the same to the last bit.
+
 A PreNormBlock enters the split layers and leaves them twice. A ParallelBlock does it once, around norms, attention and
 MLP together: half the communication, for norms that each rank computes on the whole sequence. With hidden dropout,
 which must see whole sums, the two branches leave one by one.
@@ -36,6 +39,7 @@ class Block(nn.Module):
     dropout: probability, on each branch before it is added. add_dropped: how it is, where there is dropout.
     region: where the split layers begin and end.
     recompute_norms: make what the norms return again in the backward pass.
+    defers: leave the last addition to the norm that follows, where there is no dropout.
     """
 
     def __init__(
@@ -48,6 +52,7 @@ class Block(nn.Module):
         region: TensorRegion,
         add_dropped: Function = add_dropped,
         recompute_norms: bool = False,
+        defers: bool = False,
     ) -> None:
         super().__init__()
         self.recompute_norms = recompute_norms
@@ -58,6 +63,7 @@ class Block(nn.Module):
         self.dropout = dropout
         self.region = region
         self.add_dropped = add_dropped
+        self.defers = defers
 
     @property
     def _drops(self) -> bool:
@@ -85,6 +91,21 @@ class Block(nn.Module):
             dropped: Tensor = self.add_dropped(whole, None, hidden, self.dropout)
             return dropped
 
+    def _first_normed(self, stream: Stream) -> tuple[Tensor, Tensor]:
+        """Return the input norm of the residual stream, and that stream whole."""
+        if self.recompute_norms and self.input_layernorm.is_composite:
+            stream = stream.whole()
+        if stream.branch is None:
+            return self._normed(self.input_layernorm, stream.hidden), stream.hidden
+        normed, hidden = self.input_layernorm(stream.branch, stream.hidden)
+        return normed, hidden
+
+    def _ended(self, stream: Stream, hidden: Tensor, branch: Tensor) -> Stream:
+        """Return the stream after this layer, to which it adds `branch` last."""
+        if self.defers and not self._drops:
+            return stream._replace(hidden=hidden, branch=self.region.leave(branch))
+        return stream._replace(hidden=self._add(hidden, branch), branch=None)
+
 
 class PreNormBlock(Block):
     """Attention, then the MLP on its result, each with its norm."""
@@ -92,18 +113,19 @@ class PreNormBlock(Block):
     def forward(self, stream: Stream, cache: KVCache | None = None) -> Stream:
         assert self.post_attention_layernorm is not None
         region = self.region
-        first = region.enter(self._normed(self.input_layernorm, stream.hidden))
-        with self._feeding(first, self._first, stream.hidden):
+        normed, hidden = self._first_normed(stream)
+        first = region.enter(normed)
+        with self._feeding(first, self._first, hidden):
             attended = self.attention(first, stream.segments, cache)
         if self._drops or (self.recompute_norms and self.post_attention_layernorm.is_composite):
-            hidden = self._add(stream.hidden, attended)
+            hidden = self._add(hidden, attended)
             normed = self._normed(self.post_attention_layernorm, hidden)
         else:
-            normed, hidden = self.post_attention_layernorm(region.leave(attended), stream.hidden)
+            normed, hidden = self.post_attention_layernorm(region.leave(attended), hidden)
         second = region.enter(normed)
         with self._feeding(second, self._second, hidden):
             branch = self.mlp(second)
-        return stream._replace(hidden=self._add(hidden, branch))
+        return self._ended(stream, hidden, branch)
 
     def _first(self, hidden: Tensor) -> Tensor:
         return self.region.enter(self.input_layernorm(hidden))
@@ -117,9 +139,14 @@ class ParallelBlock(Block):
     """Attention and MLP on the same input; the norms stand inside the region (their ShardSpec says tensor_partial)."""
 
     def forward(self, stream: Stream, cache: KVCache | None = None) -> Stream:
-        whole = self.region.enter(stream.hidden)
         norms = self.input_layernorm, self.post_attention_layernorm or self.input_layernorm
-        first = self._normed(norms[0], whole)
+        if self.region.is_split:  # what enters does so once, and whole
+            stream = stream.whole()
+            hidden, whole = stream.hidden, self.region.enter(stream.hidden)
+            first = self._normed(norms[0], whole)
+        else:
+            first, hidden = self._first_normed(stream)
+            whole = hidden
         second = first if norms[0] is norms[1] else self._normed(norms[1], whole)
         with self._feeding(first, norms[0], whole):
             attended = self.attention(first, stream.segments, cache)
@@ -127,7 +154,7 @@ class ParallelBlock(Block):
             branches = [attended, self.mlp(second)]
         if self.region.is_split and not self._drops:
             branches = [branches[0] + branches[1]]
-        hidden = stream.hidden
-        for branch in branches:
+        *others, last = branches
+        for branch in others:
             hidden = self._add(hidden, branch)
-        return stream._replace(hidden=hidden)
+        return self._ended(stream, hidden, last)

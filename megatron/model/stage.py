@@ -117,7 +117,7 @@ class StageModel(PlannedModel):
         inputs: tokens [b, s] int64 on the first stage, else the stream of the stage before.
         segments: [b, s] int64 document numbers of the tokens, or None.
         """
-        return self._through(self._call(0, inputs, segments) if self.is_first else inputs)
+        return self._through(self._call(0, inputs, segments) if self.is_first else inputs).whole()
 
     def finish(self, stream: Stream, labels: Tensor | None = None, loss_mask: Tensor | None = None) -> Tensor:
         """Return logits, losses or their sum, on the last stage, as `SequentialModel` does."""
