@@ -50,7 +50,7 @@ class OnePassAdamW:
         for group in self._optimizer.param_groups:
             masters, states = group["params"], [self._optimizer.state[master] for master in group["params"]]
             steps = [state["step"] for state in states]
-            torch._foreach_add_(steps, counted)
+            torch._foreach_add_(steps, [counted] * len(steps))
             self._update(
                 [_gradient(master) for master in masters],
                 [master.detach() for master in masters],
