@@ -12,8 +12,8 @@ from typing import Any
 OWN_KEYS = frozenset(
     {
         "activation_fusion", "check_replicas_interval", "checkpoint_first_layers", "checkpoint_operations",
-        "context_parallel_method", "context_parallel_size", "cross_entropy_fusion", "data_index_dir", "neox_compat",
-        "optimizer_fusion", "resume", "run_name", "runs_dir", "wsd_decay_fraction", "wsd_decay_shape",
+        "context_parallel_method", "context_parallel_size", "cross_entropy_fusion", "data_index_dir", "engine",
+        "neox_compat", "optimizer_fusion", "resume", "run_name", "runs_dir", "wsd_decay_fraction", "wsd_decay_shape",
     }
 )  # fmt: skip
 """Keys of the schema that GPT-NeoX does not have; every other key is one of its names."""

@@ -19,7 +19,7 @@ class Steps(Protocol):
 
     consumed_samples: int
 
-    def __next__(self) -> list[Batch]: ...  # noqa: D105
+    def __next__(self) -> list[Batch]: ...
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,9 @@ class LocalEngine(MicroBatchEngine):
         self._give_masters()
         region = TensorRegion(mesh.tp, config.parallel.sequence_parallel)
         self._gradients = None if self._is_direct() else GradientBuffer(self._trained, self._masters, mesh, region)
-        self._scaler = LossScale(config.deepspeed.fp16 or {}, mesh.device) if config.numerics.precision == "fp16" else None
+        self._scaler = (
+            LossScale(config.deepspeed.fp16 or {}, mesh.device) if config.numerics.precision == "fp16" else None
+        )
         self._clip = float(config.optimizer.gradient_clipping)
         situation = Situation(mesh.device, _TYPES[config.numerics.precision], config.model.hidden_size)
         self._one_pass = one_pass(config, optimizer, self._rounded(), situation)
