@@ -1,7 +1,7 @@
 """DeepSpeed's engines for a config: the single call of deepspeed.initialize.
 
-What DeepSpeed is told is `config.deepspeed_json`, every key of it explicit. This module is imported for a run that needs
-DeepSpeed, and for no other: its import takes longer than that of everything else but torch.
+What DeepSpeed is told is `config.deepspeed_json`, every key of it explicit. This module is imported for a run that
+needs DeepSpeed, and for no other: its import takes longer than that of everything else but torch.
 """
 
 from __future__ import annotations

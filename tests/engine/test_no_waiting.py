@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -72,7 +74,7 @@ def reads_of_steps(world_size: int, **keys: Any) -> tuple[Counter[str], list[Any
     pending: list[Any] = []
 
     def steps() -> None:
-        pending.extend(engine.queue_step(batches[step], step, lambda: step == 2) for step in range(3))
+        pending.extend(engine.queue_step(batches[step], step, partial(operator.eq, step, 2)) for step in range(3))
 
     return reads(steps), [step.read() for step in pending]
 

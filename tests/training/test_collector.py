@@ -64,10 +64,13 @@ def test_a_run_without_pauses_collects_now_and_then(monkeypatch: pytest.MonkeyPa
 
 
 def test_an_error_and_a_short_run_leave_python_as_it_was() -> None:
-    with pytest.raises(ValueError, match="in a step"), Collector() as inside:
-        for _ in range(WARM_STEPS):
-            inside.after_step(pauses=False)
-        raise ValueError("in a step")
+    def fail() -> None:
+        with Collector() as inside:
+            collections_while(WARM_STEPS, inside)
+            raise ValueError("in a step")
+
+    with pytest.raises(ValueError, match="in a step"):
+        fail()
     assert gc.isenabled()
     gc.disable()
     with Collector() as inside:

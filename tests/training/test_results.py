@@ -83,10 +83,15 @@ def test_the_wish_to_stop_is_seen_when_its_step_is_read() -> None:
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("the data ended"), SystemExit(3)])
 def test_an_error_loses_no_step_that_was_done(error: BaseException) -> None:
     told = Told()
-    with pytest.raises(type(error)), Results(told, late=3) as results:  # type: ignore[arg-type]
-        run(results, [Queued(number) for number in range(1, 5)])
-        assert [step for step, _ in told.steps] == [1]
-        raise error
+
+    def fail() -> None:
+        with Results(told, late=3) as results:  # type: ignore[arg-type]
+            run(results, [Queued(number) for number in range(1, 5)])
+            assert [step for step, _ in told.steps] == [1]
+            raise error
+
+    with pytest.raises(type(error)):
+        fail()
     assert [step for step, _ in told.steps] == [1, 2, 3, 4]
 
 
