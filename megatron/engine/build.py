@@ -17,6 +17,7 @@ from megatron.engine import verify
 from megatron.engine.base import Engine
 from megatron.engine.local import LocalEngine
 from megatron.logs import get_logger
+from megatron.model.compiled import compile_blocks
 from megatron.objectives.build import Objective
 from megatron.optim.build import build_optimizer
 from megatron.parallel.mesh import Mesh
@@ -35,6 +36,8 @@ def build_engine(config: Config, mesh: Mesh, model: nn.Module, objective: Object
     choice = choose_engine(config)
     logger.info("engine: %s, as %s", "our own" if choice.is_local else "DeepSpeed's", choice.why)
     theirs = None if choice.is_local else _through_deepspeed()
+    if config.kernels.compile is True:
+        logger.info("compile: %d blocks, at their first call", compile_blocks(model))
     optimizer = build_optimizer(config, model.named_parameters(), theirs.OPTIMIZERS if theirs else None)
     sizes = [sum(parameter.numel() for parameter in group["params"]) for group in optimizer.param_groups]
     wanted = verify.expected(config, mesh, choice.stage, verify.group_facts(optimizer.param_groups, sizes))

@@ -31,6 +31,12 @@ class KernelsConfig(Section):
     cross_entropy_fusion: Fusion = setting(
         "auto", f"What turns logits into losses, and into their own gradients. {_MEANING}"
     )
+    compile: Literal["auto", True, False] = setting(
+        "auto",
+        "Compile the decoder blocks by torch.compile, each by itself: the first step then takes up to a minute longer, "
+        "less where a run before it left its code in the cache. auto: no, until it is measured on a GPU; on a CPU it "
+        "costs seconds of C++ compilation, and what the blocks do there is mostly matrix products.",
+    )
     optimizer_fusion: Fusion = setting(
         "auto",
         "What applies AdamW in the library's own engine, at ZeRO stage 0: a fused kernel clips, updates and rounds the "

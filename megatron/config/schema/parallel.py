@@ -42,7 +42,8 @@ class ParallelConfig(Section):
         "auto",
         "What applies a training step; the arithmetic and the checkpoints are the same. local: the library's own, "
         "which never waits for the GPU; ZeRO stage 0, or any stage where one replica of the model is all there is, "
-        "without offload and pipeline. deepspeed: DeepSpeed's, where stage 0 is served by stage 1. auto: local where it can.",
+        "without offload and pipeline. deepspeed: DeepSpeed's, where stage 0 is served by stage 1. auto: local where "
+        "it can.",
     )
     zero_optimization: dict[str, Any] = setting(
         {"stage": 0},
