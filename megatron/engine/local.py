@@ -12,7 +12,7 @@ Under tensor parallelism each rank does this with its share; gradients that are 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from megatron.config.schema.config import Config
+from megatron.data.batch import Batch
 from megatron.engine import state, verify
 from megatron.engine.base import ReadTensor
 from megatron.engine.fragments import Fragment, Holdings
+from megatron.engine.graphs import RecordedModel, require_recordable
 from megatron.engine.loss_scale import LossScale
 from megatron.engine.pending import Number
 from megatron.engine.step import MicroBatchEngine, Update
@@ -60,6 +62,8 @@ class LocalEngine(MicroBatchEngine):
         self._scaler = (
             LossScale(config.deepspeed.fp16 or {}, mesh.device) if config.numerics.precision == "fp16" else None
         )
+        require_recordable(config, mesh)
+        self._recorded = RecordedModel(model) if config.kernels.cuda_graphs is True else None
         self._clip = float(config.optimizer.gradient_clipping)
         situation = Situation(mesh.device, _TYPES[config.numerics.precision], config.model.hidden_size)
         self._one_pass = one_pass(config, optimizer, self._rounded(), situation)
@@ -112,7 +116,14 @@ class LocalEngine(MicroBatchEngine):
             group["params"] = [masters[id(parameter)] for parameter in group["params"]]
 
     def _callable(self, training: bool) -> Callable[..., Tensor]:
-        return self._model.train(training)
+        model = self._model.train(training)
+        return self._recorded if training and self._recorded is not None else model
+
+    def _accumulate(self, batches: Sequence[Batch], iteration: int, num_tokens: Tensor) -> Tensor:
+        if self._recorded is not None:
+            self._model.train()
+            self._recorded.record(batches[0])
+        return super()._accumulate(batches, iteration, num_tokens)
 
     def _start(self, rate: float) -> Number:
         for group in self._optimizer.param_groups:

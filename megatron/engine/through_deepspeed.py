@@ -10,7 +10,6 @@ from typing import Any
 
 import deepspeed
 from deepspeed.accelerator import get_accelerator
-from deepspeed.utils import set_z3_leaf_modules
 from torch import nn
 from torch.optim import Optimizer
 
@@ -24,7 +23,6 @@ from megatron.engine.plain import DeepSpeedEngine
 from megatron.engine.setup import prepare
 from megatron.engine.stage import PipelineStage
 from megatron.errors import ConfigError, EngineError, Problem
-from megatron.model.compiled import blocks
 from megatron.model.stage import StageModel
 from megatron.objectives.build import Objective
 from megatron.optim.build import OptimizerKind
@@ -42,8 +40,6 @@ def build(config: Config, mesh: Mesh, model: nn.Module, optimizer: Optimizer, ob
 
 def _plain(config: Config, mesh: Mesh, model: nn.Module, optimizer: Optimizer, objective: Objective) -> Engine:
     unit = MeshUnit(mesh) if mesh.tp.size > 1 else None
-    if config.kernels.compile is True and config.parallel.zero_optimization["stage"] == 3:
-        set_z3_leaf_modules(model, [type(block) for block in blocks(model)])  # gathered whole: no hooks inside
     live, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config), mpu=unit)
     sum_partial_gradients(live, TensorRegion(mesh.tp, config.parallel.sequence_parallel))
     return DeepSpeedEngine(config, mesh, live, objective)

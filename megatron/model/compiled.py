@@ -1,8 +1,8 @@
-"""Blocks compiled by torch.compile, each by itself: all layers share one graph, so it is compiled once and not per layer.
+"""Blocks compiled by torch.compile, each by itself; all layers share one graph, which is compiled once.
 
-Only what a block computes is compiled, and not the call of the module around it. So what others hang on the block stays
-as it is: ZeRO 3 gathers its weights before it and lets them go behind it, recomputation runs it a second time. A
-graph is whole (`fullgraph`): what cannot be traced is an error at the first step, and never a slow run.
+Only what a block computes is compiled, and not the call of the module around it, so recomputation and hooks on the
+block stay as they are. (DeepSpeed's ZeRO 3 is refused: it lets weights go that a compiled backward pass still reads.)
+A graph is whole (`fullgraph`): what cannot be traced is an error at the first step, and never a slow run.
 
 Numbers are those of the eager blocks within rounding. Dropout draws other masks, from the same streams.
 """
@@ -42,7 +42,7 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> int:
     found = blocks(model)
     for block in found:
         compiled = torch.compile(block.forward, backend=backend, fullgraph=True, dynamic=False)
-        block.forward = partial(_forward, block, compiled)  # type: ignore[method-assign]
+        block.forward = partial(_forward, block, compiled)
     return len(found)
 
 

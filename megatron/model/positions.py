@@ -129,9 +129,7 @@ class AttentionMask:
         table = bias(_distance(span, device))
         return table.masked_fill(~mask, float("-inf"))
 
-    def store(
-        self, span: Span, segments: Tensor | None, bias: RelativePositionBias | None, hidden: Tensor
-    ) -> None:
+    def store(self, span: Span, segments: Tensor | None, bias: RelativePositionBias | None, hidden: Tensor) -> None:
         """Compute what depends on the columns only, where a call with these arguments needs it and does not have it."""
         if self._is_needed(span, segments, bias):
             self._static(span, hidden.device, hidden.dtype)
@@ -139,9 +137,7 @@ class AttentionMask:
     def _is_needed(self, span: Span, segments: Tensor | None, bias: RelativePositionBias | None) -> bool:
         windowed = self.window is not None and self.window < span.end - 1
         chunked = span.start > 0 and span.end - span.start > 1
-        return (
-            windowed or chunked or _is_rowwise(span, segments) or self.slopes is not None or bias is not None
-        )
+        return windowed or chunked or _is_rowwise(span, segments) or self.slopes is not None or bias is not None
 
     def _static(self, span: Span, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Return the part that depends on the columns only: [q, s] bool, or [n, q, s] of `dtype` with alibi."""

@@ -63,6 +63,10 @@ def test_what_the_local_engine_cannot(world_size: int, stage: int, keys: dict[st
 
 
 def test_what_deepspeed_cannot() -> None:
+    for keys in ({"engine": "deepspeed"}, {"world_size": 2, "stage": 1}):
+        with pytest.raises(ConfigError, match="only the library's own records graphs"):
+            choose(cuda_graphs=True, **keys)
+    assert choose(cuda_graphs=True).is_local
     sm3 = {"optimizer": {"type": "sm3", "params": {"lr": 0.1}}, "weight_decay": 0.0}
     assert choose(**sm3).is_local
     with pytest.raises(ConfigError, match="sm3 needs whole tensors"):

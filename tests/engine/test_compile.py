@@ -1,7 +1,6 @@
 """Compiled blocks train as eager ones do, under every engine, with recomputation and with all sorts of blocks.
 
-What torch.compile traces and differentiates is tested with the backend "aot_eager", which generates no code; one test
-generates it.
+What torch.compile traces and differentiates is tested with the backend "aot_eager", which generates no code.
 """
 
 from __future__ import annotations
@@ -16,7 +15,10 @@ from tests.ranks import preload, run_ranks
 
 preload()
 from megatron.engine import build  # noqa: E402
+from megatron.model.build import build_model  # noqa: E402
 from megatron.model.compiled import compile_blocks  # noqa: E402
+from megatron.objectives.build import build_objective  # noqa: E402
+from megatron.parallel.mesh import Mesh  # noqa: E402
 from tests.parallel import matrix  # noqa: E402
 
 RECOMPUTED: dict[str, Any] = {"checkpoint_activations": True}
@@ -41,20 +43,19 @@ def compare(flat: dict[str, Any], world_size: int = 1, most_graphs: int = 4, **k
         assert not breaks
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2])
 def test_every_engine(stage: int) -> None:
-    compare({"stage": stage, **(RECOMPUTED if stage == 3 else {})}, most_graphs=2)
+    compare({"stage": stage}, most_graphs=2)
 
 
 @pytest.mark.parametrize(
     "flat",
     [
         {"gpt_j_residual": True, "gpt_j_tied": True, "activation": "swiglu", "norm": "rmsnorm", **RECOMPUTED},
-        {"pos_emb": "alibi", "num_kv_heads": 2, "use_qk_layernorm": True, "hidden_dropout": 0.0},
+        {"pos_emb": "alibi", "num_kv_heads": 2, "use_qk_layernorm": True, **OPERATIONS},
         {"pos_emb": "rpe", "sliding_window_width": 4, "attention_config": [[["local", "global"], 1]]},
-        {"pos_emb": "learned", "apply_query_key_layer_scaling": True, "precision": "fp32", **OPERATIONS},
     ],
-    ids=["parallel", "alibi", "rpe", "learned"],
+    ids=["parallel", "alibi", "rpe"],
 )
 def test_every_sort_of_block(flat: dict[str, Any]) -> None:
     compare(flat)
@@ -64,12 +65,31 @@ def test_tensor_parallel_blocks() -> None:
     compare({"model_parallel_size": 2, "sequence_parallel": True}, world_size=2)
 
 
-def test_generated_code() -> None:
-    compare({"num_layers": 2}, backend="inductor")
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; C++ of a CPU takes a minute to compile")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_generated_code(precision: str) -> None:
+    traces = []
+    for compiled in (False, True):
+        config = matrix.make_config({"precision": precision, "compile": compiled}, 1)
+        mesh = Mesh.single(torch.device("cuda"))
+        engine = build.build_engine(config, mesh, build_model(config, matrix.VOCAB, mesh), build_objective())
+        batches = matrix.make_batches(config)
+        steps = [matrix.micro_batches(config, batch, mesh) for batch in batches]
+        traces.append([engine.train_step(step, iteration) for iteration, step in enumerate(steps)])
+    tolerance = {"fp32": 1e-4, "bf16": 2e-2}[precision]
+    for one, other in zip(*traces, strict=True):
+        assert one.loss == pytest.approx(other.loss, rel=tolerance)
+        assert one.grad_norm == pytest.approx(other.grad_norm, rel=tolerance)
 
 
 def test_dropout_repeats_bit_by_bit_and_is_not_off() -> None:
     flat = {"hidden_dropout": 0.1, "attention_dropout": 0.1, **RECOMPUTED}
-    first, second = (run_ranks(1, train, True, flat, 1)[0][0] for _ in range(2))
-    assert first.losses == second.losses
-    assert first.losses != run_ranks(1, train, True, {}, 1)[0][0].losses
+
+    def twice() -> list[list[float]]:
+        return [train(True, {**flat, "seed": seed}, 1)[0].losses for seed in (5, 5)]
+
+    first, second = run_ranks(1, twice)[0]
+    assert first == second
+    eager, *_ = run_ranks(1, train, False, {"seed": 5}, 1)
+    assert first != eager[0].losses

@@ -10,7 +10,8 @@ gradients in fp32:
                 micro-batch
     pipeline    A messages of w b s h to each neighbour; the gradient of what stages share, in fp32; the lengths of what
                 DeepSpeed packs
-    numbers     trained tokens, the loss and the wish to stop, in fp64; the norm and what else DeepSpeed asks, 8 bytes each
+    numbers     trained tokens, the loss and the wish to stop, in fp64; the norm and what else DeepSpeed
+                asks, 8 bytes each
 """
 
 from __future__ import annotations
