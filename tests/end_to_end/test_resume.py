@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron.checkpoint.load import CheckpointReader, find_checkpoint
-from megatron.engine.plain import DeepSpeedEngine
+from megatron.engine.step import StepEngine
 from megatron.errors import CheckpointError
 from megatron.parallel.mesh import Mesh
 from megatron.training.run import train
@@ -30,14 +30,14 @@ def run(folder: Path, world_size: int = 1, **changes: Any) -> dict[str, int]:
 
 def run_killed(folder: Path, at: int, **changes: Any) -> None:
     """Train, and die as by kill -9 within the step after `at` updates."""
-    step: Callable[..., Any] = DeepSpeedEngine.queue_step
+    step: Callable[..., Any] = StepEngine.queue_step
 
-    def dying_step(self: DeepSpeedEngine, batches: Any, iteration: int, stop: Any) -> Any:
+    def dying_step(self: StepEngine, batches: Any, iteration: int, stop: Any) -> Any:
         if iteration == at:
             os.kill(os.getpid(), signal.SIGKILL)
         return step(self, batches, iteration, stop)
 
-    DeepSpeedEngine.queue_step = dying_step  # type: ignore[method-assign]
+    StepEngine.queue_step = dying_step  # type: ignore[method-assign]
     run(folder, **changes)
 
 
@@ -147,14 +147,14 @@ def test_load_that_finds_nothing_stops(folders: tuple[Path, Path]) -> None:
 
 def run_stopped(folder: Path, at: int, **changes: Any) -> dict[str, int]:
     """Train on two ranks, of which the second gets a SIGTERM in the step after `at` updates."""
-    step: Callable[..., Any] = DeepSpeedEngine.queue_step
+    step: Callable[..., Any] = StepEngine.queue_step
 
-    def stopped_step(self: DeepSpeedEngine, batches: Any, iteration: int, stop: Any) -> Any:
+    def stopped_step(self: StepEngine, batches: Any, iteration: int, stop: Any) -> Any:
         if iteration == at and torch.distributed.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self, batches, iteration, stop)
 
-    DeepSpeedEngine.queue_step = stopped_step  # type: ignore[method-assign]
+    StepEngine.queue_step = stopped_step  # type: ignore[method-assign]
     progress = run(folder, 2, **changes)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     return progress
