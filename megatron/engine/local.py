@@ -52,7 +52,7 @@ class LocalEngine(MicroBatchEngine):
         self, config: Config, mesh: Mesh, model: nn.Module, optimizer: Optimizer, objective: Objective
     ) -> None:
         super().__init__(config, mesh, objective)
-        self._model = _cast(model, _TYPES[config.numerics.precision], mesh)
+        self._model = _cast(model, _TYPES[config.numerics.weight_precision], mesh)
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._masters = {name: _master(p) for name, p in self._trained.items()}
         self._optimizer = optimizer
@@ -65,7 +65,7 @@ class LocalEngine(MicroBatchEngine):
         require_recordable(config, mesh)
         self._recorded = RecordedModel(model) if config.kernels.cuda_graphs is True else None
         self._clip = float(config.optimizer.gradient_clipping)
-        situation = Situation(mesh.device, _TYPES[config.numerics.precision], config.model.hidden_size)
+        situation = Situation(mesh.device, _TYPES[config.numerics.weight_precision], config.model.hidden_size)
         self._one_pass = one_pass(config, optimizer, self._rounded(), situation)
         state.make_states(self._holdings())
 
@@ -108,7 +108,7 @@ class LocalEngine(MicroBatchEngine):
 
     def _is_direct(self) -> bool:
         """Return whether autograd's own gradients are the step's sum: in fp32 on one rank."""
-        return self._config.numerics.precision == "fp32" and self._mesh.replicas.size == self._mesh.tp.size == 1
+        return self._config.numerics.weight_precision == "fp32" and self._mesh.replicas.size == self._mesh.tp.size == 1
 
     def _give_masters(self) -> None:
         masters = {id(self._trained[name]): master for name, master in self._masters.items()}

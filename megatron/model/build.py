@@ -48,7 +48,7 @@ def build_model(
     initialized: draw the initial weights; False makes them zeros, for a checkpoint to fill.
     choices: what computes the operations; None chooses as the config asks, on the mesh's device.
     """
-    dtype = DTYPES[config.numerics.precision]
+    dtype = DTYPES[config.numerics.weight_precision]
     if choices is None:
         choices = choose_kernels(config, mesh.device, dtype)
         if mesh.device.type == "cuda":
@@ -118,5 +118,7 @@ def _start_stream(embedding: nn.Module, tokens: Tensor, segments: Tensor | None 
 
 
 def _norm_stream(norm: nn.Module, stream: Stream, cache: KVCache | None = None) -> Stream:
-    hidden: Tensor = norm(stream.hidden)
-    return stream._replace(hidden=hidden)
+    if stream.branch is None:
+        return stream._replace(hidden=norm(stream.hidden))
+    hidden, _ = norm(stream.branch, stream.hidden)
+    return stream._replace(hidden=hidden, branch=None)

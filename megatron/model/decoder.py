@@ -17,12 +17,13 @@ from megatron.model.kernels import activation_operation
 from megatron.model.mlp import MLP
 from megatron.model.norm import INSIDE, NO_CHOICES, OUTSIDE, make_head_norm, make_norm
 from megatron.model.positions import ALONE, AttentionMask, RelativePositionBias, RotaryTables, make_slopes
-from megatron.model.recompute import recomputed_operations
+from megatron.model.recompute import Recompute, recomputed_operations
 from megatron.ops.activations import make_activation
 from megatron.ops.choice import Choices
 from megatron.ops.dropout_add import add_dropped
+from megatron.ops.fp8 import float8_linear
 from megatron.parallel.collectives import TensorRegion
-from megatron.parallel.layers import Initializer
+from megatron.parallel.layers import Initializer, multiply_by
 from megatron.parallel.mesh import Axis
 
 
@@ -88,7 +89,7 @@ class DecoderBlocks:
         model = self.config.model
         parallel = model.gpt_j_residual
         spec = INSIDE if parallel else OUTSIDE
-        return (ParallelBlock if parallel else PreNormBlock)(
+        block = (ParallelBlock if parallel else PreNormBlock)(
             input_layernorm=make_norm(model, spec, self.choices),
             attention=self._attention(layer),
             post_attention_layernorm=None if parallel and model.gpt_j_tied else make_norm(model, spec, self.choices),
@@ -96,7 +97,17 @@ class DecoderBlocks:
             dropout=self.config.numerics.hidden_dropout,
             region=self.region,
             add_dropped=self.choices.get("add_dropped", add_dropped),
+            defers=not self._is_recomputed(layer),
         )
+        if self.config.numerics.precision == "fp8":
+            multiply_by(self.choices.get("float8_linear", float8_linear), block)
+        return block
+
+    def _is_recomputed(self, layer: int) -> bool:
+        """Return whether a block keeps one tensor for its norms or for itself, to which nothing may be left to add."""
+        whole = Recompute.of(self.config.training)
+        is_whole = whole.together > 0 and (whole.first is None or layer < whole.first)
+        return is_whole or "norm" in recomputed_operations(self.config.training, layer)
 
     def _attention(self, layer: int) -> SelfAttention:
         model, numerics = self.config.model, self.config.numerics

@@ -48,17 +48,17 @@ class Candidate:
     """Something that computes an operation.
 
     place: "module:function", imported only where it is to be used. package: what must be installed, or "".
+    ready: "module:function" that makes it ready on a device and returns why it cannot be, or ""; "": nothing needs to.
     """
 
     name: str
     place: str
     package: str = ""
+    ready: str = ""
 
     def load(self) -> Function:
         """Return the function; whatever its import raises is raised."""
-        module, _, name = self.place.partition(":")
-        function: Function = getattr(importlib.import_module(module), name)
-        return function
+        return _function(self.place)
 
     def obstacle(self, situation: Situation) -> str:
         """Return why it cannot be used here, or ""."""
@@ -68,7 +68,13 @@ class Candidate:
             return f"needs a CUDA device, and this is {situation.device.type}"
         if importlib.util.find_spec(self.package) is None:
             return f"the package {self.package} is not installed"
-        return ""
+        return str(_function(self.ready)(situation.device)) if self.ready else ""
+
+
+def _function(place: str) -> Function:
+    module, _, name = place.partition(":")
+    function: Function = getattr(importlib.import_module(module), name)
+    return function
 
 
 Probe = Callable[[Function, torch.device, torch.dtype, int], Sequence[Tensor]]
@@ -81,12 +87,14 @@ class Operation:
 
     twin: "module:function" of the formula, with the signature of all candidates.
     candidates: of which the first is eager, the others in order of preference.
+    unmeasured: the candidate that "auto" tries on a GPU where nothing was measured.
     """
 
     name: str
     twin: str
     candidates: tuple[Candidate, ...]
     probe: Probe
+    unmeasured: str = EAGER
 
     def formula(self) -> Function:
         """Return the twin."""
@@ -161,10 +169,12 @@ def _order(operation: Operation, wish: Asked, situation: Situation, fastest: str
     if wish == "auto":
         if situation.device.type != "cuda":
             return [(eager, f"auto on {situation.device.type}")]
+        why = "auto: the fastest measured on this device"
         if fastest is None:
-            return [(eager, "auto: nothing was measured on this device")]
-        first = [each for each in operation.candidates if each.name == fastest]
-        return [*((each, "auto: the fastest measured on this device") for each in first), _last(eager)]
+            fastest, why = operation.unmeasured, "auto: nothing was measured on this device"
+            if fastest == EAGER:
+                return [(eager, why)]
+        return [*((each, why) for each in operation.candidates if each.name == fastest), _last(eager)]
     if wish is True:
         return [*((each, "true was asked for") for each in fused), _last(eager)]
     named = [(each, f"{wish} was asked for") for each in fused if each.name == wish]

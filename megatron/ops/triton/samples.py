@@ -7,6 +7,7 @@ from megatron.ops.triton import (
     adamw,
     cross_entropy,
     dropout_add,
+    fp8,
     grouped_matmul,
     norms,
     rotary,
@@ -25,4 +26,5 @@ SAMPLES: tuple[Sample, ...] = (
     *adamw.samples(),
     *grouped_matmul.samples(),
     *scan.samples(),
+    *fp8.samples(),
 )
