@@ -12,9 +12,9 @@ from typing import Any
 OWN_KEYS = frozenset(
     {
         "activation_fusion", "check_replicas_interval", "checkpoint_first_layers", "checkpoint_operations",
-        "context_parallel_method", "context_parallel_size", "cross_entropy_fusion", "data_index_dir",
-        "find_micro_batch_size", "fp8_fusion", "moments_dtype", "neox_compat", "offload_activations",
-        "optimizer_fusion", "optimizer_in_backward", "resume", "run_name", "runs_dir",
+        "compile", "context_parallel_method", "context_parallel_size", "cross_entropy_fusion", "cuda_graphs",
+        "data_index_dir", "engine", "find_micro_batch_size", "fp8_fusion", "moments_dtype", "neox_compat",
+        "offload_activations", "optimizer_fusion", "optimizer_in_backward", "resume", "run_name", "runs_dir",
         "wsd_decay_fraction", "wsd_decay_shape",
     }
 )  # fmt: skip

@@ -34,6 +34,12 @@ class Batch:
             segments=segments,
         )
 
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Say that `stream` uses the batch, so that its memory is not given away before that is over."""
+        for tensor in (self.tokens, self.labels, self.loss_mask, self.segments):
+            if tensor is not None:
+                tensor.record_stream(stream)
+
 
 def shard_sequence(batch: Batch, axis: Axis) -> Batch:
     """Return the tokens, labels and mask that this rank of the context axis computes, each [b, s / axis.size].

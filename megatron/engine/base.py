@@ -33,6 +33,7 @@ class StepResult:
     loss_scale: what the loss was multiplied by for fp16, else 1.
     skipped: the gradient was not finite, so the weights are unchanged. The iteration counts all the same: data and
         schedule move on.
+    stop: a rank was asked to stop before the step was queued; alike on all ranks.
     """
 
     loss: float
@@ -42,6 +43,20 @@ class StepResult:
     clipped_grad_norm: float
     loss_scale: float = 1.0
     skipped: bool = False
+    stop: bool = False
+
+
+class Pending(Protocol):
+    """A queued step; see `megatron.engine.pending.PendingStep`."""
+
+    def read(self) -> StepResult:
+        """Wait until the device has done the step, and return what it did."""
+        ...
+
+
+def never() -> bool:
+    """Say that nobody asks to stop."""
+    return False
 
 
 class Engine(Protocol):
@@ -57,6 +72,14 @@ class Engine(Protocol):
 
         batches: exactly gradient_accumulation_steps micro-batches.
         iteration: optimizer steps done before this one; learning rate and random streams follow from it.
+        """
+        ...
+
+    def queue_step(self, batches: Sequence[Batch], iteration: int, stop: Callable[[], bool] = never) -> Pending:
+        """Do `train_step` without waiting for the device where the engine can, and say later what it did.
+
+        stop: whether this rank is asked to stop; `StepResult.stop` says it of all ranks, by a sum that the step makes
+        anyway.
         """
         ...
 

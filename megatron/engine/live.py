@@ -21,6 +21,7 @@ class LiveEngine(StepEngine):
     def __init__(self, config: Config, mesh: Mesh, live: Any, objective: Objective) -> None:
         super().__init__(config, mesh, objective)
         self._live = live
+        zero.skip_by_norm(live.optimizer)
         state.make_states(self._holdings())
 
     def state_pieces(self) -> Iterator[StatePiece]:

@@ -1,4 +1,7 @@
-"""An engine of our own for ZeRO stage 0: every rank holds the whole model, and a step waits for the device once.
+"""An engine of our own for ZeRO stage 0: every rank holds the whole model, and a step never waits for the device.
+
+With AdamW, that is: norm, clipping, the choice to skip a step and the loss scale stay on the device. Other optimizers
+are given their gradients once the host has read the norm.
 
 It is plain data parallelism in fp32: gradients are summed over micro-batches and ranks in one flat fp32 buffer,
 masters are fp32, and every rank applies the same update. In fp32 on one rank there is no buffer, since autograd's
@@ -8,7 +11,8 @@ Under tensor parallelism each rank does this with its share; gradients that are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,10 +21,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from megatron.config.schema.config import Config
+from megatron.data.batch import Batch
 from megatron.engine import state, verify
 from megatron.engine.base import ReadTensor
 from megatron.engine.fragments import Fragment, Holdings
+from megatron.engine.graphs import RecordedModel, require_recordable
 from megatron.engine.loss_scale import LossScale
+from megatron.engine.pending import Number
 from megatron.engine.step import MicroBatchEngine, Update
 from megatron.objectives.build import Objective
 from megatron.ops.adamw import sum_of_squares
@@ -52,7 +59,11 @@ class LocalEngine(MicroBatchEngine):
         self._give_masters()
         region = TensorRegion(mesh.tp, config.parallel.sequence_parallel)
         self._gradients = None if self._is_direct() else GradientBuffer(self._trained, self._masters, mesh, region)
-        self._scaler = LossScale(config.deepspeed.fp16 or {}) if config.numerics.precision == "fp16" else None
+        self._scaler = (
+            LossScale(config.deepspeed.fp16 or {}, mesh.device) if config.numerics.precision == "fp16" else None
+        )
+        require_recordable(config, mesh)
+        self._recorded = RecordedModel(model) if config.kernels.cuda_graphs is True else None
         self._clip = float(config.optimizer.gradient_clipping)
         situation = Situation(mesh.device, _TYPES[config.numerics.weight_precision], config.model.hidden_size)
         self._one_pass = one_pass(config, optimizer, self._rounded(), situation)
@@ -105,9 +116,16 @@ class LocalEngine(MicroBatchEngine):
             group["params"] = [masters[id(parameter)] for parameter in group["params"]]
 
     def _callable(self, training: bool) -> Callable[..., Tensor]:
-        return self._model.train(training)
+        model = self._model.train(training)
+        return self._recorded if training and self._recorded is not None else model
 
-    def _start(self, rate: float) -> float:
+    def _accumulate(self, batches: Sequence[Batch], iteration: int, num_tokens: Tensor) -> Tensor:
+        if self._recorded is not None:
+            self._model.train()
+            self._recorded.record(batches[0])
+        return super()._accumulate(batches, iteration, num_tokens)
+
+    def _start(self, rate: float) -> Number:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         if self._gradients is None:
@@ -115,50 +133,39 @@ class LocalEngine(MicroBatchEngine):
                 release_gradient(parameter)
         else:
             self._gradients.start()
+        return self._loss_scale()
+
+    def _loss_scale(self) -> Number:
         return self._scaler.cur_scale if self._scaler else 1.0
 
     def _backward(self, loss_sum: Tensor, num_tokens: Tensor) -> None:
-        scale = (self._scaler.cur_scale if self._scaler else 1.0) / num_tokens
+        scale = self._loss_scale() / num_tokens
         (loss_sum * scale.to(loss_sum.dtype)).backward()
 
     @torch.no_grad()
     def _update(self) -> Update:
         gradients = self._reduced()
-        scale = self._scaler.cur_scale if self._scaler else 1.0
+        scale = self._loss_scale()
         self._show_gradients(((n, m.grad) for n, m in self._masters.items() if m.grad is not None), scale)
+        operation = sum_of_squares if self._one_pass is None else self._one_pass.squares
+        squares = operation(gradients) if self._gradients is None else self._gradients.squares(operation)
         if self._one_pass is not None:
-            squares = self._one_pass.squares
-            total = squares(gradients) if self._gradients is None else self._gradients.squares(squares)
-            norm = float(self._one_pass.step(total, scale, self._clip))  # queued before the host waits for the norm
-            return Update(float("inf"), skipped=True) if self._overflows(norm) else Update(norm, skipped=False)
-        total = torch.nn.utils.get_total_norm(gradients) if self._gradients is None else self._gradients.norm()
-        norm = float(total) / scale
-        if self._overflows(norm):
-            return Update(float("inf"), skipped=True)
-        shrink = max(1.0, (norm + 1e-6) / self._clip) if self._clip > 0 else 1.0
-        self._step(gradients, shrink * scale)
-        self._publish()
-        return Update(norm, skipped=False)
-
-    def _step(self, gradients: list[Tensor], divisor: float) -> None:
-        """Apply the gradients divided by `divisor`, which torch's fused optimizers do as they read them."""
-        if divisor == 1.0:
-            self._optimizer.step()
-        elif getattr(self._optimizer, "_step_supports_amp_scaling", False):
-            optimizer: Any = self._optimizer
-            optimizer.grad_scale = torch.full((), divisor, dtype=torch.float32, device=self._mesh.device)
-            optimizer.step()
-            del optimizer.grad_scale
+            norm = self._one_pass.step(squares, scale, self._clip)
         else:
-            torch._foreach_mul_(gradients, 1.0 / divisor)
-            self._optimizer.step()
+            norm = squares.sqrt() / scale
+            self._step(gradients, float(norm), float(scale))
+        skipped = ~torch.isfinite(norm)
+        return Update(norm, skipped, self._scaler.update(skipped) if self._scaler else 0.0)
 
-    def _overflows(self, norm: float) -> bool:
-        """Return whether the step is skipped, and adjust the loss scale."""
-        overflow = norm != norm or norm == float("inf")
-        if self._scaler:
-            self._scaler.update(overflow)
-        return overflow
+    def _step(self, gradients: list[Tensor], norm: float, scale: float) -> None:
+        """Apply the gradients, which are `scale` times too large, clipped; unless their norm is not finite."""
+        if not math.isfinite(norm):
+            return
+        divisor = scale * (max(1.0, (norm + 1e-6) / self._clip) if self._clip > 0 else 1.0)
+        if divisor != 1.0:
+            torch._foreach_mul_(gradients, 1.0 / divisor)
+        self._optimizer.step()
+        self._publish()
 
     def _reduced(self) -> list[Tensor]:
         """Return the gradient of the whole step, summed over the ranks, as few fp32 tensors."""
@@ -243,12 +250,10 @@ class GradientBuffer:
             parameter.grad = view
         return self.flat
 
-    def norm(self) -> Tensor:
-        """Return the norm of the reduced gradient of the whole model, in which replicated parameters count once."""
-        return self.squares(sum_of_squares).sqrt()
-
     def squares(self, operation: Function) -> Tensor:
-        """Return the square of the norm, fp64. operation: what computes `megatron.ops.adamw.sum_of_squares`."""
+        """Return the square of the norm of the whole model's gradient, in which replicated parameters count once, fp64.
+
+        operation: what computes `megatron.ops.adamw.sum_of_squares`."""
         squares = torch.stack([operation([part]) for part in self.flat.split(self._sizes)])
         if self._region.is_split:
             dist.all_reduce(squares[_SPLIT], group=self._mesh.tp.group)

@@ -97,7 +97,7 @@ class PipelineEngine(LiveEngine):
         self._take_model_step(settings)
 
     def _update(self) -> Update:
-        return Update(float(self._live.get_global_grad_norm()), not self._live.was_step_applied())
+        return Update(self._live.get_global_grad_norm(), not self._live.was_step_applied())
 
     def _iterate(self, feed: Feed, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
         """Hand the stage its feed, and return what DeepSpeed loads itself: the tokens of the first stage."""

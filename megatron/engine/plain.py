@@ -49,4 +49,4 @@ class DeepSpeedEngine(LiveEngine, MicroBatchEngine):
             if "loss scale already at minimum" in str(error):
                 raise diverged() from error
             raise
-        return Update(float(self._live.get_global_grad_norm()), not self._live.was_step_applied())
+        return Update(self._live.get_global_grad_norm(), not self._live.was_step_applied())

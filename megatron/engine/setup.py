@@ -17,6 +17,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger as deepspeed_logger
 from packaging.version import Version
 
+from megatron.engine.deferred import defer_compilation
 from megatron.errors import EngineError, Problem
 from megatron.parallel.mesh import Mesh
 
@@ -37,6 +38,7 @@ def prepare(mesh: Mesh) -> None:
                 fix="Run: pip install deepspeed==0.19.8",
             )
         )
+    defer_compilation()
     # Training never uses this operation; its first use costs a minute of g++, and a build that is killed
     # leaves a lock on which every later run of the machine waits for ever.
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False, "deepspeed_not_implemented": False}

@@ -146,7 +146,9 @@ def _fill_scaler(scaler: Any | None, read: ReadTensor) -> None:
     if values is None:
         return
     for field, value in zip(_SCALER_FIELDS, values.tolist(), strict=True):
-        setattr(scaler, field, value if field == "cur_scale" else int(value))
+        live = getattr(scaler, field)  # a scalar on the device in our own, a number in DeepSpeed's
+        number = value if field == "cur_scale" else int(value)
+        setattr(scaler, field, torch.full_like(live, number) if isinstance(live, Tensor) else number)
 
 
 def agree(problems: Sequence[Problem], mesh: Mesh) -> None:

@@ -5,6 +5,8 @@ counted over all micro-batches and replicas before the first forward pass. So ne
 batch is split, ragged loss masks included:
 
     loss = sum of token losses / T,   T = trained tokens of all ranks and micro-batches
+
+Nothing here waits for the device: counts, losses and norms stay there until somebody reads the result.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ from torch import Tensor, nn
 from megatron.config.schema.config import Config
 from megatron.data.batch import Batch, shard_sequence
 from megatron.engine import replicas, verify
-from megatron.engine.base import StepResult, WatchGradient
+from megatron.engine.base import StepResult, WatchGradient, never
 from megatron.engine.fragments import Holdings
+from megatron.engine.pending import Number, PendingStep
 from megatron.errors import EngineError, Problem
 from megatron.objectives.build import Objective
 from megatron.optim.schedules import learning_rate
@@ -31,10 +34,12 @@ from megatron.parallel.rng import RngStreams
 
 @dataclass(frozen=True)
 class Update:
-    """What applying the gradient found: its global norm before clipping (inf where skipped), and whether it was."""
+    """What applying the gradient found: its global norm before clipping, whether it was not finite and so the step
+    was skipped, and whether an fp16 run has no smaller loss scale left. Numbers, or scalars on the device."""
 
-    grad_norm: float
-    skipped: bool
+    grad_norm: Number
+    skipped: Number
+    diverged: Number = 0.0
 
 
 class StepEngine(ABC):
@@ -59,7 +64,7 @@ class StepEngine(ABC):
         """Return what this rank holds of masters and optimizer state."""
 
     @abstractmethod
-    def _start(self, rate: float) -> float:
+    def _start(self, rate: float) -> Number:
         """Prepare a step with this learning rate, and return the loss scale."""
 
     @abstractmethod
@@ -87,7 +92,7 @@ class StepEngine(ABC):
         """Show every gradient of every further step; see `Engine`."""
         self._watcher = watcher
 
-    def _show_gradients(self, gradients: Iterable[tuple[str, Tensor]], loss_scale: float) -> None:
+    def _show_gradients(self, gradients: Iterable[tuple[str, Tensor]], loss_scale: Number) -> None:
         """Show the reduced gradients, before they are clipped, to whoever watches; an engine calls it in each step.
 
         gradients: (canonical name, this rank's share on the tensor axis, times loss_scale); is read only if watched.
@@ -97,34 +102,54 @@ class StepEngine(ABC):
                 self._watcher(name, gradient.float() / loss_scale)
 
     def train_step(self, batches: Sequence[Batch], iteration: int) -> StepResult:
-        """Do one optimizer step; see `Engine.train_step`.
+        """Do one optimizer step and wait for it; see `Engine.train_step`.
 
         Raises EngineError for a wrong number of micro-batches, and where fp16 has no smaller loss scale left.
         """
+        return self.queue_step(batches, iteration).read()
+
+    def queue_step(self, batches: Sequence[Batch], iteration: int, stop: Callable[[], bool] = never) -> PendingStep:
+        """Queue one optimizer step; see `Engine.queue_step`. Raises EngineError for a wrong number of micro-batches."""
         self._require_accumulation(batches)
         batches = self._parts(batches)
         rate = learning_rate(self._config.optimizer, self._train_iters, iteration)
         loss_scale = self._start(rate)
-        num_tokens = self._count(batches)
+        num_tokens = self._sum(_count_tokens(batches))
         loss_sum = self._accumulate(batches, iteration, num_tokens.clamp(min=1))
-        # Read before the update is queued, so that the device works on it while the host goes on.
-        total, count = torch.stack((self._sum(loss_sum), num_tokens)).tolist()
+        loss_sum, stops = self._total(loss_sum, stop())
         update = self._update()
+        numbers = {
+            "loss_sum": loss_sum,
+            "num_tokens": num_tokens,
+            "stops": stops,
+            "loss_scale": loss_scale,
+            "grad_norm": update.grad_norm,
+            "skipped": update.skipped,
+            "diverged": update.diverged,
+        }
+        return PendingStep(numbers, lambda found: self._result(rate, found))
+
+    def _result(self, rate: float, found: dict[str, float]) -> StepResult:
+        """Return what a step did. found: its numbers, now that they are known."""
+        if found["diverged"]:
+            raise diverged()
+        norm = float("inf") if found["skipped"] else found["grad_norm"]
         return StepResult(
-            loss=total / max(1, count),
-            num_tokens=int(count),
+            loss=found["loss_sum"] / max(1, found["num_tokens"]),
+            num_tokens=int(found["num_tokens"]),
             learning_rate=rate,
-            grad_norm=update.grad_norm,
-            clipped_grad_norm=clipped(update.grad_norm, self._config.optimizer.gradient_clipping),
-            loss_scale=loss_scale,
-            skipped=update.skipped,
+            grad_norm=norm,
+            clipped_grad_norm=clipped(norm, self._config.optimizer.gradient_clipping),
+            loss_scale=found["loss_scale"],
+            skipped=bool(found["skipped"]),
+            stop=found["stops"] > 0,
         )
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> tuple[float, int]:
         """Return the summed loss and the trained tokens of all ranks; see `Engine.evaluate`."""
         batches = self._parts(batches)
-        totals = torch.stack((self._losses(batches), _count_tokens(batches).to(self._mesh.device)))
+        totals = torch.stack((self._losses(batches), _count_tokens(batches)))
         self._sum(totals)
         return float(totals[0]), int(totals[1])
 
@@ -139,12 +164,19 @@ class StepEngine(ABC):
             )
 
     def _parts(self, batches: Sequence[Batch]) -> list[Batch]:
-        """Return what this rank computes of each batch; ranks of the context axis are given the same batches."""
-        return [shard_sequence(batch, self._mesh.cp) for batch in batches]
+        """Return what this rank computes of each batch, on its device; ranks of the context axis are given the same."""
+        return [shard_sequence(batch.to(self._mesh.device), self._mesh.cp) for batch in batches]
 
-    def _count(self, batches: Sequence[Batch]) -> Tensor:
-        """Return T, the trained tokens of the step over all replicas, without waiting for the device."""
-        return self._sum(_count_tokens(batches).to(self._mesh.device))
+    def _total(self, loss_sum: Tensor, stop: bool) -> tuple[Tensor, Number]:
+        """Return the losses' sum over the replicas, and how many ranks are asked to stop, by one sum over all ranks.
+
+        Ranks that share a sequence's computation hold the same sum of losses, so each is counted once for all of them.
+        """
+        if self._mesh.world.size == 1:
+            return self._sum(loss_sum), float(stop)
+        both = torch.stack((loss_sum, torch.full_like(loss_sum, float(stop))))
+        dist.all_reduce(both, group=self._mesh.world.group)
+        return both[0] / (self._mesh.world.size // self._mesh.replicas.size), both[1]
 
     def _sum(self, value: Tensor) -> Tensor:
         """Sum `value` in place over the ranks that share the step."""
@@ -169,7 +201,7 @@ class MicroBatchEngine(StepEngine):
         model = self._callable(training=True)
         for micro_batch, batch in enumerate(batches):
             self._rng.start_micro_batch(iteration, micro_batch)
-            micro_sum, _ = self._objective(model, batch.to(self._mesh.device))
+            micro_sum, _ = self._objective(model, batch)
             self._backward(micro_sum, num_tokens)
             loss_sum += micro_sum.detach()
         return loss_sum
@@ -178,7 +210,7 @@ class MicroBatchEngine(StepEngine):
         loss_sum = torch.zeros((), dtype=torch.float64, device=self._mesh.device)
         model = self._callable(training=False)
         for batch in batches:
-            micro_sum, _ = self._objective(model, batch.to(self._mesh.device))
+            micro_sum, _ = self._objective(model, batch)
             loss_sum += micro_sum
         self._callable(training=True)
         return loss_sum

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
 
@@ -33,6 +34,14 @@ def holdings(optimizer: Any, module: nn.Module) -> Holdings:
         owned=fragments,
         scaler=scaler if getattr(scaler, "dynamic", False) else None,
     )
+
+
+def skip_by_norm(optimizer: Any) -> None:
+    """Let ZeRO 2 tell a bf16 gradient that is not finite by its norm alone, as all other optimizers of DeepSpeed do.
+
+    It would look through every gradient before, and wait for the device to say what it found."""
+    if getattr(optimizer, "dtype", None) == torch.bfloat16 and isinstance(optimizer, DeepSpeedZeroOptimizer):
+        optimizer.check_overflow = lambda partition_gradients=True: None
 
 
 @torch.no_grad()

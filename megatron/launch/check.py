@@ -16,6 +16,7 @@ from megatron.config import keys, readiness, rules
 from megatron.config.classify import Overrides
 from megatron.config.corpus import Corpus, absent_files, read_corpus, train_fraction
 from megatron.config.draft import show
+from megatron.config.engine import choose_engine
 from megatron.config.load import Settings, launcher_config, read
 from megatron.config.places import located
 from megatron.config.schema.config import Config
@@ -119,11 +120,12 @@ def derived(config: Config) -> list[tuple[str, str]]:
 def _layout(config: Config) -> list[tuple[str, str]]:
     parallel = config.parallel
     tp, pp = parallel.model_parallel_size, max(1, parallel.pipe_parallel_size)
-    stage = parallel.zero_optimization["stage"]
+    stage, engine = parallel.zero_optimization["stage"], choose_engine(config)
     cp = f" x context {parallel.context_parallel_size}" if parallel.context_parallel_size > 1 else ""
     return [
         ("processes", f"{parallel.world_size} = data {parallel.data_parallel_size} x tensor {tp} x pipeline {pp}{cp}"),
         ("ZeRO", f"stage {stage}"),
+        ("engine", f"{'our own' if engine.is_local else 'DeepSpeed'}, as {engine.why}"),
         (
             "precision",
             f"{config.numerics.precision} ({_weights(config)}fp32 masters, gradients accumulated and reduced in "

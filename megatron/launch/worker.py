@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -79,6 +80,8 @@ def decoding_worker(config: Config, place: Place, board: Board | None = None) ->
 def _join(config: Config, place: Place, board: Board | None, sizes: tuple[int, int, int]) -> Worker:
     """Return the worker of a mesh with these sizes of the tensor, pipeline and context axes."""
     os.environ.update(place.environment())
+    if config.kernels.compile is True:
+        _keep_compiled_code()
     device = _prepare(place, board)
     watch = _connect(config, place, device, supervised=board is not None)
     try:
@@ -89,6 +92,14 @@ def _join(config: Config, place: Place, board: Board | None, sizes: tuple[int, i
         raise
     logs.setup(place.rank, f"{mesh.describe()} host {place.host}" if place.world_size > 1 else "")
     return Worker(place, mesh, board, watch)
+
+
+def _keep_compiled_code() -> None:
+    """Let torch.compile keep its code where further runs find it: by default it is lost with the temporary folder."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deepy" / "compiled"
+    with suppress(OSError):  # where nothing can be written torch's own folder serves
+        cache.mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
 
 
 def _prepare(place: Place, board: Board | None) -> torch.device:

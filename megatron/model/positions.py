@@ -118,19 +118,26 @@ class AttentionMask:
         segments: [b, s] document numbers; a token sees its own document only.
         hidden: the layer's input, for its device and dtype.
         """
-        windowed = self.window is not None and self.window < span.end - 1
-        chunked = span.start > 0 and span.end - span.start > 1
-        rowwise = span.padding is not None or segments is not None
-        if not (windowed or chunked or rowwise or self.slopes is not None or bias is not None):
+        if not self._is_needed(span, segments, bias):
             return None
         device = hidden.device
         mask = self._static(span, device, hidden.dtype)
-        if rowwise:
+        if _is_rowwise(span, segments):
             mask = _restrict(mask, _seen_by_row(span, segments, device))
         if bias is None:
             return mask
         table = bias(_distance(span, device))
         return table.masked_fill(~mask, float("-inf"))
+
+    def store(self, span: Span, segments: Tensor | None, bias: RelativePositionBias | None, hidden: Tensor) -> None:
+        """Compute what depends on the columns only, where a call with these arguments needs it and does not have it."""
+        if self._is_needed(span, segments, bias):
+            self._static(span, hidden.device, hidden.dtype)
+
+    def _is_needed(self, span: Span, segments: Tensor | None, bias: RelativePositionBias | None) -> bool:
+        windowed = self.window is not None and self.window < span.end - 1
+        chunked = span.start > 0 and span.end - span.start > 1
+        return windowed or chunked or _is_rowwise(span, segments) or self.slopes is not None or bias is not None
 
     def _static(self, span: Span, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Return the part that depends on the columns only: [q, s] bool, or [n, q, s] of `dtype` with alibi."""
@@ -161,6 +168,10 @@ def _distance(span: Span, device: torch.device) -> Tensor:
     """Return i - j for the span's queries i and all keys j: [q, s] int64."""
     columns = torch.arange(span.end, device=device)
     return columns[span.start :].unsqueeze(1) - columns.unsqueeze(0)
+
+
+def _is_rowwise(span: Span, segments: Tensor | None) -> bool:
+    return span.padding is not None or segments is not None
 
 
 def _seen_by_row(span: Span, segments: Tensor | None, device: torch.device) -> Tensor:

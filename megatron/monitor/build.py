@@ -96,15 +96,18 @@ class Monitor:
         return self._record.folder if self._record is not None else None
 
     def start_step(self, iteration: int) -> None:
-        """Say that an optimizer step begins; its seconds count from here, and messages name it."""
+        """Say that an optimizer step begins, which messages then name."""
         logs.set_step(iteration)
         if self._step_begin is None and self._record is not None:
             self._record.metrics.write("first_step", iteration, seconds_since_launch=_seconds_since_launch())
         self._step_begin = time.perf_counter()
 
-    def log_step(self, iteration: int, values: StepValues) -> None:
-        """Record the optimizer step that `start_step` began. iteration: updates done, this one included."""
-        seconds = time.perf_counter() - self._step_begin if self._step_begin is not None else 0.0
+    def log_step(self, iteration: int, values: StepValues, seconds: float | None = None) -> None:
+        """Record an optimizer step. iteration: updates done, this one included.
+
+        seconds: what it took; None where it is the step that `start_step` began, and it ends now."""
+        if seconds is None:
+            seconds = time.perf_counter() - self._step_begin if self._step_begin is not None else 0.0
         seconds = max(seconds, 1e-9)
         self._clock.add(seconds)
         self._skipped += values.skipped

@@ -25,7 +25,7 @@ def sum_of_squares(tensors: list[Tensor]) -> Tensor:
     return norms.square().sum()
 
 
-def coefficient_of(norm: Tensor, loss_scale: float, clip: float) -> Tensor:
+def coefficient_of(norm: Tensor, loss_scale: float | Tensor, clip: float) -> Tensor:
     """Return what gradients are to be multiplied with, an fp32 scalar on the device; NaN where the norm is not finite.
 
     norm: of the un-scaled gradient, fp64 scalar. loss_scale: what gradients are larger by. clip: the largest norm, 0

@@ -1,8 +1,9 @@
-"""AdamW in one pass over memory, and without waiting for the device: what the library's own engine does on a GPU.
+"""AdamW without waiting for the device: what the library's own engine does.
 
-The gradient's norm, the clip coefficient and the number of the update stay on the device; one kernel reads gradients,
-masters and moments, and writes masters, moments and the rounded weights (`megatron.ops.adamw` has the formula). Groups
-and state are those of a torch AdamW, so checkpoints are the same.
+The gradient's norm, the clip coefficient and the number of the update stay on the device. Either one kernel reads
+gradients, masters and moments, and writes masters, moments and the rounded weights, or torch's fused kernel does all
+but the last (`megatron.ops.adamw` has the formula). Groups and state are those of a torch AdamW, so checkpoints are
+the same.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch.optim import AdamW, Optimizer
 
 from megatron.config.schema.config import Config
 from megatron.logs import get_logger
-from megatron.ops.adamw import coefficient_of
+from megatron.ops.adamw import adamw_update_, coefficient_of, sum_of_squares
 from megatron.ops.catalogue import CATALOGUE
 from megatron.ops.choice import Function, Situation, choose
 from megatron.ops.measured import fastest
@@ -40,7 +41,7 @@ class OnePassAdamW:
         self.squares = squares
 
     @torch.no_grad()
-    def step(self, squares: Tensor, loss_scale: float, clip: float) -> Tensor:
+    def step(self, squares: Tensor, loss_scale: float | Tensor, clip: float) -> Tensor:
         """Do one update and return the gradient's norm before clipping, an fp64 scalar on the device.
 
         squares: sum of the squares of all gradients, which are `loss_scale` times the loss's. Where it is not finite
@@ -52,7 +53,7 @@ class OnePassAdamW:
         for group in self._optimizer.param_groups:
             masters, states = group["params"], [self._optimizer.state[master] for master in group["params"]]
             steps = [state["step"] for state in states]
-            torch._foreach_add_(steps, counted)
+            torch._foreach_add_(steps, [counted] * len(steps))
             self._update(
                 [_gradient(master) for master in masters],
                 [master.detach() for master in masters],
@@ -74,7 +75,7 @@ class OnePassAdamW:
 def one_pass(
     config: Config, optimizer: Optimizer, weights: Mapping[int, Tensor], situation: Situation
 ) -> OnePassAdamW | None:
-    """Return what steps `optimizer` in one pass, or None where it is no AdamW or `optimizer_fusion` chooses torch's.
+    """Return what steps `optimizer`, by the kernels that `optimizer_fusion` chooses, or None where it is no AdamW.
 
     weights: as in OnePassAdamW.
     """
@@ -84,9 +85,7 @@ def one_pass(
     choices = choose({"adamw_update_": wish, "sum_of_squares": wish}, situation, CATALOGUE, fastest)
     if situation.device.type == "cuda" or wish not in ("auto", False):
         logger.info("the optimizer on %s:\n%s", situation.device, choices.table())
-    update, squares = choices.fused("adamw_update_"), choices.fused("sum_of_squares")
-    if update is None or squares is None:
-        return None
+    update, squares = choices.get("adamw_update_", adamw_update_), choices.get("sum_of_squares", sum_of_squares)
     return OnePassAdamW(optimizer, weights, update, squares)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron.config.blocks import ZeroOptimization
+from megatron.config.engine import choose_engine
 from megatron.config.schema.config import Config
 
 _DEFAULTS = ZeroOptimization()
@@ -61,7 +62,7 @@ class Layout:
             pp=pp,
             cp=cp,
             sequence_parallel=parallel.sequence_parallel and tp > 1,
-            zero_stage=max(zero.stage, least_stage(pp)),
+            zero_stage=choose_engine(config).stage,
             micro_batch=config.batch.train_micro_batch_size_per_gpu,
             accumulation=config.batch.gradient_accumulation_steps,
             recompute=training.checkpoint_num_layers if whole else 0,

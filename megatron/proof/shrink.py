@@ -42,7 +42,7 @@ _BUCKETS = {
 }  # fmt: skip
 _ONE_PROCESS = {
     "model_parallel_size": 1, "pipe_parallel_size": 1, "context_parallel_size": 1, "sequence_parallel": False,
-    "zero_optimization": {"stage": 0}, "checkpoint_activations": False,
+    "zero_optimization": {"stage": 0}, "engine": "auto", "compile": "auto", "checkpoint_activations": False,
 }  # fmt: skip
 
 

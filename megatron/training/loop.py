@@ -1,4 +1,8 @@
-"""The training loop: batches -> engine -> result -> monitor, with validation and checkpoints when they are due."""
+"""The training loop: batches -> engine -> results -> monitor, with validation and checkpoints when they are due.
+
+Steps are queued, and their results read a few steps late on a GPU; before a validation, a comparison, a checkpoint and
+the end, all that was queued is read.
+"""
 
 from __future__ import annotations
 
@@ -6,31 +10,31 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.config.schema.training import TrainingConfig
-from megatron.data.loaders import BatchLoader
+from megatron.data.prefetch import Steps
 from megatron.engine.base import Engine
-from megatron.logs import get_logger
 from megatron.monitor.build import Monitor
+from megatron.training.collector import Collector
 from megatron.training.evaluate import Evaluator
 from megatron.training.persistence import Keeper
 from megatron.training.progress import Progress
+from megatron.training.results import Results
 from megatron.training.stop import StopRequest
-
-logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
 class Run:
     """The parts of a run, assembled. train_iters: its length in optimizer steps. valid: None where there is nothing
-    to validate on."""
+    to validate on. late: steps after which a result is read."""
 
     training: TrainingConfig
     train_iters: int
     engine: Engine
-    loader: BatchLoader
+    loader: Steps
     valid: Evaluator | None
     keeper: Keeper
     monitor: Monitor
     stop: StopRequest
+    late: int = 0
 
 
 def run_loop(run: Run, progress: Progress) -> Progress:
@@ -43,16 +47,22 @@ def run_loop(run: Run, progress: Progress) -> Progress:
     if progress.iteration == 0:
         validate(run, progress)
         save_if_due(run, progress)
+    with Results(run.monitor, run.late) as results, Collector() as collector:
+        progress = _train(run, progress, results, collector)
+    tell_saved(run, progress, run.keeper.save(run.engine, progress))
+    return progress
+
+
+def _train(run: Run, progress: Progress, results: Results, collector: Collector) -> Progress:
     while progress.iteration < run.train_iters:
-        run.monitor.start_step(progress.iteration + 1)
+        results.start(progress.iteration + 1)
         with run.monitor.timers.measure("batch"):
             batches = next(run.loader)
-        result = run.engine.train_step(batches, progress.iteration)
-        samples = run.loader.consumed_samples - progress.consumed_samples
-        progress = progress.after_step(samples, result.num_tokens, result.skipped)
-        run.monitor.log_step(progress.iteration, result)
-        if result.num_tokens == 0:
-            logger.warning("iteration %d trained on nothing: all labels of its batch are masked", progress.iteration)
+        pending = run.engine.queue_step(batches, progress.iteration, run.stop.asks)
+        progress = progress.after_step(run.loader.consumed_samples - progress.consumed_samples)
+        pauses = _pauses(run, progress)
+        progress = results.add(pending, progress, everything=pauses)
+        collector.after_step(pauses)
         if is_due(progress, run.training.check_replicas_interval or None):
             run.engine.check_replicas()
         if is_due(progress, run.training.eval_interval) or progress.iteration == run.train_iters:
@@ -61,11 +71,21 @@ def run_loop(run: Run, progress: Progress) -> Progress:
         if is_due(progress, run.training.exit_interval):
             run.monitor.message(f"stopping at iteration {progress.iteration}, a multiple of exit_interval")
             break
-        if run.stop.agreed():
+        if run.stop.agreed(results.stop):
             run.monitor.message(f"stopping at iteration {progress.iteration}, as SIGTERM asks")
             break
-    tell_saved(run, progress, run.keeper.save(run.engine, progress))
-    return progress
+    return results.finish(progress)
+
+
+def _pauses(run: Run, progress: Progress) -> bool:
+    """Say whether the run waits for the device after this step, because something else is due."""
+    training = run.training
+    intervals = (training.check_replicas_interval or None, training.eval_interval, training.exit_interval)
+    return (
+        progress.iteration == run.train_iters
+        or any(is_due(progress, interval) for interval in intervals)
+        or run.keeper.is_due(progress)
+    )
 
 
 def save_if_due(run: Run, progress: Progress) -> None:

@@ -177,12 +177,16 @@ class Keeper:
         if self._lock is not None:
             self._lock.release()
 
+    def is_due(self, progress: Progress) -> bool:
+        """Say whether the keys of the config ask for a checkpoint now."""
+        return progress.iteration in self._due
+
     def save_if_due(self, engine: Engine, progress: Progress) -> Path | None:
         """Save where the keys of the config say so, and return the folder.
 
         A failure before the end of the run costs this checkpoint, and training goes on; at the end it is raised.
         """
-        if progress.iteration not in self._due:
+        if not self.is_due(progress):
             return None
         try:
             return self.save(engine, progress)

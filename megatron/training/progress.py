@@ -22,12 +22,14 @@ class Progress:
     consumed_tokens: int = 0
     skipped_iterations: int = 0
 
-    def after_step(self, samples: int, tokens: int, skipped: bool) -> Progress:
-        """Return the progress after one more step over `samples` samples and `tokens` trained tokens."""
+    def after_step(self, samples: int) -> Progress:
+        """Return the progress after one more step over `samples` samples, of which nothing else is known yet."""
+        return replace(self, iteration=self.iteration + 1, consumed_samples=self.consumed_samples + samples)
+
+    def after_result(self, tokens: int, skipped: bool) -> Progress:
+        """Return the progress once it is known that a step trained on `tokens` tokens, and whether it was skipped."""
         return replace(
             self,
-            iteration=self.iteration + 1,
-            consumed_samples=self.consumed_samples + samples,
             consumed_tokens=self.consumed_tokens + tokens,
             skipped_iterations=self.skipped_iterations + int(skipped),
         )

@@ -14,6 +14,7 @@ from megatron.config.schema.config import Config
 from megatron.data.build import DataSets, build_datasets
 from megatron.data.gpt import SampleReader
 from megatron.data.loaders import BatchLoader, build_loader
+from megatron.data.prefetch import on_device
 from megatron.engine.base import Engine
 from megatron.engine.build import build_engine
 from megatron.errors import DataError, Problem
@@ -33,6 +34,7 @@ from megatron.training.micro_batch import with_micro_batch
 from megatron.training.out_of_memory import explained
 from megatron.training.persistence import Keeper
 from megatron.training.progress import Progress
+from megatron.training.results import steps_late
 from megatron.training.stop import StopRequest
 
 logger = get_logger(__name__)
@@ -67,11 +69,12 @@ def train(config: Config, mesh: Mesh, config_files: Mapping[str, str] | None = N
             training=config.training,
             train_iters=data.train_iters,
             engine=engine,
-            loader=assembly.loader(data.train, progress.consumed_samples),
+            loader=on_device(assembly.loader(data.train, progress.consumed_samples), mesh.device),
             valid=assembly.evaluator(data.valid),
             keeper=keeper,
             monitor=monitor,
             stop=assembly.stop_request(),
+            late=steps_late(mesh.device),
         )
         progress = run_loop(run, progress)
         test = assembly.evaluator(data.test)

@@ -6,14 +6,11 @@ import signal
 import threading
 from types import FrameType
 
-import torch
-import torch.distributed as dist
-
 from megatron.parallel.mesh import Mesh
 
 
 class StopRequest:
-    """Whether any rank was asked to stop. A second SIGTERM ends the process at once."""
+    """Whether this rank was asked to stop. A second SIGTERM ends the process at once."""
 
     def __init__(self, mesh: Mesh) -> None:
         self._world, self.is_asked = mesh.world, False
@@ -29,10 +26,12 @@ class StopRequest:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    def agreed(self) -> bool:
-        """Say, alike on all ranks, whether one of them was asked; every rank must call it. Costs 4 bytes over gloo."""
-        if self._world.size == 1:
-            return self.is_asked
-        flag = torch.tensor([self.is_asked], dtype=torch.int32)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._world.group)
-        return bool(flag.item())
+    def asks(self) -> bool:
+        """Say whether this process was asked; a step tells the other ranks."""
+        return self.is_asked
+
+    def agreed(self, told: bool) -> bool:
+        """Say, alike on all ranks, whether one of them was asked. told: whether a step's result says so.
+
+        A process that is alone need not wait for that."""
+        return told or (self._world.size == 1 and self.is_asked)

@@ -14,6 +14,14 @@ from tests.config.small import SMALL, problems
 
 CASES: list[tuple[dict[str, Any], str]] = [
     (
+        {"compile": True, "zero_optimization": {"stage": 3}, "world": 2},
+        "compile = true: zero_optimization.stage = 3 lets weights go that the backward pass",
+    ),
+    (
+        {"engine": "local", "pipe_parallel_size": 2, "world": 2},
+        'engine = "local": pipe_parallel_size = 2 is DeepSpeed\'s pipeline. Set engine: auto',
+    ),
+    (
         {"num_attention_heads": 5},
         "num_attention_heads = 5: hidden_size = 48 cannot be divided among it (48 % 5 = 3). Set "
         "num_attention_heads to 2, 3, 4 or 6.",

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron.checkpoint.load import CheckpointReader, find_checkpoint
-from megatron.engine.plain import DeepSpeedEngine
+from megatron.engine.step import StepEngine
 from megatron.errors import CheckpointError
 from megatron.parallel.mesh import Mesh
 from megatron.training.run import train
@@ -30,14 +30,14 @@ def run(folder: Path, world_size: int = 1, **changes: Any) -> dict[str, int]:
 
 def run_killed(folder: Path, at: int, **changes: Any) -> None:
     """Train, and die as by kill -9 within the step after `at` updates."""
-    step: Callable[..., Any] = DeepSpeedEngine.train_step
+    step: Callable[..., Any] = StepEngine.queue_step
 
-    def dying_step(self: DeepSpeedEngine, batches: Any, iteration: int) -> Any:
+    def dying_step(self: StepEngine, batches: Any, iteration: int, stop: Any) -> Any:
         if iteration == at:
             os.kill(os.getpid(), signal.SIGKILL)
-        return step(self, batches, iteration)
+        return step(self, batches, iteration, stop)
 
-    DeepSpeedEngine.train_step = dying_step  # type: ignore[method-assign]
+    StepEngine.queue_step = dying_step  # type: ignore[method-assign]
     run(folder, **changes)
 
 
@@ -147,14 +147,14 @@ def test_load_that_finds_nothing_stops(folders: tuple[Path, Path]) -> None:
 
 def run_stopped(folder: Path, at: int, **changes: Any) -> dict[str, int]:
     """Train on two ranks, of which the second gets a SIGTERM in the step after `at` updates."""
-    step: Callable[..., Any] = DeepSpeedEngine.train_step
+    step: Callable[..., Any] = StepEngine.queue_step
 
-    def stopped_step(self: DeepSpeedEngine, batches: Any, iteration: int) -> Any:
+    def stopped_step(self: StepEngine, batches: Any, iteration: int, stop: Any) -> Any:
         if iteration == at and torch.distributed.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, batches, iteration)
+        return step(self, batches, iteration, stop)
 
-    DeepSpeedEngine.train_step = stopped_step  # type: ignore[method-assign]
+    StepEngine.queue_step = stopped_step  # type: ignore[method-assign]
     progress = run(folder, 2, **changes)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     return progress
@@ -170,3 +170,36 @@ def test_a_sigterm_on_one_rank_ends_all_with_a_checkpoint(folders: tuple[Path, P
     expected, found = tensors(whole), tensors(broken)
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+@pytest.mark.parametrize("changes", [{}, {"zero_optimization": {"stage": 0}, "precision": "bf16"}])
+def test_results_that_are_read_late_change_nothing(folders: tuple[Path, Path], changes: dict[str, Any]) -> None:
+    """As on a GPU: two steps are queued before the result of one is read. Metrics and checkpoints are the same."""
+    from megatron.monitor.metrics import read_metrics
+    from megatron.training import run as assembly
+
+    def run_late(folder: Path) -> dict[str, int]:
+        assembly.steps_late = lambda device: 2
+        return run(folder, train_iters=7, exit_interval=7, **changes)
+
+    whole, broken = folders
+    assert run_ranks(1, lambda: run(whole, train_iters=7, **changes)) == run_ranks(1, lambda: run_late(broken))
+    here, there = (read_metrics(folder / "runs" / "tiny" / "metrics.jsonl") for folder in folders)
+    clocks = {"time", "seconds", "tokens_per_second", "seconds_since_launch", "folder"}
+    plain = [[{k: v for k, v in record.items() if k not in clocks} for record in records] for records in (here, there)]
+    assert plain[0] == plain[1]
+    assert [record["iteration"] for record in here if record["event"] == "step"] == list(range(1, 8))
+    expected, found = tensors(whole), tensors(broken)
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+def test_a_sigterm_that_is_told_late_ends_all_ranks_at_the_same_step(folders: tuple[Path, Path]) -> None:
+    def run_late(folder: Path) -> dict[str, int]:
+        from megatron.training import run as assembly
+
+        assembly.steps_late = lambda device: 2
+        return run_stopped(folder, 1, checkpoint_factor=100, eval_iters=0, eval_interval=100)
+
+    stopped = run_ranks(2, lambda: run_late(folders[0]))
+    assert [progress["iteration"] for progress in stopped] == [4, 4]  # asked in step 2, read after step 4
+    assert stopped[0]["consumed_tokens"] == 4 * 8 * 32

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import deepspeed
 import pytest
@@ -14,6 +17,7 @@ from megatron.errors import EngineError
 from tests.ranks import preload, run_ranks
 
 preload()
+from megatron.engine import through_deepspeed  # noqa: E402
 from tests.engine import tiny  # noqa: E402
 
 
@@ -55,10 +59,10 @@ SABOTAGE = {
 @pytest.mark.parametrize("case", SABOTAGE)
 def test_a_setting_that_did_not_arrive_is_fatal(case):
     changes, message = SABOTAGE[case]
-    told = build.deepspeed_config
+    told = through_deepspeed.deepspeed_config
 
     def start() -> None:
-        with replaced(build, "deepspeed_config", lambda config: {**told(config), **changes}):
+        with replaced(through_deepspeed, "deepspeed_config", lambda config: {**told(config), **changes}):
             tiny.make_engine(tiny.config(1, stage=1, precision="bf16"))
 
     with pytest.raises(EngineError, match=message):
@@ -117,10 +121,16 @@ def test_clipping_is_real(stage, world_size):
 
         def measure(optimizer, args, keys) -> None:
             gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            divisor = float(getattr(optimizer, "grad_scale", 1.0))  # a fused optimizer divides as it reads
-            squares.extend((gradient / divisor).square().sum().item() for gradient in gradients)
+            squares.extend(gradient.square().sum().item() for gradient in gradients)
 
-        holdings.optimizer.register_step_pre_hook(measure)
+        def measured(gradients, masters, averages, moments, weights, coefficient, *rest) -> None:
+            squares.extend((gradient * coefficient).square().sum().item() for gradient in gradients)
+            update(gradients, masters, averages, moments, weights, coefficient, *rest)
+
+        if stage == 0:  # the kernel clips as it reads
+            update, engine._one_pass._update = engine._one_pass._update, measured
+        else:
+            holdings.optimizer.register_step_pre_hook(measure)
         (result,) = tiny.train(engine, config, 0, 1)
         share = sum(squares) / (world_size if stage == 0 else 1)  # stage 0 has all of it on every rank
         return result, share
@@ -215,3 +225,75 @@ def test_options_of_zero_change_no_number_and_no_state(zero):
     state = tiny.merge([pieces for _, pieces in ranks])
     for name, expected in weights.items():
         torch.testing.assert_close(state[name, "weight"], expected, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeeds_engines_measure_check_and_overlap_nothing(stage, precision):
+    """Read from the live objects: timers, traces and second looks at gradients would wait for the GPU."""
+
+    def step() -> tuple:
+        from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+        looks = []
+        DeepSpeedZeroOptimizer.has_overflow = lambda self, *_: looks.append(1) or False
+        config = tiny.config(2, stage=stage, precision=precision)
+        engine = tiny.make_engine(config)
+        tiny.train(engine, config, 0, 2)
+        live = engine._live
+        overlaps = [getattr(live.optimizer, "overlap_comm", False), live._config.zero_config.overlap_comm]
+        timed = [live.wall_clock_breakdown(), live.tput_timer.config.enabled, live.tput_timer.config.synchronized]
+        return len(looks), overlaps, timed, live._config.memory_breakdown
+
+    assert run_ranks(2, step) == [(0, [False, False], [False] * 3, False)] * 2
+
+
+def test_engines_are_chosen_and_say_why(caplog):
+    """The same config on one process: our own engine by itself, DeepSpeed's where it is asked for."""
+
+    def kinds() -> list:
+        caplog.set_level("INFO")
+        found = []
+        for stage, engine in ((1, "auto"), (3, "auto"), (0, "deepspeed"), (2, "deepspeed"), (2, "local")):
+            built = tiny.make_engine(tiny.config(1, stage=stage, engine=engine))
+            facts = built.read_back()
+            said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("engine: ")]
+            found.append((type(built).__name__, facts["zero_optimization.stage"], said[-1]))
+        return found
+
+    replica = "on one replica ZeRO stage {} has nothing to shard, and the arithmetic is the same"
+    asked = "engine: deepspeed asks for it"
+    assert run_ranks(1, kinds)[0] == [
+        ("LocalEngine", 0, "engine: our own, as " + replica.format(1)),
+        ("LocalEngine", 0, "engine: our own, as " + replica.format(3)),
+        ("DeepSpeedEngine", 1, f"engine: DeepSpeed's, as {asked}; stage 0 is served by stage 1, whose arithmetic is "
+         "the same"),
+        ("DeepSpeedEngine", 2, f"engine: DeepSpeed's, as {asked}"),
+        ("LocalEngine", 0, "engine: our own, as engine: local asks for it"),
+    ]  # fmt: skip
+
+
+def test_our_own_engine_needs_no_deepspeed():
+    """Neither the package nor the compiler is loaded by a run that uses neither."""
+    code = (
+        "import sys, torch\n"
+        "from megatron.launch.lean import defer_compiler\n"
+        "defer_compiler()\n"
+        "import megatron.training.run\n"
+        "from megatron.config.resolve import resolve\n"
+        "from megatron.engine.build import build_engine\n"
+        "from megatron.model.build import build_model\n"
+        "from megatron.objectives.build import build_objective\n"
+        "from megatron.parallel.mesh import Mesh\n"
+        "from megatron.data.batch import Batch\n"
+        "keys = dict(num_layers=1, hidden_size=16, num_attention_heads=2, seq_length=8, max_position_embeddings=8,\n"
+        "            train_micro_batch_size_per_gpu=1, train_iters=3, zero_optimization=dict(stage=1))\n"
+        "config = resolve(keys)\n"
+        "engine = build_engine(config, Mesh.single(), build_model(config, 32, Mesh.single()), build_objective())\n"
+        "tokens = torch.ones(1, 8, dtype=torch.long)\n"
+        "engine.train_step([Batch(tokens, tokens, torch.ones(1, 8))], 0)\n"
+        "print([name for name in ('deepspeed', 'torch._dynamo', 'transformers', 'triton') if name in sys.modules])\n"
+    )
+    root = Path(__file__).resolve().parents[2]
+    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
+    assert result.stdout.strip() == "[]", result.stdout + result.stderr

@@ -101,7 +101,7 @@ def test_our_scale_moves_as_deepspeeds_does(consecutive):
         init_distributed("gloo", auto_mpi_discovery=False)
         for _ in range(300):
             overflow = bool(torch.rand((), generator=generator) < 0.15)
-            ours.update(overflow)
+            ours.update(torch.tensor(overflow))
             theirs.update_scale(overflow)
             for field in ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"):
                 assert getattr(ours, field) == getattr(theirs, field), field
@@ -111,7 +111,7 @@ def test_our_scale_moves_as_deepspeeds_does(consecutive):
 
 def test_a_fixed_scale_stays():
     scale = LossScale({"loss_scale": 128})
-    scale.update(overflow=True)
+    scale.update(overflow=torch.tensor(True))
     assert (scale.cur_scale, scale.dynamic) == (128.0, False)
 
 

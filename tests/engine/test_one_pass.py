@@ -22,22 +22,36 @@ from tests.engine import tiny  # noqa: E402
 SITUATION = Situation(torch.device("cpu"), torch.float32, tiny.HIDDEN)
 
 
-def run(fused: bool, world_size: int, steps: int, **keys: Any) -> tuple[list[Any], list[tuple]]:
-    """Train and return results and state; fused: in one pass, by the formula instead of a kernel."""
+FORMULAE = {"adamw_update_": adamw.adamw_update_reference_, "sum_of_squares": adamw.sum_of_squares}
+
+
+def run(way: str, world_size: int, steps: int, **keys: Any) -> tuple[list[Any], list[tuple]]:
+    """Train and return results and state. way: "fused", what every run does; "formula", its formula in the place of
+    the kernel; "apart", norm, clipping and update one after another, as optimizers other than AdamW have it."""
     with pytest.MonkeyPatch.context() as patch:
-        if fused:
-            patch.setattr(Choices, "fused", lambda self, operation: getattr(adamw, operation))
+        if way == "formula":
+            patch.setattr(Choices, "get", lambda self, operation, otherwise: FORMULAE[operation])
         config = tiny.config(world_size, gradient_accumulation_steps=2, **keys)
         engine = tiny.make_engine(config)
-    assert (engine._one_pass is not None) == fused
+    assert engine._one_pass is not None
+    if way == "apart":
+        engine._one_pass = None
     results = tiny.train(engine, config, 0, steps)
     engine.check_masters()
     return results, tiny.full_state(engine)
 
 
 def compare(world_size: int, steps: int, **keys: Any) -> list[Any]:
-    """Run both ways, compare, and return the results of a rank."""
-    ones, others = (run_ranks(world_size, partial(run, **keys), fused, world_size, steps) for fused in (True, False))
+    """Run all ways, compare, and return the results of a rank."""
+    ones, *rest = (
+        run_ranks(world_size, partial(run, **keys), way, world_size, steps) for way in ("apart", "fused", "formula")
+    )
+    for others in rest:
+        _compare(ones, others)
+    return ones[0][0]
+
+
+def _compare(ones: list[Any], others: list[Any]) -> None:
     for one, other in zip(ones[0][0], others[0][0], strict=True):
         assert one.skipped == other.skipped
         assert one.loss_scale == other.loss_scale
@@ -50,7 +64,6 @@ def compare(world_size: int, steps: int, **keys: Any) -> list[Any]:
         torch.testing.assert_close(
             found[key], tensor, rtol=2**-7 if exact else 1e-4, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}"
         )
-    return ones[0][0]
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -72,13 +85,11 @@ def test_fp16_steps_that_overflow_are_skipped_and_not_counted() -> None:
     assert all(math.isinf(result.grad_norm) == result.skipped for result in results)
 
 
-def test_only_adamw_of_fp32_masters_and_only_if_it_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_adamw() -> None:
     def made(**keys: Any) -> Any:
         config = tiny.config(**keys)
         return one_pass(config, build_optimizer(config, tiny.TinyModel().named_parameters()), {}, SITUATION)
 
-    assert made() is None, "torch's own is chosen on a CPU"
-    monkeypatch.setattr(Choices, "fused", lambda self, operation: getattr(adamw, operation))
     assert made() is not None
     assert made(optimizer={"type": "lion", "params": {"lr": 1e-3}}) is None
 
@@ -91,7 +102,7 @@ def test_the_kernel_is_chosen_on_a_gpu_and_agrees(precision: str) -> None:
     for wish in (True, False):
         config = tiny.config(precision=precision, optimizer_fusion=wish)
         engine = tiny.build_engine(config, Mesh.single(torch.device("cuda")), tiny.TinyModel(), tiny.objective)
-        assert (engine._one_pass is not None) == wish
+        assert (engine._one_pass._update is adamw.adamw_update_) == (not wish)
         tiny.train(engine, config, 0, 5)
         engine.check_masters()
         states.append(tiny.merge([tiny.full_state(engine)]))

@@ -58,6 +58,7 @@ def config(world_size: int = 1, **keys: Any) -> Config:
         "optimizer": {"type": "adam", "params": {"lr": 1e-2, "betas": [0.9, 0.95], "eps": 1e-8}},
         "gradient_clipping": 0.3, "weight_decay": 0.1, "train_iters": 20, "warmup": 0.1, "lr_decay_style": "cosine",
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 30},
+        "engine": "deepspeed" if stage else "auto",
         **keys,
     }  # fmt: skip
     return resolve(values, world_size=world_size)

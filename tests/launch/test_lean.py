@@ -29,9 +29,9 @@ import torch._dynamo
 for kind, expected in zip(KINDS, without):
     assert torch.equal(steps(kind), expected)
     assert not torch.is_inference_mode_enabled() and torch.is_grad_enabled()
-from megatron.launch.lean import _deferred
+from megatron.engine.deferred import at_first_call
 calls = []
-@_deferred(lambda function, **options: calls.append(options) or (lambda x: function(x) + 1))(mode="fast")
+@at_first_call(lambda function, **options: calls.append(options) or (lambda x: function(x) + 1))(mode="fast")
 def double(x):
     return 2 * x
 assert calls == [] and double.__name__ == "double"

@@ -74,7 +74,8 @@ def make_config(flat: dict[str, Any], world_size: int = 1) -> Config:
     """Return the Config of SMALL with `flat` on top; `stage` is short for the ZeRO stage."""
     keys = {**SMALL, **flat}
     zero = {"stage": keys.pop("stage", 0), "stage3_param_persistence_threshold": 50}
-    return resolve({"zero_optimization": zero, **keys}, world_size=world_size)
+    engine = "deepspeed" if zero["stage"] else "auto"
+    return resolve({"zero_optimization": zero, "engine": engine, **keys}, world_size=world_size)
 
 
 def make_batches(config: Config, steps: int = STEPS + 1, segments: bool = False) -> list[Batch]:

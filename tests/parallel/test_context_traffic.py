@@ -8,7 +8,7 @@ K = b (s/C) k d the elements of a rank's keys, Q those of its queries:
     all_to_all    L (2 Q + 2 K) e forward, and the same backward, 1/C of which stays where it is
     recomputed    the forward pass of attention once more
     gradients     all of them, once a step in fp32 (stage 0), over the replicas: data and context ranks
-    loss          the trained tokens and the sum of losses, a number each in fp64
+    loss          the trained tokens, the sum of losses and the wish to stop, a number each in fp64
 """
 
 from __future__ import annotations
@@ -70,4 +70,4 @@ CASES: dict[str, tuple[int, int, dict[str, Any], int]] = {
 def test_bytes_of_a_step(case: str) -> None:
     size, data, keys, exchanged = CASES[case]
     for found, parameters in run_ranks(size * data, step_traffic, {"context_parallel_size": size, **keys}):
-        assert found == {"all_to_all": exchanged, "all_reduce": parameters * 4 + 2 * 8}
+        assert found == {"all_to_all": exchanged, "all_reduce": parameters * 4 + 3 * 8}

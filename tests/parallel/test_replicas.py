@@ -173,16 +173,16 @@ def test_a_run_stops_where_copies_differ() -> None:
     def train() -> tuple[str, int]:
         config, engine = make_engine({"check_replicas_interval": 2, "eval_iters": 0}, 2)
         steps: list[int] = []
-        step = engine.train_step
+        step = engine.queue_step
 
-        def spoiling(batches: Any, iteration: int) -> Any:
-            result = step(batches, iteration)
+        def spoiling(batches: Any, iteration: int, stop: Any) -> Any:
+            result = step(batches, iteration, stop)
             steps.append(iteration)
             if iteration == 0 and dist.get_rank() == 1:
                 engine.model.get_parameter(NORM).data[0] += 1
             return result
 
-        engine.train_step = spoiling
+        engine.queue_step = spoiling
         batches = [matrix.micro_batches(config, batch, engine._mesh) for batch in matrix.make_batches(config)]
         run = loop.Run(
             config.training, 5, engine, Loader(batches), None, Nothing(), Monitor(), StopRequest(engine._mesh)

@@ -10,7 +10,7 @@ activation is A = b s h e bytes.
     loss                  the maximum of each token's logits, and their sum with the label's logit: 3 b s fp32 numbers.
     gradients             the partial ones, once a step in fp32: norms inside the region (parallel residual), or under
                           sequence parallelism those outside of it and learned positions.
-    norm                  one number, in fp64.
+    norm                  one number, in fp64; the wish to stop, beside the sum of losses: two.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def activations(count: int, element: int = 4) -> int:
 
 
 def others(partial: int) -> int:
-    """Bytes of the loss, of `partial` numbers of partial gradients, and of the norm."""
-    return 3 * ROWS * LENGTH * 4 + partial * 4 + 8
+    """Bytes of the loss, of `partial` numbers of partial gradients, of the norm, and of the wish to stop."""
+    return 3 * ROWS * LENGTH * 4 + partial * 4 + 8 + 2 * 8
 
 
 GATHERED = 4 * LAYERS + 2  # also the number of all-reduces without sequence parallelism

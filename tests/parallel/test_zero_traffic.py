@@ -10,7 +10,8 @@ gradients in fp32:
                 micro-batch
     pipeline    A messages of w b s h to each neighbour; the gradient of what stages share, in fp32; the lengths of what
                 DeepSpeed packs
-    numbers     trained tokens and the loss, in fp64; the norm and whether gradients are finite, 1 to 8 bytes each
+    numbers     trained tokens, the loss and the wish to stop, in fp64; the norm and what else DeepSpeed
+                asks, 8 bytes each
 """
 
 from __future__ import annotations
@@ -51,16 +52,16 @@ def step_traffic(flat: dict[str, Any]) -> tuple[dict[tuple[str, str], int], int,
 def expected(stage: int, parameters: int, small: int, accumulation: int, weight: int) -> dict[tuple[str, str], int]:
     if stage == 3:
         gathered = weight * (accumulation * (parameters - small) + small)
-        numbers = 2 * 8 + 2 * 8
+        numbers = 3 * 8 + 2 * 8
         return {
             ("data", "reduce_scatter"): 4 * parameters * accumulation,
             ("data", "all_gather"): gathered,
             ("data", "all_reduce"): numbers,
         }
     times = accumulation if stage == 2 else 1
-    flags = {(1, 2): 0, (2, 2): 9}.get((stage, weight), 8)  # BF16_Optimizer, of stage 1, asks nobody
+    norm = 0 if (stage, weight) == (1, 2) else 8  # BF16_Optimizer, of stage 1 in bf16, asks nobody
     return {
-        ("data", "all_reduce"): 4 * parameters * times + 2 * 8 + flags,
+        ("data", "all_reduce"): 4 * parameters * times + 3 * 8 + norm,
         ("data", "all_gather"): weight * parameters,
     }
 
@@ -85,9 +86,9 @@ def test_partial_gradients_are_summed_together(layers: int, stage: int) -> None:
         assert found == {
             ("tensor", "all_gather"): activations,
             ("tensor", "reduce_scatter"): activations,
-            ("tensor", "all_reduce"): loss + times * partial + norm,
+            ("tensor", "all_reduce"): loss + times * partial + norm + 2 * 8,  # the wish to stop, beside the loss
         }
-        assert calls == 2 * accumulation + times + 2  # however many parameters there are
+        assert calls == 2 * accumulation + times + 3  # however many parameters there are
 
 
 @pytest.mark.parametrize(("stages", "accumulation", "tied"), [(2, 2, False), (2, 4, True), (4, 2, True)])

@@ -15,7 +15,7 @@ from tests.ranks import preload, run_ranks
 
 preload()
 from megatron.config.resolve import resolve  # noqa: E402
-from megatron.engine import build, pipeline  # noqa: E402
+from megatron.engine import pipeline, through_deepspeed  # noqa: E402
 from megatron.engine.step import StepEngine  # noqa: E402
 from megatron.parallel.collectives import TensorRegion  # noqa: E402
 from megatron.parallel.layers import RowParallelLinear  # noqa: E402
@@ -110,7 +110,7 @@ def bias_on_every_rank() -> None:
 
 def norms_not_summed() -> None:
     """Sequence parallelism whose replicated parameters keep the gradient of their own tokens."""
-    build.sum_partial_gradients = lambda live, region: None
+    through_deepspeed.sum_partial_gradients = lambda live, region: None
 
 
 def stages_not_summed() -> None:
@@ -140,7 +140,7 @@ SABOTAGED = [
     (bias_on_every_rank, {"model_parallel_size": 2}, ["gradient of layers.1.mlp.linear2.weight, step 2"]),
     (
         norms_not_summed,
-        {"model_parallel_size": 2, "sequence_parallel": True, "zero_optimization": {"stage": 1}},
+        {"model_parallel_size": 2, "sequence_parallel": True, "engine": "deepspeed"},
         ["gradient of layers.0.input_layernorm.weight, step 1", "layernorm.bias (weight) has 2 versions"],
     ),
     (

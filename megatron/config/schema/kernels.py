@@ -40,6 +40,18 @@ class KernelsConfig(Section):
         "What turns logits into losses, and into their own gradients; cuda is built by nvcc when it is first used. "
         f"{_MEANING}",
     )
+    compile: Literal["auto", True, False] = setting(
+        "auto",
+        "Compile the decoder blocks by torch.compile, each by itself: the first step then takes up to a minute longer, "
+        "less where a run before it left its code in the cache. auto: no, until it is measured on a GPU; on a CPU it "
+        "costs seconds of C++ compilation, and what the blocks do there is mostly matrix products. Not with "
+        "DeepSpeed's ZeRO 3.",
+    )
+    cuda_graphs: Literal["auto", True, False] = setting(
+        "auto",
+        "Record the kernels of a micro-batch's forward and backward pass once, and launch each pass as one piece, "
+        "which helps small models; in the library's own engine. auto: no, until it is measured on a GPU.",
+    )
     fp8_fusion: Float8Fusion = setting(
         "auto",
         "What measures and rounds the factors of float8 products, with precision: fp8. auto: a fused kernel wherever "

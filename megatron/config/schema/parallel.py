@@ -38,6 +38,13 @@ class ParallelConfig(Section):
         False, "Tensor parallel processes sum 16 bit activations, and send them, in fp32. Gradients always are."
     )
     world_size: int = setting(1, "Processes of the run, one per GPU; counted by the launcher.", unit="processes", ge=1)
+    engine: Literal["auto", "deepspeed", "local"] = setting(
+        "auto",
+        "What applies a training step; the arithmetic and the checkpoints are the same. local: the library's own, "
+        "which never waits for the GPU; ZeRO stage 0, or any stage where one replica of the model is all there is, "
+        "without offload and pipeline. deepspeed: DeepSpeed's, where stage 0 is served by stage 1. auto: local where "
+        "it can.",
+    )
     zero_optimization: dict[str, Any] = setting(
         {"stage": 0},
         "DeepSpeed's ZeRO block. stage: 1 shards optimizer states, 2 gradients too, 3 parameters too; 0 shards "

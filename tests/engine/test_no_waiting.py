@@ -1,0 +1,124 @@
+"""Inside a step of our own engine nothing is read from the device, in any precision, alone and with other ranks."""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.ranks import preload, run_ranks
+
+preload()
+from tests.parallel import matrix  # noqa: E402
+
+_READING_OPERATIONS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "item", "_unique2", "masked_select"}
+_READING_METHODS = {"item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__", "__contains__"}
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations that make the host wait: reads of values, and blocking copies from another device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, keys = function.overloadpacket.__name__, kwargs or {}
+        if name in _READING_OPERATIONS:
+            self.found[name] += 1
+        result = function(*args, **keys)
+        tensors = [value for value in (*args, result) if isinstance(value, torch.Tensor)]
+        if name in ("copy_", "_to_copy") and len({tensor.device for tensor in tensors}) > 1:
+            self.found[f"{name} between devices"] += 1
+        return result
+
+
+class Methods(TorchFunctionMode):
+    """Counts what dispatching does not see: `tolist` of a CPU tensor reads its memory without an operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(function, "__name__", "") in _READING_METHODS:
+            self.found[function.__name__] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def reads(action: Callable[[], Any]) -> Counter[str]:
+    """Return what made the host wait while `action` ran."""
+    operations, methods = Operations(), Methods()
+    with operations, methods:
+        action()
+    return operations.found + methods.found
+
+
+def reads_of_steps(world_size: int, **keys: Any) -> tuple[Counter[str], list[Any]]:
+    """Return what three steps read, and their results, which are read afterwards."""
+    from megatron.engine.build import build_engine
+    from megatron.model.build import build_model
+    from megatron.objectives.build import build_objective
+
+    config = matrix.make_config({"train_micro_batch_size_per_gpu": 2, **keys}, world_size)
+    mesh = matrix.make_mesh(config)
+    engine = build_engine(config, mesh, model=build_model(config, matrix.VOCAB, mesh), objective=build_objective())
+    batches = [matrix.micro_batches(config, batch, mesh) for batch in matrix.make_batches(config)]
+    pending: list[Any] = []
+
+    def steps() -> None:
+        pending.extend(engine.queue_step(batches[step], step, partial(operator.eq, step, 2)) for step in range(3))
+
+    return reads(steps), [step.read() for step in pending]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_step_reads_nothing(precision: str, dropout: float, world_size: int) -> None:
+    """With clipping and accumulation: 8 sequences of a step are 4 micro-batches of 2 on one rank, 2 on each of two."""
+    keys = {"precision": precision, "hidden_dropout": dropout, "attention_dropout": dropout}
+    for found, results in run_ranks(world_size, lambda: reads_of_steps(world_size, **keys)):
+        assert not found
+        assert [result.stop for result in results] == [False, False, True]
+        assert all(result.num_tokens > 0 and result.loss > 1 for result in results)
+        assert precision == "fp16" or any(result.clipped_grad_norm < result.grad_norm for result in results)
+
+
+def test_the_count_can_fail() -> None:
+    """Reads of all sorts are counted, and so is the norm that other optimizers wait for."""
+    value = torch.ones(2)
+    for read in (value.sum().item, value.tolist, lambda: bool(value.sum() > 0), value.nonzero, value.numpy):
+        assert reads(read)
+    ((found, _),) = run_ranks(1, lambda: reads_of_steps(1, optimizer={"type": "lion", "params": {"lr": 1e-3}}))
+    assert found["_local_scalar_dense"] == 3  # the norm, in each of three steps
+
+
+def test_what_is_queued_is_not_changed_by_later_steps() -> None:
+    """Results that are read late are those of their own step."""
+
+    def train(late: bool) -> list[Any]:
+        config = matrix.make_config({"precision": "bf16", "train_micro_batch_size_per_gpu": 4})
+        engine, batches = matrix_engine(config)
+        if not late:
+            return [engine.train_step(batch, step) for step, batch in enumerate(batches)]
+        pending = [engine.queue_step(batch, step) for step, batch in enumerate(batches)]
+        return [step.read() for step in pending]
+
+    def matrix_engine(config: Any) -> tuple[Any, list[Any]]:
+        from megatron.engine.build import build_engine
+        from megatron.model.build import build_model
+        from megatron.objectives.build import build_objective
+
+        mesh = matrix.make_mesh(config)
+        engine = build_engine(config, mesh, build_model(config, matrix.VOCAB, mesh), build_objective())
+        return engine, [matrix.micro_batches(config, batch, mesh) for batch in matrix.make_batches(config)]
+
+    assert run_ranks(1, lambda: train(True)) == run_ranks(1, lambda: train(False))
