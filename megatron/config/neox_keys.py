@@ -72,14 +72,7 @@ IGNORED: dict[str, str] = {
     **dict.fromkeys(
         ("short_seq_prob", "adlr_autoresume_interval", "deepscale_config", "mup_attn_temp", "mup_output_temp"), _DEAD
     ),
-    **dict.fromkeys(
-        (
-            "scaled_upper_triang_masked_softmax_fusion",
-            "scaled_masked_softmax_fusion",
-            "fused_kernels_build_path",
-        ),
-        _KERNELS,
-    ),
+    "fused_kernels_build_path": _KERNELS,
     **dict.fromkeys(
         (
             "partition_activations",

@@ -36,11 +36,12 @@ EAGER = "eager"
 
 @dataclass(frozen=True)
 class Situation:
-    """Where operations run. hidden_size: features of a token."""
+    """Where operations run. hidden_size: features of a token; of attention, of a head. length: tokens of a row."""
 
     device: torch.device
     dtype: torch.dtype
     hidden_size: int
+    length: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,13 @@ class Candidate:
     """Something that computes an operation.
 
     place: "module:function", imported only where it is to be used. package: what must be installed, or "".
+    everywhere: whether it runs on every device.
     """
 
     name: str
     place: str
     package: str = ""
+    everywhere: bool = False
 
     def load(self) -> Function:
         """Return the function; whatever its import raises is raised."""
@@ -62,7 +65,7 @@ class Candidate:
 
     def obstacle(self, situation: Situation) -> str:
         """Return why it cannot be used here, or ""."""
-        if self.name == EAGER:
+        if self.name == EAGER or self.everywhere:
             return ""
         if situation.device.type != "cuda":
             return f"needs a CUDA device, and this is {situation.device.type}"
@@ -81,12 +84,14 @@ class Operation:
 
     twin: "module:function" of the formula, with the signature of all candidates.
     candidates: of which the first is eager, the others in order of preference.
+    unmeasured: the candidate that "auto" tries on a GPU where nothing was measured.
     """
 
     name: str
     twin: str
     candidates: tuple[Candidate, ...]
     probe: Probe
+    unmeasured: str = EAGER
 
     def formula(self) -> Function:
         """Return the twin."""
@@ -161,13 +166,15 @@ def _order(operation: Operation, wish: Asked, situation: Situation, fastest: str
     if wish == "auto":
         if situation.device.type != "cuda":
             return [(eager, f"auto on {situation.device.type}")]
+        why = "auto: the fastest measured on this device"
         if fastest is None:
-            return [(eager, "auto: nothing was measured on this device")]
-        first = [each for each in operation.candidates if each.name == fastest]
-        return [*((each, "auto: the fastest measured on this device") for each in first), _last(eager)]
+            fastest, why = operation.unmeasured, "auto: nothing was measured on this device"
+            if fastest == EAGER:
+                return [(eager, why)]
+        return [*((each, why) for each in operation.candidates if each.name == fastest), _last(eager)]
     if wish is True:
         return [*((each, "true was asked for") for each in fused), _last(eager)]
-    named = [(each, f"{wish} was asked for") for each in fused if each.name == wish]
+    named = [(each, f"{wish} was asked for") for each in operation.candidates if each.name == wish]
     return [*named, _last(eager)] if named else [(eager, f"there is no {wish} for it")]
 
 
@@ -182,7 +189,7 @@ def _last(eager: Candidate) -> tuple[Candidate, str]:
 
 def _disagreement(operation: Operation, candidate: Candidate, situation: Situation) -> str:
     """Return how the candidate fails on the device, in its own words, or differs from the formula; "" if neither."""
-    if candidate.name == EAGER:
+    if candidate is operation.candidates[0]:
         return ""
     device = probe_device(situation)
     try:

@@ -9,6 +9,7 @@ from megatron.config.schema.base import Section, setting
 Fusion = Literal["auto", True, False, "triton"]
 NormFusion = Literal["auto", True, False, "triton", "apex", "liger"]
 ActivationFusion = Literal["auto", True, False, "triton", "liger"]
+AttentionBackend = Literal["auto", "sdpa", "cudnn", "flash", "efficient", "triton", "flash2", "flash3", "dense"]
 
 _MEANING = (
     "auto: on a GPU what was measured to be the fastest there, else PyTorch's; true: a fused kernel wherever one can "
@@ -30,6 +31,19 @@ class KernelsConfig(Section):
     )
     cross_entropy_fusion: Fusion = setting(
         "auto", f"What turns logits into losses, and into their own gradients. {_MEANING}"
+    )
+    attention_backend: AttentionBackend = setting(
+        "auto",
+        "What computes attention. auto: on a GPU what was measured to be the fastest there, else triton for windows, "
+        "documents and alibi, and sdpa. sdpa: PyTorch's, whichever of its kernels; cudnn, flash, efficient: that one. "
+        "triton: the library's own. flash2, flash3: the package flash-attn. dense: two products, with all scores in "
+        "memory. What one of them cannot compute goes to sdpa.",
+    )
+    scaled_upper_triang_masked_softmax_fusion: Fusion = setting(
+        "auto", f"What computes the causal softmax of attention_backend: dense. {_MEANING}"
+    )
+    scaled_masked_softmax_fusion: Fusion = setting(
+        "auto", f"What computes its softmax within windows, documents and left padding. {_MEANING}"
     )
     optimizer_fusion: Fusion = setting(
         "auto",
