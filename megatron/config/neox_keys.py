@@ -11,7 +11,8 @@ from typing import Any
 
 OWN_KEYS = frozenset(
     {
-        "activation_fusion", "check_replicas_interval", "checkpoint_first_layers", "checkpoint_operations",
+        "activation_fusion", "attention_backend", "check_replicas_interval", "checkpoint_first_layers",
+        "checkpoint_operations",
         "context_parallel_method", "context_parallel_size", "cross_entropy_fusion", "data_index_dir", "neox_compat",
         "optimizer_fusion", "resume", "run_name", "runs_dir", "wsd_decay_fraction", "wsd_decay_shape",
     }

@@ -14,7 +14,17 @@ TOLERANCES = {
     torch.bfloat16: {"rtol": 3e-2, "atol": 3e-2},
     torch.float16: {"rtol": 4e-3, "atol": 4e-3},
 }
-KINDS = ("causal", "window", "documents", "alibi", "padding", "bias", "documents window alibi", "full", "full documents")
+KINDS = (
+    "causal",
+    "window",
+    "documents",
+    "alibi",
+    "padding",
+    "bias",
+    "documents window alibi",
+    "full",
+    "full documents",
+)
 HEADS = 4
 
 

@@ -148,8 +148,13 @@ def test_dropout_is_passed_on() -> None:
 
 
 def test_deterministic_where_torch_shall_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    monkeypatch.setattr(Two, "flash_attn_func", lambda q, *_, deterministic, **__: asked.append(deterministic) or q)
+    asked: list[bool] = []
+
+    def flash_attn_func(q, k, v, *, deterministic, **settings):
+        asked.append(deterministic)
+        return q
+
+    monkeypatch.setattr(sys.modules["flash_attn"], "flash_attn_func", flash_attn_func)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: bool(asked))
     query, key, value, _ = heads_of(4, 6, 6, torch.float32)
     for _ in range(2):

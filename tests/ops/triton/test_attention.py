@@ -20,6 +20,24 @@ from tests.ops.triton.poison import poisoned
 EXACT = {"rtol": 2e-5, "atol": 2e-5}
 
 
+def some(tensors: list[Tensor], rows: int = 1) -> list[Tensor]:
+    """Return two query heads, with their keys, of a few rows: each program takes 50 ms in the interpreter."""
+    query, key, value, upstream = tensors
+    keys = slice(0, 2 * key.shape[1] // query.shape[1] or 1)
+    return [query[:rows, :2], key[:rows, keys], value[:rows, keys], upstream[:rows, :2]]
+
+
+def seen_by(sight: Sight, rows: int = 1) -> Sight:
+    """Return the same for these heads and rows."""
+    slopes, segments, padding = sight.slopes, sight.segments, sight.padding
+    return replace(
+        sight,
+        slopes=None if slopes is None else slopes[:2],
+        segments=None if segments is None else segments[:rows],
+        padding=None if padding is None else padding[2 - rows :],
+    )
+
+
 def check(tensors: list[Tensor], sight: Sight, **tolerance: float) -> None:
     """Compare output and gradients with the formula's, in poisoned memory."""
 
@@ -34,37 +52,42 @@ def check(tensors: list[Tensor], sight: Sight, **tolerance: float) -> None:
             return backward(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.autograd, "grad", lambda output, *rest: (
-            in_poison if output.dtype != torch.float64 else backward)(output, *rest))
+        patch.setattr(
+            torch.autograd,
+            "grad",
+            lambda output, *rest: (in_poison if output.dtype != torch.float64 else backward)(output, *rest),
+        )
         compare(attend, tensors, sight, **tolerance)
 
 
 @pytest.mark.parametrize("kind", ["causal", "window", "documents", "alibi", "padding", "documents window alibi"])
 def test_what_is_seen(kind: str, device: torch.device) -> None:
     """37 tokens are two blocks of 16 and a rest; two query heads share a key."""
-    check(heads_of(2, 37, 37, torch.float32, device), sight_of(kind, 37, 37, device), **EXACT)
+    rows = 2 if kind == "documents" else 1
+    tensors = some(heads_of(2, 37, 37, torch.float32, device), rows)
+    check(tensors, seen_by(sight_of(kind, 37, 37, device), rows), **EXACT)
 
 
 @pytest.mark.parametrize("kind", ["full", "full documents"])
 def test_what_is_not_causal(kind: str, device: torch.device) -> None:
-    check(heads_of(4, 20, 35, torch.float32, device), sight_of(kind, 20, 35, device), **EXACT)
+    check(some(heads_of(4, 20, 35, torch.float32, device)), seen_by(sight_of(kind, 20, 35, device)), **EXACT)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bits(dtype: torch.dtype, device: torch.device) -> None:
-    check(heads_of(1, 33, 33, dtype, device), sight_of("window", 33, 33, device))
+    check(some(heads_of(1, 33, 33, dtype, device)), sight_of("window", 33, 33, device))
 
 
-@pytest.mark.parametrize("dim", [1, 24, 40, 80, 96, 100, 128, 160, 256])
+@pytest.mark.parametrize("dim", [1, 40, 80, 100, 256])
 def test_heads_of_any_size(dim: int, device: torch.device) -> None:
-    tensors, sight = heads_of(4, 17, 17, torch.float32, device, dim), sight_of("causal", 17, 17, device, 0.1)
-    check(tensors, sight, **EXACT)
+    tensors = some(heads_of(4, 17, 17, torch.float32, device, dim))
+    check(tensors, sight_of("causal", 17, 17, device, 0.1), **EXACT)
 
 
-@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 33), (5, 33), (16, 16), (20, 17)])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 33), (5, 33), (20, 17)])
 @pytest.mark.parametrize("kind", ["causal", "window"])
 def test_queries_are_the_last_of_the_keys(queries: int, keys: int, kind: str, device: torch.device) -> None:
-    tensors, sight = heads_of(2, queries, keys, torch.float32, device), sight_of(kind, queries, keys, device)
+    tensors, sight = some(heads_of(2, queries, keys, torch.float32, device)), sight_of(kind, queries, keys, device)
     if queries <= keys:
         check(tensors, sight, **EXACT)
         return
@@ -82,7 +105,7 @@ def test_queries_are_the_last_of_the_keys(queries: int, keys: int, kind: str, de
 
 def test_features_that_lie_apart(device: torch.device) -> None:
     """Only then the kernel copies; else it takes what strides there are, and gives rows of tokens."""
-    query, key, value, _ = heads_of(4, 9, 9, torch.float32, device)
+    query, key, value, _ = some(heads_of(4, 9, 9, torch.float32, device))
     apart = torch.stack([query, query], dim=-1)[..., 0]
     assert apart.stride(3) == 2
     output = kernels.attention(apart, key.contiguous(), value, Sight(0.3))
@@ -96,41 +119,43 @@ def test_what_is_not_seen_is_not_read(kind: str, device: torch.device) -> None:
     sight = sight_of(kind, 64, 64, device)
     if kind == "window":
         sight = replace(sight, window=5)
-    query, key, value, upstream = heads_of(2, 64, 64, torch.float32, device)
+    query, key, value, upstream = some(heads_of(2, 64, 64, torch.float32, device))
     if kind == "documents":
-        sight = replace(sight, segments=(torch.arange(64, device=device) // 32).expand(2, 64))
+        sight = replace(sight, segments=(torch.arange(64, device=device) // 32).expand(1, 64))
     elif kind == "padding":
-        sight = replace(sight, padding=torch.tensor([16, 32], device=device))
-    last = slice(48, None)  # a block that sees no keys before column 16, whatever the kind
+        sight = replace(sight, padding=torch.tensor([32], device=device))
+    last = slice(48, None)
     keys = [each.clone() for each in (key, value)]
     for each in keys:
         each[:, :, :16] = float("nan")
-    first = torch.tensor([16], device=device)
     results = []
     for these in ([key, value], keys):
         leaves = [query[:, :, last].detach().requires_grad_(), *(each.detach().requires_grad_() for each in these)]
         output = kernels.attention(*leaves, sight)
         results.append([output, *torch.autograd.grad(output, leaves, upstream[:, :, last])])
-    assert (sight.bounds(16, 64, device).first >= first).all() or kind == "padding"
+    assert (sight.bounds(16, 64, device).first >= 16).all()
     for one, other in zip(*results, strict=True):
         assert not other.isnan().any()
         assert torch.equal(one, other)
 
 
 def test_results_are_the_same_in_every_run(device: torch.device) -> None:
-    query, key, value, upstream = heads_of(1, 33, 33, torch.float32, device)
+    query, key, value, upstream = some(heads_of(1, 20, 20, torch.float32, device))
     leaves = [each.detach().requires_grad_() for each in (query, key, value)]
     runs = [torch.autograd.grad(kernels.attention(*leaves, Sight(0.3)), leaves, upstream) for _ in range(2)]
     assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
 
 
 def test_parts_and_their_log_sums_make_the_whole(device: torch.device) -> None:
-    query, key, value, upstream = heads_of(2, 24, 24, torch.float32, device)
+    query, key, value, upstream = some(heads_of(2, 24, 24, torch.float32, device))
     columns = torch.arange(24, device=device)
-    sight = sight_of("documents window", 24, 24, device)
+    sight = seen_by(sight_of("documents window", 24, 24, device))
     output = torch.zeros(query.shape, device=device)
     lse = torch.full(query.shape[:3], float("-inf"), device=device)
-    parts = [(slice(0, 9), sight.bounds_of(columns, columns[:9])), (slice(9, 24), sight.bounds_of(columns, columns[9:]))]
+    parts = [
+        (slice(0, 9), sight.bounds_of(columns, columns[:9])),
+        (slice(9, 24), sight.bounds_of(columns, columns[9:])),
+    ]
     assert BACKEND.parts is not None
     for part, bounds in parts:
         merge_part(output, lse, *BACKEND.parts.forward(query, key[:, :, part], value[:, :, part], 0.3, False, bounds))
@@ -149,8 +174,8 @@ def test_parts_and_their_log_sums_make_the_whole(device: torch.device) -> None:
 
 
 def test_the_operators_are_registered_well(device: torch.device) -> None:
-    query, key, value, upstream = heads_of(2, 5, 5, torch.float32, device)
-    sight = sight_of("documents alibi", 5, 5, device)
+    query, key, value, upstream = some(heads_of(2, 5, 5, torch.float32, device))
+    sight = seen_by(sight_of("documents alibi", 5, 5, device))
     bounds = sight.bounds(5, 5, device)
     settings = (sight.slopes, 0.3, True, kernels.FAR)
     output, lse = kernels.attention_forward(query, key, value, *bounds[:2], *settings)
