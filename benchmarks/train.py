@@ -1,202 +1,248 @@
-"""Training tokens per second on 2 CPU cores, beside Hugging Face's GPTNeoXForCausalLM with the same weights.
+"""Training tokens per second, beside what others reach with the same weights.
 
-    python benchmarks/train.py [--quick] [--json FILE] [--enforce]
+    python benchmarks/train.py [--quick] [--size NAME ...] [--side NAME ...] [--json FILE] [--enforce]
 
-The 19M shape (6 layers, hidden 512, 8 heads, vocabulary 50304, parallel residual), 4 sequences of 512 tokens, fp32 and
-bf16. A step is forward, backward, and AdamW. Ours is the engine's `train_step`: with the gradient's norm and clipping,
-and in bf16 with fp32 masters. Hugging Face's is the plain loop with the same fused AdamW, in bf16 on bf16 parameters,
-which is less work. The sides take turns, and each turn is a process that is alone, whose first step is not counted:
-beside another process, even an idle one, Hugging Face's side, which asks the system for more memory in each step, falls
-from 519 tokens/s to 405 to 445, and that would flatter ours. The losses of both before any update are compared, and
-the medians of the steps. OMP_NUM_THREADS=1 measures one core. --quick takes fewer steps of 2 sequences. Run it on a
-quiet machine: most of the time are matrix products that use both cores whole, and any neighbour shows in one side or
-the other. The ratio of processor time, shown beside, suffers less.
+On a GPU 125M to 6.9B in bf16 with 2048 tokens to a sequence; without one 19M and 125M in fp32 and bf16, 512 and 256
+tokens, on OMP_NUM_THREADS (2) cores. `train_sides.py` says what the sides are and `train_sizes.py` has the shapes.
+The sides take turns, and each turn is a process that is alone: beside another process, even an idle one, a side that
+asks the system for memory in each step falls by a fifth on a CPU. The first steps of a turn are not counted: they
+compile and warm up. All sides begin from the same weights, and their first losses must be equal.
+
+    tokens/s      of the median step of all turns
+    MFU           share of the peak, in both conventions: attention counted in full, and half of it, as causal. The peak
+                  is the data sheet's on a GPU, and on a CPU the best matrix product measured in the same run
+    memory        GiB: on a GPU the allocator's peak; on a CPU the growth of the process
+    launches, syncs   of one step: kernels (on a CPU operators), and waits of the host for a value of the device
+
+--quick: the first size (GPU: three), ours beside Hugging Face's eager (CPU: and the plain one), fewer steps, and on a
+CPU 2 sequences. --enforce fails, a line for each miss, where ours is below 1.3 times the fastest other (CPU), takes
+more memory than another that keeps fp32 weights (CPU), or is below the aimed tokens/s (H200), or where DeepSpeed's
+engine takes over 1.1 times as long as ours. Run it on a quiet machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
+import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable
-from multiprocessing.connection import Connection
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the start scripts set it, for both sides
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the start scripts set it, for all sides
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces each start
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # turns are forked from a process without a context
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
 import torch
-from torch import Tensor
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+from benchmarks.train_sides import SIDES
+from benchmarks.train_sizes import CPU_SIZES, GPU_SIZES, VOCABULARY, Size, settings
+from benchmarks.train_turns import ON_GPU, Turn, forked, take_turn
 from megatron.config.resolve import resolve
-from megatron.data.batch import Batch
-from megatron.engine.build import build_engine
-from megatron.model.build import DTYPES, build_model
-from megatron.objectives.build import build_objective
-from megatron.parallel.mesh import Mesh
+from megatron.model.accounting import flops_per_token
+from megatron.model.build import DTYPES
+from megatron.ops.linear import linear
+from megatron.planning.speed import GPUS
 
 AIM = 1.3
-LENGTH, VOCABULARY, HIDDEN, LAYERS, HEADS = 512, 50304, 512, 6, 8
-OPTIMIZER = {"lr": 1e-4, "betas": [0.9, 0.95], "eps": 1e-8}
+OURS, DEEPSPEED, AUTOCAST = "ours", "deepspeed", "hf autocast"
+DEEPSPEED_AIM = 1.1
+"""DeepSpeed's engine may take so many times as long as ours."""
+
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3}
-"""Largest difference of the two losses, relative."""
+"""Largest difference of the losses before any update, relative."""
 
-STEPS = 4
-"""Steps of a turn that are counted."""
+OWN_TOLERANCE = {"litgpt": {"fp32": 1e-5, "bf16": 1e-2}}
+"""LitGPT's loss is itself a bf16 number."""
 
-Step = Callable[[], float]
-
-_PARTS = {
-    "embedding.word_embeddings": "gpt_neox.embed_in",
-    "final_norm": "gpt_neox.final_layer_norm",
-    "head": "lm_head",
-    "mlp.linear1": "mlp.dense_h_to_4h",
-    "mlp.linear2": "mlp.dense_4h_to_h",
-    "layers.": "gpt_neox.layers.",
-}
+QUICK = {True: (OURS, "hf"), False: (OURS, "hf", "plain")}
 
 
-def our_step(precision: str, rows: int, tokens: Tensor) -> tuple[Step, torch.nn.Module]:
-    """Return a step of the engine, which returns the loss before its update, and the model it trains."""
-    config = resolve(
-        {
-            "num_layers": LAYERS,
-            "hidden_size": HIDDEN,
-            "num_attention_heads": HEADS,
-            "seq_length": LENGTH,
-            "max_position_embeddings": LENGTH,
-            "pos_emb": "rotary",
-            "rotary_pct": 0.25,
-            "no_weight_tying": True,
-            "gpt_j_residual": True,
-            "precision": precision,
-            "optimizer": {"type": "Adam", "params": OPTIMIZER},
-            "weight_decay": 0.0,
-            "lr_decay_style": "constant",
-            "warmup": 0.0,
-            "train_iters": 1000,
-            "train_micro_batch_size_per_gpu": rows,
-        }
-    )
-    mesh = Mesh.single()
-    model = build_model(config, VOCABULARY, mesh)
-    engine = build_engine(config, mesh, model, build_objective())
-    batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.ones(rows, LENGTH))
-    return lambda: engine.train_step([batch], 0).loss, model
+@dataclass(frozen=True)
+class Row:
+    """One side at one size. ratio, processor_ratio: ours beside it, of the median seconds."""
 
-
-def hugging_face_step(precision: str, tokens: Tensor, weights: torch.nn.Module) -> Step:
-    """Return a step of the Hugging Face model, begun from our weights."""
-    model = GPTNeoXForCausalLM(
-        GPTNeoXConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=HIDDEN,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS,
-            intermediate_size=4 * HIDDEN,
-            max_position_embeddings=LENGTH,
-            rotary_pct=0.25,
-            use_parallel_residual=True,
-        )
-    ).to(DTYPES[precision])
-    model.load_state_dict({_their_name(name): value.detach() for name, value in weights.named_parameters()})
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True, **OPTIMIZER)
-    inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-
-    def step() -> float:
-        loss = model(input_ids=inputs, labels=labels, shift_labels=labels).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return float(loss.detach())
-
-    return step
-
-
-def _their_name(name: str) -> str:
-    for ours, theirs in _PARTS.items():
-        name = name.replace(ours, theirs)
-    return name
-
-
-def steps_alone(hugging_face: bool, precision: str, rows: int, number: int) -> list[tuple[float, float, float]]:
-    """Return the loss, the seconds and the seconds of processor time of `number` steps in a process of their own."""
-    here, there = multiprocessing.get_context("fork").Pipe(duplex=False)
-    arguments = (there, hugging_face, precision, rows, number)
-    process = multiprocessing.get_context("fork").Process(target=_run, args=arguments)
-    process.start()
-    there.close()
-    found: list[tuple[float, float, float]] = here.recv()
-    process.join()
-    return found
-
-
-def _run(connection: Connection, hugging_face: bool, precision: str, rows: int, number: int) -> None:
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    tokens = torch.randint(0, VOCABULARY, (rows, LENGTH + 1), generator=torch.Generator().manual_seed(0))
-    step, model = our_step(precision, rows, tokens)  # the other side begins from the same weights
-    if hugging_face:
-        step = hugging_face_step(precision, tokens, model)
-    del model
-    found = []
-    for _ in range(number):
-        begin, busy = time.perf_counter(), time.process_time()
-        loss = step()
-        found.append((loss, time.perf_counter() - begin, time.process_time() - busy))
-    connection.send(found)
-
-
-def measure(precision: str, rows: int, rounds: int) -> dict[str, Any]:
-    """Return tokens per second of both and the ratios of their median times; raises where the losses differ."""
-    found = np.array(
-        [[steps_alone(side, precision, rows, 1 + STEPS) for side in (False, True)] for _ in range(rounds)]
-    )  # [rounds, 2, steps, 3]
-    first, second = found[0, :, 0, 0].tolist()  # before any update
-    if abs(first - second) > TOLERANCE[precision] * second:
-        raise SystemExit(f"the losses differ in {precision}: {first} here, {second} in Hugging Face's model")
-    times, processor = (found[:, :, 1:, kind].swapaxes(0, 1).reshape(2, -1) for kind in (1, 2))  # [2, rounds x steps]
-    (median, reference), (busy, reference_busy) = np.median(times, axis=1), np.median(processor, axis=1)
-    return {
-        "tokens_per_second": round(rows * LENGTH / median, 1),
-        "hugging_face_tokens_per_second": round(rows * LENGTH / reference, 1),
-        "ratio": round(reference / median, 3),
-        "ratio_of_processor_time": round(reference_busy / busy, 3),
-        "losses": [first, second],
-        "seconds": times[0].round(3).tolist(),
-        "hugging_face_seconds": times[1].round(3).tolist(),
-    }
+    size: str
+    precision: str
+    side: str
+    tokens_per_second: float
+    mfu_full: float
+    mfu_causal: float
+    memory: float
+    launches: int
+    syncs: int
+    ratio: float
+    processor_ratio: float
+    seconds: tuple[float, ...]
 
 
 def main() -> int:
-    """Print both precisions; return 1 where the aim is missed under --enforce."""
+    """Measure, print, and judge."""
+    options = _options()
+    device = _device_name()
+    peaks = {precision: _peak(device, precision) for precision in (("bf16",) if ON_GPU else ("fp32", "bf16"))}
+    print(f"{device}: {', '.join(f'{peak / 1e12:.3g} TFLOP/s in {name}' for name, peak in peaks.items())}", flush=True)
+    rows: list[Row] = []
+    for size in _sizes(options):
+        for precision, peak in peaks.items():
+            rows += _measured(size, precision, _sides(options), options.quick, peak)
+    if options.json:
+        found = {"device": device, "peaks": peaks, "rows": [asdict(row) for row in rows]}
+        options.json.write_text(json.dumps(found, indent=1))
+    missed = misses(rows, _sizes(options), device)
+    for line in missed if options.enforce else ():
+        print(line, file=sys.stderr)
+    return int(bool(missed) and options.enforce)
+
+
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer steps of 2 sequences")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
-    parser.add_argument("--enforce", action="store_true", help="exit 1 where the aim is missed")
-    arguments = parser.parse_args()
-    rows, rounds = (2, 1) if arguments.quick else (4, 3)
-    results = {precision: measure(precision, rows, rounds) for precision in ("fp32", "bf16")}
-    for precision, result in results.items():
-        ours, theirs = result["tokens_per_second"], result["hugging_face_tokens_per_second"]
-        print(
-            f"{precision}: {ours} tokens/s, Hugging Face {theirs}: {result['ratio']} times (aim {AIM}), "
-            f"{result['ratio_of_processor_time']} by processor time"
+    parser.add_argument("--quick", action="store_true", help="under 50 seconds on 2 cores")
+    names = [size.name for size in (GPU_SIZES if ON_GPU else CPU_SIZES)]
+    parser.add_argument("--size", nargs="+", choices=names, help="only these models")
+    parser.add_argument("--side", nargs="+", choices=list(SIDES), help="only these sides, beside ours")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows there")
+    parser.add_argument("--enforce", action="store_true", help="exit 1 where an aim is missed")
+    return parser.parse_args()
+
+
+def _sizes(options: argparse.Namespace) -> list[Size]:
+    sizes = list(GPU_SIZES if ON_GPU else CPU_SIZES)
+    if options.size:
+        sizes = [size for size in sizes if size.name in options.size]
+    elif options.quick:
+        sizes = sizes[: 3 if ON_GPU else 1]
+    return [replace(size, rows=2) for size in sizes] if options.quick and not ON_GPU else sizes
+
+
+def _sides(options: argparse.Namespace) -> list[str]:
+    if options.side:
+        return [OURS, *(side for side in options.side if side != OURS)]
+    return list(QUICK[ON_GPU]) if options.quick else list(SIDES)
+
+
+def _measured(size: Size, precision: str, sides: Sequence[str], quick: bool, peak: float) -> list[Row]:
+    """Return the rows of one size after printing them."""
+    sides = [side for side in sides if side != AUTOCAST or precision == "bf16"]
+    warm, steps, rounds = (1, 3, 1) if quick and not ON_GPU else (3, 10, 1) if ON_GPU else (1, 4, 3)
+    turns: dict[str, list[Turn]] = {side: [] for side in sides}
+    for number in range(rounds):
+        for side in sides:
+            if not any(turn.error for turn in turns[side]):
+                plan = (warm + ("compiled" in side), steps, number == 0)
+                turns[side].append(take_turn(SIDES[side], size, precision, plan))
+                if turns[side][-1].error:
+                    print(f"{size.name} {precision} {side}: {turns[side][-1].error}", file=sys.stderr, flush=True)
+    good = {side: found for side, found in turns.items() if not any(turn.error for turn in found)}
+    if OURS not in good:
+        raise SystemExit(f"ours did not run at {size.name} in {precision}")
+    for side, found in good.items():
+        _require_equal(side, precision, found[0].loss, good[OURS][0].loss)
+    rows = [_row(size, precision, side, found, good[OURS], peak) for side, found in good.items()]
+    _print(rows)
+    return rows
+
+
+def _row(size: Size, precision: str, side: str, turns: list[Turn], ours: list[Turn], peak: float) -> Row:
+    median, ours_median = (statistics.median(t for turn in each for t in turn.seconds) for each in (turns, ours))
+    busy, ours_busy = (statistics.median(t for turn in each for t in turn.processor) for each in (turns, ours))
+    rate = size.rows * size.length / median
+    model = resolve(settings(size, precision, ON_GPU)).model
+    full, causal = (flops_per_token(model, VOCABULARY, causal) * rate / peak for causal in (False, True))
+    return Row(
+        size.name, precision, side, round(rate, 1), round(full, 4), round(causal, 4),
+        round(max(turn.memory for turn in turns), 3), turns[0].launches, turns[0].syncs,
+        round(median / ours_median, 3), round(busy / ours_busy, 3),
+        tuple(round(t, 4) for turn in turns for t in turn.seconds),
+    )  # fmt: skip
+
+
+def _require_equal(side: str, precision: str, loss: float, ours: float) -> None:
+    tolerance = OWN_TOLERANCE.get(side, TOLERANCE)[precision]
+    if not abs(loss - ours) <= tolerance * abs(ours):
+        raise SystemExit(f"{side} computes another function in {precision}: its first loss is {loss}, ours {ours}")
+
+
+def _print(rows: Sequence[Row]) -> None:
+    head = rows[0]
+    print(
+        f"\n{head.size} {head.precision:14} tokens/s  MFU full causal  memory GiB  launches  syncs  ours is", flush=True
+    )
+    for row in rows:
+        share = f"{row.mfu_full:8.1%} {row.mfu_causal:6.1%}"
+        times = (
+            "" if row.side == OURS else f"{row.ratio:.2f} times as fast ({row.processor_ratio:.2f} by processor time)"
         )
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"aim": AIM, "rows": rows, "length": LENGTH, **results}, indent=2))
-    missed = [f"{precision} {result['ratio']} times" for precision, result in results.items() if result["ratio"] < AIM]
-    if arguments.enforce and missed:
-        print(f"missed: {', '.join(missed)} Hugging Face's tokens/s, the aim is {AIM}", file=sys.stderr)
-        return 1
-    return 0
+        line = (
+            f"  {row.side:17} {row.tokens_per_second:9,.0f} {share} {row.memory:11.2f} {row.launches:9} {row.syncs:6}"
+        )
+        print(f"{line}  {times}", flush=True)
+
+
+def misses(rows: Sequence[Row], sizes: Sequence[Size], device: str) -> list[str]:
+    """Return a line for each aim that was missed."""
+    found: list[str] = []
+    for size in sizes:
+        for precision in ("fp32", "bf16"):
+            here = {row.side: row for row in rows if (row.size, row.precision) == (size.name, precision)}
+            if here:
+                found += [f"{size.name} {precision}: {miss}" for miss in _missed(here, size, device)]
+    return found
+
+
+def _missed(rows: dict[str, Row], size: Size, device: str) -> list[str]:
+    found: list[str] = []
+    ours = rows[OURS]
+    if "H200" in device and ours.tokens_per_second < size.aim:
+        found.append(f"{ours.tokens_per_second:,.0f} tokens/s, the aim is {size.aim:,.0f}")
+    others = [row for side, row in rows.items() if side not in (OURS, DEEPSPEED)]
+    if not ON_GPU and others:
+        best = min(others, key=lambda row: row.ratio)
+        if best.ratio < AIM:
+            found.append(f"ours is {best.ratio:.2f} times as fast as {best.side}, the aim is {AIM}")
+    masters = [row for row in others if row.precision == "fp32" or row.side == AUTOCAST]
+    if not ON_GPU and masters:
+        least = min(masters, key=lambda row: row.memory)
+        if ours.memory > least.memory:
+            found.append(f"ours takes {ours.memory:.2f} GiB, {least.side} {least.memory:.2f}")
+    if DEEPSPEED in rows and rows[DEEPSPEED].ratio > DEEPSPEED_AIM:
+        found.append(f"DeepSpeed's engine takes {rows[DEEPSPEED].ratio:.2f} times as long, the aim is {DEEPSPEED_AIM}")
+    return found
+
+
+def _device_name() -> str:
+    if not ON_GPU:
+        return f"CPU, {os.environ['OMP_NUM_THREADS']} threads"
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]  # torch would create a context here
+    return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
+
+
+def _peak(device: str, precision: str) -> float:
+    """Return the FLOP/s that MFU is a share of."""
+    known = [gpu for gpu in GPUS.values() if gpu.name in device]
+    if ON_GPU and known:
+        return known[0].peak * 1e12
+    if ON_GPU:
+        raise SystemExit(f"the peak of a {device} is not known; add it to megatron/planning/speed.py")
+    return float(forked(_product_rate, DTYPES[precision]))
+
+
+def _product_rate(dtype: torch.dtype) -> float:
+    """Return the best FLOP/s of a large product, by whichever library is faster."""
+    side, times = 2048, []
+    left, right = (torch.randn(side, side, dtype=dtype) for _ in range(2))
+    for product in (torch.mm, linear):
+        for _ in range(6):
+            begin = time.perf_counter()
+            product(left, right)
+            times.append(time.perf_counter() - begin)
+    return 2 * side**3 / min(times)
 
 
 if __name__ == "__main__":

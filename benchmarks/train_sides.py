@@ -1,0 +1,172 @@
+"""What `train.py` measures: each side builds a model of the same weights and returns its step.
+
+    ours        the library's engine: fp32 masters, norm and clipping of the gradient, AdamW
+    deepspeed   the same through DeepSpeed's ZeRO stage 1, at world size 1
+    hf          Hugging Face's GPTNeoXForCausalLM in the plain loop, with PyTorch's fused AdamW
+    plain       a nanoGPT-style model (plain_gpt.py) in that loop
+    litgpt      LitGPT's model and loss in that loop, where it is installed
+
+and hf and plain under torch.compile. In bf16 all but ours train bf16 parameters without fp32 masters, 8 bytes for each
+instead of 18, and only ours clip: less work. "hf autocast" keeps fp32 parameters and computes in bf16. A side's step
+returns the loss before its update.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from benchmarks.plain_gpt import PlainGPT, plain_weights
+from benchmarks.train_sizes import OPTIMIZER, ROTARY_SHARE, VOCABULARY, Size, settings
+from benchmarks.train_turns import Make, Step
+from megatron.config.resolve import resolve
+from megatron.data.batch import Batch
+from megatron.engine.build import build_engine
+from megatron.model.build import DTYPES, build_model
+from megatron.objectives.build import build_objective
+from megatron.parallel.mesh import Mesh
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""(token ids, labels) [b, s] -> mean loss, with a graph."""
+
+_HF_NAMES = {
+    "embedding.word_embeddings": "gpt_neox.embed_in",
+    "final_norm": "gpt_neox.final_layer_norm",
+    "head": "lm_head",
+    "mlp.linear1": "mlp.dense_h_to_4h",
+    "mlp.linear2": "mlp.dense_4h_to_h",
+    "layers.": "gpt_neox.layers.",
+}
+
+
+def tokens_of(size: Size, device: torch.device) -> Tensor:
+    """Return the ids [b, s + 1] that all sides train on."""
+    return torch.randint(0, VOCABULARY, (size.rows, size.length + 1), generator=torch.Generator().manual_seed(0)).to(
+        device
+    )
+
+
+def our_weights(size: Size, precision: str) -> dict[str, Tensor]:
+    """Return the initial weights, on the CPU."""
+    model = build_model(resolve(settings(size, precision, on_gpu=False)), VOCABULARY, Mesh.single())
+    return {name: parameter.detach().to(DTYPES[precision]) for name, parameter in model.named_parameters()}
+
+
+def ours(size: Size, precision: str, device: torch.device, zero_stage: int = 0) -> Step:
+    """Return the step of an engine of ours."""
+    on_gpu = device.type == "cuda"
+    config = resolve(settings(size, precision, on_gpu) | {"zero_optimization": {"stage": zero_stage}})
+    mesh = Mesh.single(device)
+    engine = build_engine(config, mesh, build_model(config, VOCABULARY, mesh), build_objective())
+    tokens = tokens_of(size, device)
+    batch = Batch(
+        tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.ones(tokens[:, 1:].shape, device=device)
+    )
+    return lambda: engine.train_step([batch], 0).loss
+
+
+def through_deepspeed(size: Size, precision: str, device: torch.device) -> Step:
+    """Return the step of DeepSpeed's ZeRO stage 1 in a world of one process."""
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return ours(size, precision, device, zero_stage=1)
+
+
+def hugging_face(
+    size: Size, precision: str, device: torch.device, compiled: bool = False, autocast: bool = False
+) -> Step:
+    """Return the step of Hugging Face's model. autocast: on fp32 parameters."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    shape = GPTNeoXConfig(
+        vocab_size=VOCABULARY, hidden_size=size.hidden, num_hidden_layers=size.layers, num_attention_heads=size.heads,
+        intermediate_size=4 * size.hidden, max_position_embeddings=size.length, rotary_pct=ROTARY_SHARE,
+        use_parallel_residual=True,
+    )  # fmt: skip
+    model = GPTNeoXForCausalLM(shape)
+    weights = {_renamed(name): weight for name, weight in our_weights(size, precision).items()}
+    model = _filled(model, weights, "fp32" if autocast else precision, device)
+    called = torch.compile(model) if compiled else model
+
+    def loss(ids: Tensor, labels: Tensor) -> Tensor:
+        with torch.autocast(device.type, DTYPES[precision], enabled=autocast):
+            found: Tensor = called(input_ids=ids, labels=labels, shift_labels=labels).loss
+        return found
+
+    return _loop(model, loss, size, device)
+
+
+def plain(size: Size, precision: str, device: torch.device, compiled: bool = False) -> Step:
+    """Return the step of the nanoGPT-style model."""
+    weights = plain_weights(our_weights(size, precision), size.heads)
+    model = _filled(PlainGPT(size, size.length), weights, precision, device)
+    return _loop(model, torch.compile(model) if compiled else model, size, device)
+
+
+def litgpt(size: Size, precision: str, device: torch.device) -> Step:
+    """Return the step of LitGPT's model with its own loss.
+
+    Raises ImportError where LitGPT is not installed.
+    """
+    from litgpt.config import Config as LitConfig
+    from litgpt.model import GPT
+    from litgpt.scripts.convert_hf_checkpoint import copy_weights_gpt_neox
+    from litgpt.utils import chunked_cross_entropy
+
+    shape = LitConfig.from_name(
+        "pythia-14m", n_layer=size.layers, n_head=size.heads, n_embd=size.hidden, block_size=size.length,
+        intermediate_size=4 * size.hidden, head_size=size.hidden // size.heads, n_query_groups=size.heads,
+        padded_vocab_size=VOCABULARY, rotary_percentage=ROTARY_SHARE,
+    )  # fmt: skip
+    theirs = {_renamed(name): weight for name, weight in our_weights(size, precision).items()}
+    theirs["embed_out.weight"] = theirs.pop("lm_head.weight")
+    weights: dict[str, Tensor] = {}
+    copy_weights_gpt_neox(shape, weights, theirs)
+    model = _filled(GPT(shape), weights, precision, device)
+    return _loop(model, lambda ids, labels: chunked_cross_entropy(model(ids), labels), size, device)
+
+
+SIDES: Mapping[str, Make] = {
+    "ours": ours,
+    "deepspeed": through_deepspeed,
+    "hf": hugging_face,
+    "hf compiled": lambda *where: hugging_face(*where, compiled=True),
+    "hf autocast": lambda *where: hugging_face(*where, autocast=True),
+    "plain": plain,
+    "plain compiled": lambda *where: plain(*where, compiled=True),
+    "litgpt": litgpt,
+}
+
+
+def _filled(model: nn.Module, weights: Mapping[str, Tensor], precision: str, device: torch.device) -> nn.Module:
+    model = model.to(device, DTYPES[precision])
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    own = {name for name, _ in model.named_parameters()}
+    if unexpected or own & set(missing):
+        raise ValueError(f"weights do not fit: {sorted(own & set(missing))} missing, {unexpected} unexpected")
+    return model.train()
+
+
+def _loop(model: nn.Module, loss_of: Loss, size: Size, device: torch.device) -> Step:
+    tokens = tokens_of(size, device)
+    ids, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True, **OPTIMIZER)
+
+    def step() -> Tensor:
+        loss = loss_of(ids, labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return step
+
+
+def _renamed(name: str) -> str:
+    for ours_, theirs in _HF_NAMES.items():
+        name = name.replace(ours_, theirs)
+    return name

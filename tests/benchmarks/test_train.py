@@ -1,0 +1,53 @@
+"""The training benchmark: its sides compute one function, and what it judges is what it measured."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks.train import OURS, Row, misses
+from benchmarks.train_sides import SIDES
+from benchmarks.train_sizes import Size
+from benchmarks.train_turns import forked, take_turn
+
+TINY = Size("tiny", 2, 32, 4, 2, 16, aim=100.0)
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("side", ["hf", "plain"])
+def test_sides_train_the_same_model(side):
+    ours, theirs = (SIDES[name](replace(TINY, heads=2), "fp32", CPU) for name in (OURS, side))
+    for _ in range(3):
+        assert float(theirs()) == pytest.approx(float(ours()), rel=2e-5)  # clipping changes AdamW's steps by little
+
+
+def test_a_turn_measures_steps_of_a_process_of_its_own():
+    turn = take_turn(SIDES["plain"], TINY, "fp32", (1, 3, True))
+    assert not turn.error
+    assert len(turn.seconds) == len(turn.processor) == 3
+    assert all(second > 0 for second in turn.seconds)
+    assert turn.launches > 100
+    assert turn.loss == pytest.approx(10.8, abs=0.1)
+
+
+def test_a_side_that_fails_says_why():
+    def broken(size, precision, device):
+        raise ImportError("no such library\nsecond line")
+
+    assert take_turn(broken, TINY, "fp32", (1, 1, False)).error == "ImportError: no such library"
+    assert "ended with 3" in forked(lambda: __import__("os")._exit(3))
+
+
+def row(side, ratio=1.0, memory=1.0, rate=200.0, precision="fp32"):
+    return Row("tiny", precision, side, rate, 0.1, 0.1, memory, 0, 0, ratio, ratio, (1.0,))
+
+
+def test_each_missed_aim_is_a_line():
+    assert misses([row(OURS), row("hf", 1.5), row("plain", 1.4)], [TINY], "CPU") == []
+    slow = misses([row(OURS, memory=2.0), row("hf", 1.5), row("plain", 1.2), row("deepspeed", 1.2)], [TINY], "CPU")
+    assert slow == [
+        "tiny fp32: ours is 1.20 times as fast as plain, the aim is 1.3",
+        "tiny fp32: ours takes 2.00 GiB, hf 1.00",
+        "tiny fp32: DeepSpeed's engine takes 1.20 times as long, the aim is 1.1",
+    ]
+    assert misses([row(OURS, rate=99.0)], [TINY], "NVIDIA H200") == ["tiny fp32: 99 tokens/s, the aim is 100"]
