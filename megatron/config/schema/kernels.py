@@ -9,7 +9,6 @@ from megatron.config.schema.base import Section, setting
 Fusion = Literal["auto", True, False, "triton"]
 NormFusion = Literal["auto", True, False, "triton", "apex", "liger"]
 ActivationFusion = Literal["auto", True, False, "triton", "liger"]
-AttentionBackend = Literal["auto", "sdpa", "cudnn", "flash", "efficient", "triton", "flash2", "flash3", "dense"]
 
 _MEANING = (
     "auto: on a GPU what was measured to be the fastest there, else PyTorch's; true: a fused kernel wherever one can "
@@ -17,21 +16,12 @@ _MEANING = (
 )
 
 
+AttentionBackend = Literal["auto", "sdpa", "cudnn", "flash", "efficient", "triton", "flash2", "flash3", "dense"]
+
+
 class KernelsConfig(Section):
     """Which kernels compute the operations of a model: a table at the start of a run says what was chosen, and why."""
 
-    layernorm_fusion: NormFusion = setting("auto", f"What computes norm: layernorm. {_MEANING}")
-    rmsnorm_fusion: NormFusion = setting("auto", f"What computes norm: rmsnorm. {_MEANING}")
-    rope_fusion: Fusion = setting("auto", f"What turns queries and keys by their positions. {_MEANING}")
-    activation_fusion: ActivationFusion = setting(
-        "auto", f"What computes the bias and the activation of an MLP: gelu, swiglu and geglu. {_MEANING}"
-    )
-    bias_dropout_fusion: Fusion = setting(
-        "auto", f"What computes the hidden dropout and the addition to the residual stream. {_MEANING}"
-    )
-    cross_entropy_fusion: Fusion = setting(
-        "auto", f"What turns logits into losses, and into their own gradients. {_MEANING}"
-    )
     attention_backend: AttentionBackend = setting(
         "auto",
         "What computes attention. auto: on a GPU what was measured to be the fastest there, else triton for windows, "
@@ -44,6 +34,18 @@ class KernelsConfig(Section):
     )
     scaled_masked_softmax_fusion: Fusion = setting(
         "auto", f"What computes its softmax within windows, documents and left padding. {_MEANING}"
+    )
+    layernorm_fusion: NormFusion = setting("auto", f"What computes norm: layernorm. {_MEANING}")
+    rmsnorm_fusion: NormFusion = setting("auto", f"What computes norm: rmsnorm. {_MEANING}")
+    rope_fusion: Fusion = setting("auto", f"What turns queries and keys by their positions. {_MEANING}")
+    activation_fusion: ActivationFusion = setting(
+        "auto", f"What computes the bias and the activation of an MLP: gelu, swiglu and geglu. {_MEANING}"
+    )
+    bias_dropout_fusion: Fusion = setting(
+        "auto", f"What computes the hidden dropout and the addition to the residual stream. {_MEANING}"
+    )
+    cross_entropy_fusion: Fusion = setting(
+        "auto", f"What turns logits into losses, and into their own gradients. {_MEANING}"
     )
     optimizer_fusion: Fusion = setting(
         "auto",
