@@ -1,6 +1,6 @@
 """Attention's back ends side by side: TFLOP/s of the pairs of tokens that are seen, forward and backward, and memory.
 
-    python benchmarks/attention.py [--quick] [--json FILE] [--enforce]
+    python benchmarks/attention.py [--quick] [--json FILE] [--enforce] [--tiles]
 
 Each shape is measured causal, within a window and over documents, with every back end that can compute it there; those
 that cannot are named with the reason. FLOPs are 4 d of each visible pair and head forward and 10 d backward, whatever a
@@ -11,11 +11,13 @@ made beforehand. On a GPU the last lines are the rows for `megatron/ops/measured
 --enforce fails where what `auto` takes needs more than 1.05 times the time of the fastest back end (GPU), or of
 PyTorch's function (CPU).
 --quick: one length.
+--tiles: on a GPU, instead of all that, our kernel with other tiles than those of `megatron/ops/triton/attention.py`.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import statistics
@@ -28,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
@@ -228,12 +231,46 @@ def misses(rows: list[Row], device: torch.device) -> list[str]:
     return missed
 
 
+TILES: dict[str, tuple[int, list[tuple[int, int, int, int]]]] = {
+    "forward": (
+        0,
+        [(128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3)],
+    ),
+    "dq": (1, [(128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3), (128, 32, 8, 3), (64, 128, 8, 2)]),
+    "dk and dv": (
+        2,
+        [(64, 128, 8, 2), (64, 128, 8, 3), (32, 128, 8, 3), (64, 64, 4, 3), (32, 64, 4, 3)],
+    ),
+}
+"""Queries and keys of a block, warps and stages, for the passes of `_tile`."""
+
+
+def try_tiles(shapes: list[Shape], device: torch.device) -> None:
+    """Print the milliseconds, forward and backward, of our kernel with one pass in other tiles, and in its own."""
+    ours = importlib.import_module("megatron.ops.triton.attention")
+    chosen, clock = ours._tile, Clock(device, seconds=0.05)
+    for shape in shapes:
+        tensors, sight = draw(shape, device, torch.bfloat16), sight_of("causal", shape, device)
+        for name, (number, tiles) in TILES.items():
+            own = chosen(number, shape.dim, torch.bfloat16, ours.architecture(device))
+            for tile in dict.fromkeys([own, *tiles]):
+                ours._tile = lambda asked, *rest, n=number, t=tile: t if asked == n else chosen(asked, *rest)
+                try:
+                    found = measured(name, ours.BACKEND, "causal", shape, sight, tensors, clock)
+                    text = f"{found.forward:8.1f} {found.backward:8.1f} TFLOP/s"
+                except Exception as error:  # of the compiler, or of a launch with too much shared memory
+                    text = " ".join(str(error).split())[:100]
+                print(f"{shape.length:6} {shape.dim:4} {name:9} {tile!s:20} {text}{'  (its own)' * (tile == own)}")
+        ours._tile = chosen
+
+
 def main() -> None:
     """Measure, print, and judge."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--enforce", action="store_true")
+    parser.add_argument("--tiles", action="store_true")
     options = parser.parse_args()
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
@@ -242,6 +279,9 @@ def main() -> None:
     shapes = GPU_SHAPES if on_gpu else CPU_SHAPES
     if options.quick:
         shapes = [shape for shape in shapes if shape.length == shapes[0].length]
+    if options.tiles:
+        try_tiles(shapes, device)
+        return
     rows = on_a_gpu(shapes, device) if on_gpu else on_a_cpu(shapes, 1.0 if options.quick else 4.0)
     report(rows)
     found = fastest_of(rows, name) if on_gpu else []

@@ -1,4 +1,4 @@
-"""Causal attention with gradients on a CPU, as batched matrix products over blocks of queries.
+"""Causal attention on a CPU, as batched matrix products over blocks of queries.
 
 For queries i of a block and the keys j <= i that a window, documents and padding leave to any of them:
 

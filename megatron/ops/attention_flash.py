@@ -20,6 +20,8 @@ from megatron.ops.sight import Sight
 
 def _lacks(query: Tensor, key: Tensor, sight: Sight, dropout: float, also: frozenset[str] = frozenset()) -> str:
     reason = sixteen_bits(query) or without(sight, key.shape[2], dropout, also | {"window", "segments"})
+    if not reason and sight.slopes is not None and not sight.causal:
+        return "counts alibi's distances without their sign where tokens see those after them"
     if not reason and sight.segments is not None and query.shape[2] != key.shape[2]:
         return "has documents only where every token is a query"
     return reason

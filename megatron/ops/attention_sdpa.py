@@ -1,6 +1,7 @@
 """Attention by PyTorch's scaled_dot_product_attention: whichever of its kernels it takes, or one of them by name.
 
-sdpa        any of them. Where a flag does not say what is seen it takes a mask of all pairs
+sdpa        any of them; where a flag does not say what is seen, with a mask of all pairs. On a CPU blocks of
+            ours train, and leave out what is not seen
 cudnn       NVIDIA's; causal or everything, 16 bits
 flash       flash-attn 2 as PyTorch brings it; the same
 efficient   xFormers'; takes masks too
@@ -22,9 +23,11 @@ from megatron.ops.sight import Sight
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, sight: Sight, dropout: float) -> Tensor:
     num_queries, num_keys = query.shape[2], key.shape[2]
-    if _trains_on_cpu(query) and num_queries <= num_keys and not dropout and sight.bias is None and sight.causal:
+    flag = _flag_is_enough(sight, num_queries, num_keys)
+    fits_blocks = num_queries <= num_keys and not dropout and sight.bias is None and sight.causal
+    if query.device.type == "cpu" and fits_blocks and (_trains(query) or not (flag or num_queries == 1)):
         return blocked_attention(query, key, value, sight)
-    if _flag_is_enough(sight, num_queries, num_keys):
+    if flag:
         causal, grouped = sight.causal and num_queries > 1, query.shape[1] != key.shape[1]
         return F.scaled_dot_product_attention(
             query, key, value, dropout_p=dropout, is_causal=causal, scale=sight.scale, enable_gqa=grouped
@@ -48,8 +51,8 @@ def _flag_is_enough(sight: Sight, num_queries: int, num_keys: int) -> bool:
     return aligned and not extra
 
 
-def _trains_on_cpu(query: Tensor) -> bool:
-    return query.device.type == "cpu" and query.requires_grad and torch.is_grad_enabled()
+def _trains(query: Tensor) -> bool:
+    return query.requires_grad and torch.is_grad_enabled()
 
 
 def _ungrouped(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ from megatron.ops.sight import Sight
 from tests.ops.sights import KINDS, TOLERANCES, compare, heads_of, sight_of
 
 HERE = {"sdpa": SDPA, "dense": DENSE}
-ON_GPU = {"sdpa": SDPA, "dense": DENSE, "cudnn": CUDNN, "flash": FLASH, "efficient": EFFICIENT}
+OF_PYTORCH = {"cudnn": CUDNN, "flash": FLASH, "efficient": EFFICIENT}
+PACKAGES = {"flash_attn": FLASH2, "flash_attn_interface": FLASH3}
+ON_GPU = HERE | OF_PYTORCH | {each.name: each for name, each in PACKAGES.items() if find_spec(name) is not None}
 
 
 @pytest.mark.parametrize("name", HERE)
@@ -122,6 +125,8 @@ def test_what_kernels_of_sixteen_bits_take() -> None:
     assert "multiple of 8 up to 256 features, and not 12" in FLASH2.lacks(odd, odd, Sight(1.0), 0.0)
     assert FLASH3.lacks(meta, key, Sight(1.0), 0.1) == "has no dropout"
     assert FLASH2.lacks(meta, key, Sight(1.0), 0.1) == ""
+    both_ways = Sight(1.0, slopes=torch.ones(4), causal=False)
+    assert "without their sign" in FLASH2.lacks(meta, key, both_ways, 0.0)
     assert "and not with the last" in CUDNN.lacks(meta[:, :, :3], key, Sight(1.0), 0.0)
     assert CUDNN.lacks(meta, key, Sight(1.0, window=8), 0.0) == ""  # which hides nothing of 9 tokens
 

@@ -100,9 +100,14 @@ def recording(arch: int = 90) -> Iterator[list[Launch]]:
 def architecture(device: torch.device) -> int:
     """Return 90 for sm_90: that of the GPU, or the one that launches are recorded for."""
     if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        return 10 * major + minor
+        return _capability(device)
     return _recorded_for[-1] if _recorded_for else 90
+
+
+@cache
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 @cache

@@ -13,6 +13,7 @@ from megatron.ops.partial_attention import merge_part
 from megatron.ops.sight import Sight
 from megatron.ops.triton import attention as kernels
 from megatron.ops.triton.attention import BACKEND
+from megatron.ops.triton.launch import recording
 from tests.ops.sights import compare, heads_of, sight_of
 from tests.ops.triton.interpreted import HAS_GPU
 from tests.ops.triton.poison import poisoned
@@ -182,6 +183,22 @@ def test_the_operators_are_registered_well(device: torch.device) -> None:
     torch.library.opcheck(kernels.attention_forward, (query, key, value, *bounds[:2], *settings))
     arguments = (upstream, query, key, value, output, lse, *bounds, *settings)
     torch.library.opcheck(kernels.attention_backward, arguments)
+
+
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
+def test_tiles_are_those_of_the_architecture(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    tiles = {}
+    for arch in (80, 90):
+        with recording(arch) as launches:
+            kernels._sample(4, 2, dim, torch.bfloat16, Sight(0.1, window=99), torch.device("meta"))
+        names = [launch.kernel.fn.__name__ for launch in launches]
+        assert names == ["forward", "query_gradient", "key_gradient"]
+        tiles[arch] = [(each.constants["QUERIES"], each.constants["KEYS"]) for each in launches]
+        assert launches[0].grid == (-(-2048 // tiles[arch][0][0]), 4, 4)
+        assert launches[2].grid == (-(-2048 // tiles[arch][2][1]), 2, 4)
+        assert all(each.constants["FRONT"] + each.constants["BACK"] == dim for each in launches)
+    assert tiles[80] != tiles[90]
 
 
 def test_what_the_kernel_cannot_do() -> None:
