@@ -20,7 +20,6 @@ import argparse
 import importlib
 import json
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -175,7 +174,7 @@ def on_a_cpu(shapes: list[Shape], seconds: float) -> list[Row]:
 def take_turns(
     sides: dict[str, Callable[[], Tensor]], heads: list[Tensor], upstream: Tensor, seconds: float
 ) -> dict[str, tuple[float, float]]:
-    """Return the median seconds of each side forward and backward, measured one after the other, round by round."""
+    """Return the least seconds of each side forward and backward, round by round: other work on the cores only adds."""
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     end, number = time.perf_counter() + seconds, 0
     while number < 6 or time.perf_counter() < end:
@@ -187,7 +186,7 @@ def take_turns(
             if number:
                 found[name].append((middle - begin, time.perf_counter() - middle))
         number += 1
-    return {name: tuple(map(statistics.median, zip(*each, strict=True))) for name, each in found.items()}
+    return {name: (min(each[0] for each in times), min(each[1] for each in times)) for name, times in found.items()}
 
 
 def report(rows: list[Row]) -> None:

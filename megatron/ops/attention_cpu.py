@@ -63,10 +63,14 @@ def _blocks(sight: Sight, num_queries: int, num_keys: int) -> Iterator[_Block]:
     """Yield the blocks of queries, in order."""
     offset, positions = num_keys - num_queries, torch.arange(num_keys)
     plain = not sight.rowwise and not sight.is_windowed(num_keys) and sight.slopes is None
-    firsts = None if plain else sight.bounds(num_queries, num_keys, positions.device).first.amin(dim=0).tolist()
+    bounds = sight.bounds(num_queries, num_keys, positions.device) if sight.rowwise else None
     for start in range(0, num_queries, BLOCK):
         stop = min(start + BLOCK, num_queries)
-        keys = slice(0 if firsts is None else firsts[start], stop + offset)
+        if bounds is not None:
+            first = int(bounds.first[:, start].min())
+        else:
+            first = 0 if sight.window is None else max(0, start + offset - sight.window)
+        keys = slice(first, stop + offset)
         if plain:  # keys before the block are seen by all of it
             size = stop - start
             yield _Block(slice(start, stop), keys, torch.full((size, size), float("-inf")).triu(1))

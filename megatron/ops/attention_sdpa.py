@@ -25,6 +25,8 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, sight: Sight, dropout: floa
     num_queries, num_keys = query.shape[2], key.shape[2]
     flag = _flag_is_enough(sight, num_queries, num_keys)
     fits_blocks = num_queries <= num_keys and not dropout and sight.bias is None and sight.causal
+    if sight.rowwise and torch.compiler.is_compiling():  # which blocks there are, depends on values
+        fits_blocks = False
     if query.device.type == "cpu" and fits_blocks and (_trains(query) or not (flag or num_queries == 1)):
         return blocked_attention(query, key, value, sight)
     if flag:

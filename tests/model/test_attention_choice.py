@@ -134,3 +134,13 @@ def test_keys_without_effect_are_told(backend: str, told: bool) -> None:
     notices = resolve_settings({key: Setting(value) for key, value in settings.items()}).notices
     sentence = "scaled_masked_softmax_fusion has no effect without attention_backend: dense."
     assert (sentence in notices) == told
+
+
+@pytest.mark.parametrize("settings", [LOCAL, {"pos_emb": "alibi"}], ids=str)
+@pytest.mark.parametrize("documents", [True, False])
+def test_torch_compile_traces_attention_whole(settings: dict[str, Any], documents: bool) -> None:
+    model = build_model(small_config(**settings), VOCAB, Mesh.single())
+    segments = torch.tensor([[0] * 5 + [1] * 7]) if documents else None
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    tokens = random_tokens(1, 12)
+    torch.testing.assert_close(compiled(tokens, segments=segments), model(tokens, segments=segments))
