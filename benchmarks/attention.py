@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.kernels import Clock
-from megatron.ops.catalogue import attention_operation
+from megatron.ops.attention_operation import attention_operation
 from megatron.ops.choice import Situation, choose
 from megatron.ops.measured import Fastest, fastest
 from megatron.ops.sight import Sight

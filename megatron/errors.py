@@ -67,6 +67,10 @@ class ExportError(DeepyError):
     """Weights that cannot be converted, or whose conversion does not compute the same logits."""
 
 
+class KernelError(DeepyError):
+    """A kernel that cannot be built or loaded on this machine."""
+
+
 class LaunchError(DeepyError):
     """Workers that cannot be started, or a worker that failed."""
 

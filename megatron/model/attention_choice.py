@@ -16,7 +16,8 @@ from megatron.model.accounting import layer_types
 from megatron.ops.attention import attention, first_of
 from megatron.ops.attention_backend import Attend, Backend
 from megatron.ops.attention_dense import dense_with
-from megatron.ops.catalogue import CATALOGUE, attention_operation
+from megatron.ops.attention_operation import attention_operation
+from megatron.ops.catalogue import CATALOGUE
 from megatron.ops.choice import Choices, Operation, Situation, choose
 from megatron.ops.measured import fastest
 from megatron.ops.partial_attention import PartKernels

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from functools import partial
+from collections.abc import Mapping
 
 from megatron.ops import probes
+from megatron.ops.attention_operation import ATTENTION
 from megatron.ops.choice import EAGER, Candidate, Operation, Probe
 
 
@@ -17,31 +17,10 @@ def _operation(name: str, eager: str, twin: str, probe: Probe, triton: str, *oth
 _APEX_NORMS = "megatron.ops.apex_norms"
 _LIGER = "megatron.ops.liger"
 
-FEATURES = ("window", "documents", "alibi", "bias", "dropout")
-"""What attention of a model may have, beyond causality."""
 
+def _cuda(place: str) -> Candidate:
+    return Candidate("cuda", f"megatron.ops.cuda.{place}", "torch", "megatron.ops.cuda.build:make_ready")
 
-def attention_operation(features: Collection[str]) -> Operation:
-    """Return attention with some of FEATURES: "attention", or for example "attention window alibi"."""
-    present = [feature for feature in FEATURES if feature in features]
-    kernels = {"documents", "window", "alibi"} & set(present) and not {"bias", "dropout"} & set(present)
-    return Operation(
-        " ".join(["attention", *present]),
-        "megatron.ops.attention:sight_reference",
-        (
-            Candidate("sdpa", "megatron.ops.attention_sdpa:SDPA", everywhere=True),
-            Candidate("triton", "megatron.ops.triton.attention:BACKEND", "triton"),
-            Candidate("flash3", "megatron.ops.attention_flash:FLASH3", "flash_attn_interface"),
-            Candidate("flash2", "megatron.ops.attention_flash:FLASH2", "flash_attn"),
-            *(Candidate(name, f"megatron.ops.attention_sdpa:{name.upper()}", "torch") for name in _OF_PYTORCH),
-            Candidate("dense", "megatron.ops.attention_dense:DENSE", everywhere=True),
-        ),
-        partial(probes.attention, features=present),
-        "triton" if kernels else EAGER,
-    )
-
-
-_OF_PYTORCH = ("cudnn", "flash", "efficient")
 
 _OPERATIONS = (
     _operation(
@@ -88,10 +67,11 @@ _OPERATIONS = (
     ),
     _operation(
         "cross_entropy", "cross_entropy:block_losses", "cross_entropy:block_losses", probes.cross_entropy,
-        "cross_entropy:block_losses",
+        "cross_entropy:block_losses", _cuda("cross_entropy:block_losses"),
     ),
     _operation(
-        "share_losses", "logits:share_losses", "logits:share_losses", probes.share_losses, "cross_entropy:share_losses"
+        "share_losses", "logits:share_losses", "logits:share_losses", probes.share_losses,
+        "cross_entropy:share_losses", _cuda("cross_entropy:share_losses"),
     ),
     _operation(
         "masked_softmax", "softmax:masked_softmax", "softmax:masked_softmax", probes.masked_softmax,
@@ -114,6 +94,4 @@ _OPERATIONS = (
     ),
 )  # fmt: skip
 
-_ATTENTION = tuple(attention_operation(features) for features in ((), *((feature,) for feature in FEATURES)))
-
-CATALOGUE: Mapping[str, Operation] = {operation.name: operation for operation in (*_OPERATIONS, *_ATTENTION)}
+CATALOGUE: Mapping[str, Operation] = {operation.name: operation for operation in (*_OPERATIONS, *ATTENTION)}

@@ -49,19 +49,19 @@ class Candidate:
     """Something that computes an operation.
 
     place: "module:function", imported only where it is to be used. package: what must be installed, or "".
+    ready: "module:function" that makes it ready on a device and returns why it cannot be, or ""; "": nothing needs to.
     everywhere: whether it runs on every device.
     """
 
     name: str
     place: str
     package: str = ""
+    ready: str = ""
     everywhere: bool = False
 
     def load(self) -> Function:
         """Return the function; whatever its import raises is raised."""
-        module, _, name = self.place.partition(":")
-        function: Function = getattr(importlib.import_module(module), name)
-        return function
+        return _function(self.place)
 
     def obstacle(self, situation: Situation) -> str:
         """Return why it cannot be used here, or ""."""
@@ -71,7 +71,13 @@ class Candidate:
             return f"needs a CUDA device, and this is {situation.device.type}"
         if importlib.util.find_spec(self.package) is None:
             return f"the package {self.package} is not installed"
-        return ""
+        return str(_function(self.ready)(situation.device)) if self.ready else ""
+
+
+def _function(place: str) -> Function:
+    module, _, name = place.partition(":")
+    function: Function = getattr(importlib.import_module(module), name)
+    return function
 
 
 Probe = Callable[[Function, torch.device, torch.dtype, int], Sequence[Tensor]]

@@ -8,6 +8,7 @@ from megatron.config.schema.base import Section, setting
 
 Fusion = Literal["auto", True, False, "triton"]
 NormFusion = Literal["auto", True, False, "triton", "apex", "liger"]
+LossFusion = Literal["auto", True, False, "triton", "cuda"]
 ActivationFusion = Literal["auto", True, False, "triton", "liger"]
 
 _MEANING = (
@@ -44,8 +45,10 @@ class KernelsConfig(Section):
     bias_dropout_fusion: Fusion = setting(
         "auto", f"What computes the hidden dropout and the addition to the residual stream. {_MEANING}"
     )
-    cross_entropy_fusion: Fusion = setting(
-        "auto", f"What turns logits into losses, and into their own gradients. {_MEANING}"
+    cross_entropy_fusion: LossFusion = setting(
+        "auto",
+        "What turns logits into losses, and into their own gradients; cuda is built by nvcc when it is first used. "
+        f"{_MEANING}",
     )
     optimizer_fusion: Fusion = setting(
         "auto",

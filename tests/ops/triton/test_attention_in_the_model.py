@@ -15,7 +15,7 @@ from megatron.model.build import build_model
 from megatron.model.cache import KVCache
 from megatron.ops import choice, probes
 from megatron.ops.attention import sight_reference
-from megatron.ops.catalogue import attention_operation
+from megatron.ops.attention_operation import attention_operation
 from megatron.ops.choice import Candidate, Choices, Situation
 from megatron.ops.partial_attention import PartKernels
 from megatron.ops.sight import Sight
