@@ -17,17 +17,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron.ops.attention_backend import Backend, sixteen_bits, without
-from megatron.ops.attention_cpu import blocked_attention
+from megatron.ops.attention_cpu import LONGEST_KEPT, blocked_attention
 from megatron.ops.sight import Sight
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, sight: Sight, dropout: float) -> Tensor:
     num_queries, num_keys = query.shape[2], key.shape[2]
     flag = _flag_is_enough(sight, num_queries, num_keys)
-    fits_blocks = num_queries <= num_keys and not dropout and sight.bias is None and sight.causal
-    if sight.rowwise and torch.compiler.is_compiling():  # which blocks there are, depends on values
-        fits_blocks = False
-    if query.device.type == "cpu" and fits_blocks and (_trains(query) or not (flag or num_queries == 1)):
+    if query.device.type == "cpu" and not dropout and _fits_blocks(query, key, sight, flag):
         return blocked_attention(query, key, value, sight)
     if flag:
         causal, grouped = sight.causal and num_queries > 1, query.shape[1] != key.shape[1]
@@ -53,8 +50,18 @@ def _flag_is_enough(sight: Sight, num_queries: int, num_keys: int) -> bool:
     return aligned and not extra
 
 
-def _trains(query: Tensor) -> bool:
-    return query.requires_grad and torch.is_grad_enabled()
+def _fits_blocks(query: Tensor, key: Tensor, sight: Sight, flag: bool) -> bool:
+    """Return whether a CPU computes it faster in blocks of ours. flag: whether is_causal says what is seen.
+
+    PyTorch's kernel evaluates faster where it needs no mask, and trains faster in fp32 where P is computed twice:
+    2,048 tokens take 121 ms of one core there and 139 ms here, in bf16 106 ms and 92 ms.
+    """
+    if query.shape[2] > key.shape[2] or sight.bias is not None or not sight.causal:
+        return False
+    if not flag:  # which blocks there are depends on values, which a compiler does not have
+        return query.shape[2] > 1 and not (sight.rowwise and torch.compiler.is_compiling())
+    keeps = query.dtype == torch.bfloat16 or key.shape[2] <= LONGEST_KEPT or query.shape[1] != key.shape[1]
+    return keeps and query.requires_grad and torch.is_grad_enabled()
 
 
 def _ungrouped(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
