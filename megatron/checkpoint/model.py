@@ -32,12 +32,13 @@ def load_model(
 ) -> SequentialModel:
     """Return the checkpoint's model on one device, in evaluation mode.
 
-    precision: "fp32", "fp16" or "bf16"; None keeps that of the training run.
+    precision: "fp32", "fp16" or "bf16"; None keeps that of the training run, which after fp8 is bf16.
     read: returns a weight by its canonical name; None reads the checkpoint's own.
     mesh: instead of one device, the mesh whose tensor axis shares the model; all its ranks call this.
     Raises CheckpointError where the weights are not those of the stored config.
     """
-    config = with_precision(stored_config(reader), precision)
+    config = stored_config(reader)
+    config = with_precision(config, precision or config.numerics.weight_precision)
     shape = reader.shapes.get(WORD_EMBEDDINGS)
     rows = shape[0] if shape else 0
     mesh = mesh or Mesh.single(device)
@@ -63,10 +64,8 @@ def fill_parameters(model: nn.Module, read: Callable[[str], Tensor | None], axis
             parameter.copy_(split(values, get_spec(parameter), axis.size, axis.rank))
 
 
-def with_precision(config: Config, precision: str | None) -> Config:
-    """Return the config with another precision; None leaves it."""
-    if precision is None:
-        return config
+def with_precision(config: Config, precision: str) -> Config:
+    """Return the config with another precision."""
     numerics = config.numerics.model_copy(update={"precision": precision})
     return config.model_copy(update={"numerics": numerics})
 

@@ -87,6 +87,7 @@ USES: dict[str, Use] = {
     "fp32": Use("precision", _is("fp32"), "everything in fp32"),
     "bf16": Use("precision", _is("bf16"), "fp32 masters, accumulation and reduction"),
     "fp16": Use("precision", _is("fp16"), "the same, with a loss scale"),
+    "fp8": Use("precision", _is("fp8"), "bf16, in which the blocks' linear layers multiply in float8"),
     "optimizer offload": Use(
         "zero_optimization.offload_optimizer.device", _is("cpu"), "optimizer states and masters in CPU memory"
     ),
@@ -105,7 +106,8 @@ USES: dict[str, Use] = {
 # The uses that the documentation crosses with one another.
 SHOWN = (
     "ZeRO 0", "ZeRO 1", "ZeRO 2", "ZeRO 3", "pipeline", "tensor", "sequence", "context",
-    "attention dropout", "rpe", "fp32", "bf16", "fp16", "optimizer offload", "parameter offload", "sm3", "cpu_adam",
+    "attention dropout", "rpe", "fp32", "bf16", "fp16", "fp8",
+    "optimizer offload", "parameter offload", "sm3", "cpu_adam",
 )  # fmt: skip
 
 _ON_DISK = "checkpoints cannot read state from there."

@@ -33,7 +33,7 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
         "communication_data_type": extra.communication_data_type or "fp32",
         "data_types": _filled(DataTypes, extra.data_types or {}),
         "fp16": {**_filled(Fp16, extra.fp16 or {}), "enabled": config.numerics.precision == "fp16"},
-        "bf16": {**_filled(Bf16, extra.bf16 or {}), "enabled": config.numerics.precision == "bf16"},
+        "bf16": {**_filled(Bf16, extra.bf16 or {}), "enabled": config.numerics.weight_precision == "bf16"},
         "zero_optimization": _zero(config),
         **_pipeline(config),
         "zero_allow_untested_optimizer": True,

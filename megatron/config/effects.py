@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron.config import keys
 from megatron.config.draft import Draft, either
+from megatron.config.float8 import layers_without_float8
 from megatron.config.values import choices
 
 _TOKENIZERS = choices(keys.fields()["tokenizer_type"][1].annotation)
@@ -31,6 +32,7 @@ _EFFECT: dict[str, tuple[str, tuple[Any, ...]]] = {
     "vocab_file": ("tokenizer_type", tuple(kind for kind in _TOKENIZERS if kind != "CharLevelTokenizer")),
     "scaled_upper_triang_masked_softmax_fusion": ("attention_backend", ("dense",)),
     "scaled_masked_softmax_fusion": ("attention_backend", ("dense",)),
+    "fp8_fusion": ("precision", ("fp8",)),
     "allow_chopped": ("pack_impl", ("pack_until_overflow", "unpacked")),
 }
 _MANY_THREADS = 64
@@ -55,6 +57,7 @@ def without_effect(draft: Draft) -> Iterator[str]:
             yield _sentence(draft, key, f"{size}: 2 or more")
     yield from _beyond_the_end(draft)
     yield from _too_many_threads(draft)
+    yield from layers_without_float8(draft)
 
 
 def _beyond_the_end(draft: Draft) -> Iterator[str]:

@@ -14,7 +14,7 @@ OWN_KEYS = frozenset(
         "activation_fusion", "attention_backend", "check_replicas_interval", "checkpoint_first_layers",
         "checkpoint_operations",
         "context_parallel_method", "context_parallel_size", "cross_entropy_fusion", "data_index_dir", "neox_compat",
-        "optimizer_fusion", "resume", "run_name", "runs_dir", "wsd_decay_fraction", "wsd_decay_shape",
+        "fp8_fusion", "optimizer_fusion", "resume", "run_name", "runs_dir", "wsd_decay_fraction", "wsd_decay_shape",
     }
 )  # fmt: skip
 """Keys of the schema that GPT-NeoX does not have; every other key is one of its names."""
@@ -120,6 +120,7 @@ def _refuse_all(names: str, reason: str, fix: str = "Remove the key.") -> dict[s
 
 _MOE = "mixture-of-experts layers are not built in this version."
 _TE = "TransformerEngine layers are not built in this version."
+_FP8 = "it never ran in GPT-NeoX; precision: fp8 scales each tensor by its values of the moment, without a history."
 _MAMBA = "Mamba layers are not built in this version."
 _RWKV = "RWKV layers are not built in this version."
 _MUP = "muP is not built in this version, and training without it would use other learning rates."
@@ -143,10 +144,15 @@ REFUSED: dict[str, Refusal] = {
     **_refuse(
         _TE,
         "Remove the key; the plain layers compute the same function.",
-        te_columnparallel=False, te_rowparallel=False, te_layernorm_mlp=False, te_mha=False, te_fp8_format="hybrid",
-        te_fp8_wgrad=True, te_fp8_amax_history_len=1, te_fp8_amax_compute_algo="most_recent", te_fp8_margin=0,
-        te_fp8_mha=False,
+        te_columnparallel=False, te_rowparallel=False, te_layernorm_mlp=False, te_mha=False,
     ),
+    **_refuse(
+        _FP8,
+        "Remove the key and set precision: fp8",
+        te_fp8_format="hybrid", te_fp8_wgrad=True, te_fp8_amax_history_len=1, te_fp8_amax_compute_algo="most_recent",
+        te_fp8_margin=0,
+    ),
+    "te_fp8_mha": Refusal(False, "attention is computed in bf16 under precision: fp8."),
     **_refuse(
         _MAMBA,
         mamba_selective_scan_fusion=False, mamba_causal_conv_fusion=False, mamba_inner_func_fusion=False,

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from megatron.config import combinations, keys
 from megatron.config.attention import expand_attention
 from megatron.config.draft import Draft, either
+from megatron.config.float8 import float8_reaches_a_layer
 from megatron.config.split import split_shares
 from megatron.config.widths import mlp_widths
 from megatron.errors import Problem
@@ -320,5 +321,5 @@ RULES: tuple[Rule, ...] = (
     tied_norm_needs_parallel_residual, fused_gelu_needs_gelu, split_is_possible,
     one_source_of_data, lists_match, one_length_of_training, learning_rate_is_a_range,
     optimizer_params_are_in_range, combinations_are_allowed, engine_decides_alone, saving_needs_a_time,
-    steps_are_not_negative, addresses_hold_no_password,
+    steps_are_not_negative, addresses_hold_no_password, float8_reaches_a_layer,
 )  # fmt: skip

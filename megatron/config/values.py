@@ -15,7 +15,14 @@ from megatron.config.yaml_reader import parse_scalar
 from megatron.errors import Problem
 
 SPELLINGS: dict[str, dict[str, str]] = {
-    "precision": {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32"},
+    "precision": {
+        "bfloat16": "bf16",
+        "float16": "fp16",
+        "half": "fp16",
+        "float32": "fp32",
+        "float": "fp32",
+        "float8": "fp8",
+    },
     "communication_data_type": {"bfloat16": "bf16", "bfp16": "bf16", "float16": "fp16", "float32": "fp32"},
     "grad_accum_dtype": {"bfloat16": "bf16", "bfp16": "bf16", "float16": "fp16", "float32": "fp32"},
     "activation": {"gelu_erf": "gelu"},

@@ -45,7 +45,7 @@ class LocalEngine(MicroBatchEngine):
         self, config: Config, mesh: Mesh, model: nn.Module, optimizer: Optimizer, objective: Objective
     ) -> None:
         super().__init__(config, mesh, objective)
-        self._model = _cast(model, _TYPES[config.numerics.precision], mesh)
+        self._model = _cast(model, _TYPES[config.numerics.weight_precision], mesh)
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._masters = {name: _master(p) for name, p in self._trained.items()}
         self._optimizer = optimizer
@@ -54,7 +54,7 @@ class LocalEngine(MicroBatchEngine):
         self._gradients = None if self._is_direct() else GradientBuffer(self._trained, self._masters, mesh, region)
         self._scaler = LossScale(config.deepspeed.fp16 or {}) if config.numerics.precision == "fp16" else None
         self._clip = float(config.optimizer.gradient_clipping)
-        situation = Situation(mesh.device, _TYPES[config.numerics.precision], config.model.hidden_size)
+        situation = Situation(mesh.device, _TYPES[config.numerics.weight_precision], config.model.hidden_size)
         self._one_pass = one_pass(config, optimizer, self._rounded(), situation)
         state.make_states(self._holdings())
 
@@ -97,7 +97,7 @@ class LocalEngine(MicroBatchEngine):
 
     def _is_direct(self) -> bool:
         """Return whether autograd's own gradients are the step's sum: in fp32 on one rank."""
-        return self._config.numerics.precision == "fp32" and self._mesh.replicas.size == self._mesh.tp.size == 1
+        return self._config.numerics.weight_precision == "fp32" and self._mesh.replicas.size == self._mesh.tp.size == 1
 
     def _give_masters(self) -> None:
         masters = {id(self._trained[name]): master for name, master in self._masters.items()}

@@ -30,7 +30,7 @@ def expected(config: Config, mesh: Mesh, stage: int, groups: Sequence[dict[str, 
     stage: the ZeRO stage that serves the config's.
     groups: the parameter groups that `build_optimizer` made, taken before DeepSpeed flattened them.
     """
-    precision = config.numerics.precision
+    precision = config.numerics.weight_precision
     types = config.deepspeed.data_types or {}
     return {
         "zero_optimization.stage": stage,

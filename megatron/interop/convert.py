@@ -177,7 +177,7 @@ def _from_hf(family: Family, config: Config, weights: HfWeights) -> Iterator[Sta
     """Yield our weights, one rule at a time. Raises ExportError for tensors that are missing or left over."""
     rules = family.rules(config.model)
     names = _match(family, [name for rule in rules for name in rule.theirs], weights)
-    dtype = _DTYPES[config.numerics.precision]
+    dtype = _DTYPES[config.numerics.weight_precision]
     for rule in rules:
         for name, tensor in zip(rule.ours, rule.from_hf([weights.read(names[n]) for n in rule.theirs]), strict=True):
             flat = tensor.to(dtype).contiguous().reshape(-1)

@@ -126,9 +126,14 @@ def _layout(config: Config) -> list[tuple[str, str]]:
         ("ZeRO", f"stage {stage}"),
         (
             "precision",
-            f"{config.numerics.precision} (fp32 masters, gradients accumulated and reduced in {_sums(config)})",
+            f"{config.numerics.precision} ({_weights(config)}fp32 masters, gradients accumulated and reduced in "
+            f"{_sums(config)})",
         ),
     ]
+
+
+def _weights(config: Config) -> str:
+    return "bf16 weights, " if config.numerics.precision == "fp8" else ""
 
 
 def _sums(config: Config) -> str:

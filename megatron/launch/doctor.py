@@ -33,7 +33,7 @@ OPTIONAL = (
     ("matplotlib", "the loss plot", "pip install matplotlib", True),
     ("triton", "fused kernels", "comes with torch for CUDA", True),
     ("flash_attn", "FlashAttention", "pip install -r requirements/flash-attn.txt", False),
-    ("transformer_engine.pytorch", "fp8 and fused layers", "pip install -r requirements/transformer-engine.txt", False),
+    ("transformer_engine.pytorch", "precision: fp8", "pip install -r requirements/transformer-engine.txt", True),
     ("apex", "fused optimizers", "see requirements/apex.txt", False),
     ("wandb", "Weights & Biases", "pip install -r requirements/wandb.txt", True),
     ("tensorboard", "TensorBoard", "pip install -r requirements/tensorboard.txt", True),

@@ -44,6 +44,7 @@ def main(argv: list[str]) -> int:
     settings = read(words["config_files"], words["config_dir"], words["overrides"])
     resolution = settings.resolve(words["gpus"], planning=words["gpus"] is None)
     config, gpu = resolution.config, _find_gpu(words)
+    _require_float8(config, gpu)
     vocab_size, is_known = vocabulary_size(config)
     planner = Planner(config, vocab_size, _assumptions(config, gpu, vocab_size, words), words["reserve"] * GIBIBYTE)
     now = planner.plan(Layout.of(config))
@@ -122,6 +123,12 @@ def _find_gpu(words: dict[str, Any]) -> Gpu:
         gpu = GPUS[_USUAL_GPU]
     changed = {"memory": memory, "network": words["network"]}
     return dataclasses.replace(gpu, **{name: value for name, value in changed.items() if value})
+
+
+def _require_float8(config: Config, gpu: Gpu) -> None:
+    if config.numerics.precision == "fp8" and not gpu.float8:
+        why = f"{gpu.name} has no float8 products, which need compute capability 8.9."
+        raise ConfigError(Problem('precision = "fp8"', why, "Set precision: bf16, or give --gpu H100 or H200."))
 
 
 def _name(gpu: Gpu) -> str:

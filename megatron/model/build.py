@@ -48,7 +48,7 @@ def build_model(
     initialized: draw the initial weights; False makes them zeros, for a checkpoint to fill.
     choices: what computes the operations; None chooses as the config asks, on the mesh's device.
     """
-    dtype = DTYPES[config.numerics.precision]
+    dtype = DTYPES[config.numerics.weight_precision]
     if choices is None:
         choices = choose_kernels(config, mesh.device, dtype)
         if mesh.device.type == "cuda":

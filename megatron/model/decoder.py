@@ -22,8 +22,9 @@ from megatron.model.recompute import recomputed_operations
 from megatron.ops.activations import make_activation
 from megatron.ops.choice import Choices
 from megatron.ops.dropout_add import add_dropped
+from megatron.ops.fp8 import float8_linear
 from megatron.parallel.collectives import TensorRegion
-from megatron.parallel.layers import Initializer
+from megatron.parallel.layers import Initializer, multiply_by
 from megatron.parallel.mesh import Axis
 
 
@@ -89,7 +90,7 @@ class DecoderBlocks:
         model = self.config.model
         parallel = model.gpt_j_residual
         spec = INSIDE if parallel else OUTSIDE
-        return (ParallelBlock if parallel else PreNormBlock)(
+        block = (ParallelBlock if parallel else PreNormBlock)(
             input_layernorm=make_norm(model, spec, self.choices),
             attention=self._attention(layer),
             post_attention_layernorm=None if parallel and model.gpt_j_tied else make_norm(model, spec, self.choices),
@@ -98,6 +99,9 @@ class DecoderBlocks:
             region=self.region,
             add_dropped=self.choices.get("add_dropped", add_dropped),
         )
+        if self.config.numerics.precision == "fp8":
+            multiply_by(self.choices.get("float8_linear", float8_linear), block)
+        return block
 
     def _attention(self, layer: int) -> SelfAttention:
         model, numerics = self.config.model, self.config.numerics

@@ -13,6 +13,7 @@ from megatron.logs import get_logger
 from megatron.model.attention_choice import choose_attention
 from megatron.ops.catalogue import CATALOGUE
 from megatron.ops.choice import Asked, Choices, Situation, choose
+from megatron.ops.fp8 import obstacle
 from megatron.ops.measured import fastest
 from megatron.parallel.agreement import gathered
 from megatron.parallel.mesh import Axis
@@ -25,6 +26,8 @@ _NORMS = {"layernorm": "layer_norm", "non_parametric_layernorm": "layer_norm", "
 
 def choose_kernels(config: Config, device: torch.device, dtype: torch.dtype) -> Choices:
     """Return what computes each operation of the model on the device, and say so where there was a choice."""
+    if config.numerics.precision == "fp8":
+        _tell_of_float8(device)
     asked = dict(_asked(config))
     choices = choose(asked, Situation(device, dtype, config.model.hidden_size), CATALOGUE, fastest)
     choices = Choices((*choices.choices, *choose_attention(config, device, dtype).choices))
@@ -32,6 +35,16 @@ def choose_kernels(config: Config, device: torch.device, dtype: torch.dtype) -> 
     if device.type == "cuda" or any(wish not in ("auto", False) for wish in asked.values()):
         logger.info("kernels on %s:\n%s", device, choices.table())
     return choices
+
+
+def _tell_of_float8(device: torch.device) -> None:
+    """Say what precision: fp8 means on this device. Raises ConfigError where it cannot be computed."""
+    reason = obstacle(device)
+    if reason:
+        raise ConfigError(Problem('precision = "fp8"', reason, "Set precision: bf16"))
+    logger.info("precision fp8: the linear layers of the blocks multiply in float8, the rest is as in bf16")
+    if device.type != "cuda":
+        logger.info("fp8 on %s has the numbers of a GPU and not its speed: training is slower than in bf16", device)
 
 
 def require_agreement(choices: Choices, world: Axis) -> None:
@@ -81,4 +94,6 @@ def _asked(config: Config) -> Iterator[tuple[str, Asked]]:
         yield activation, kernels.activation_fusion
     if config.numerics.hidden_dropout:
         yield "add_dropped", kernels.bias_dropout_fusion
+    if config.numerics.precision == "fp8":
+        yield "float8_linear", kernels.fp8_fusion
     yield "cross_entropy" if config.parallel.model_parallel_size == 1 else "share_losses", kernels.cross_entropy_fusion

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from megatron.ops import probes
 from megatron.ops.attention_operation import ATTENTION
@@ -15,6 +16,7 @@ def _operation(name: str, eager: str, twin: str, probe: Probe, triton: str, *oth
 
 
 _APEX_NORMS = "megatron.ops.apex_norms"
+_TE_LINEAR = "megatron.ops.transformer_engine_linear"
 _LIGER = "megatron.ops.liger"
 
 
@@ -91,6 +93,14 @@ _OPERATIONS = (
     _operation(
         "adamw_update_", "adamw:adamw_update_", "adamw:adamw_update_reference_", probes.adamw_update_,
         "adamw:adamw_update_",
+    ),
+    replace(
+        _operation(
+            "float8_linear", "fp8:float8_linear", "fp8:float8_linear_reference", probes.float8_linear,
+            "fp8:float8_linear",
+            Candidate("transformer_engine", f"{_TE_LINEAR}:float8_linear", "transformer_engine"),
+        ),
+        unmeasured="triton",
     ),
 )  # fmt: skip
 

@@ -158,6 +158,16 @@ def selective_scan(function: Function, device: torch.device, dtype: torch.dtype,
     return _results([function(*arguments)], arguments, [upstream])
 
 
+def float8_linear(function: Function, device: torch.device, dtype: torch.dtype, hidden_size: int) -> list[Tensor]:
+    """To three times 16 features, from an odd number of rows, with the bias and without."""
+    hidden = -(-hidden_size // 16) * 16
+    shapes = (_ROWS, hidden), (48, hidden), (48,), (_ROWS, 48)
+    inputs, weight, bias, upstream = _draw(device, dtype, *shapes)
+    weight = weight.detach().div(2 ** (hidden.bit_length() // 2)).requires_grad_()  # exactly, in every dtype
+    first = _results([function(inputs, weight, bias)], [inputs, weight, bias], [upstream])
+    return [*first, *_results([function(inputs, weight)], [inputs, weight], [upstream])]
+
+
 def sum_of_squares(function: Function, device: torch.device, dtype: torch.dtype, hidden_size: int) -> list[Tensor]:
     """Two fp32 tensors, whatever the model's dtype; the mean, since all results are compared with one tolerance."""
     tensors = [leaf.detach() for leaf in _draw(device, torch.float32, (_ROWS, hidden_size), (_ROWS * hidden_size,))]

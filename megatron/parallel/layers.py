@@ -24,6 +24,9 @@ from megatron.parallel.collectives import TensorRegion
 from megatron.parallel.mesh import Axis
 from megatron.parallel.sharding import ShardSpec, local_shape, set_spec
 
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""(x, W, b) -> x W^T + b."""
+
 Initializer = Callable[[tuple[int, ...], torch.Generator], Tensor]
 """Draws the full tensor of a shape, in fp32 on the CPU."""
 
@@ -76,11 +79,12 @@ class ColumnParallelLinear(nn.Module):
         self.weight = make_parameter((out_features, in_features), spec, axis, initializer)
         self.bias = make_parameter((out_features,), spec, axis, zeros) if bias else None
         self.activation = activation
+        self.product: Product = linear
 
     def forward(self, inputs: Tensor) -> Tensor:
         if self.activation is not None:
-            return self.activation(linear(inputs, self.weight), self.bias)
-        return linear(inputs, self.weight, self.bias)
+            return self.activation(self.product(inputs, self.weight, None), self.bias)
+        return self.product(inputs, self.weight, self.bias)
 
 
 class RowParallelLinear(nn.Module):
@@ -96,10 +100,18 @@ class RowParallelLinear(nn.Module):
         self.region = region
         self.weight = make_parameter((out_features, in_features), ShardSpec(dim=1), region.axis, initializer)
         self.bias = make_parameter((out_features,), ShardSpec(), region.axis, zeros) if bias else None
+        self.product: Product = linear
 
     def forward(self, inputs: Tensor) -> Tensor:
         bias = None if self.bias is None else self.region.once(self.bias)
-        return linear(inputs, self.weight, bias)
+        return self.product(inputs, self.weight, bias)
+
+
+def multiply_by(product: Product, module: nn.Module) -> None:
+    """Let the linear layers within a module compute x W^T + b by `product`."""
+    for layer in module.modules():
+        if isinstance(layer, (ColumnParallelLinear, RowParallelLinear)):
+            layer.product = product
 
 
 class VocabParallelEmbedding(nn.Module):

@@ -12,6 +12,9 @@ gelu) keeps
     context, its logsumexp         e T n d / tp + 4 T n / tp
     linear1, gelu                  e T (r + c) / tp; the first alone where the activation is recomputed
 
+In fp8 the linear layers keep 1 byte for each element of what they multiply, and each its own: of n1(x) and n2(x) 2 T h
+together, of the context T n d / tp beside the attention's own, of gelu T c / tp.
+
 A ring keeps its context once more, in the order that the next layer needs; an exchange of heads keeps query, key and
 value of its heads and not the projection that they come from.
 Attention is taken to be fused: it keeps no scores. A learned bias costs its mask, in the form the kernels want; a
@@ -36,13 +39,14 @@ def tokens(config: Config, layout: Layout) -> int:
 
 def block_bytes(config: Config, layout: Layout, layer: int = 0) -> int:
     """Return what one block keeps of one micro-batch."""
-    model, element, count = config.model, WEIGHT_BYTES[config.numerics.precision], tokens(config, layout)
+    model, element, count = config.model, WEIGHT_BYTES[config.numerics.weight_precision], tokens(config, layout)
     inputs, outputs = _norms(model, element)
+    outputs = 2 * model.hidden_size if _multiplies_in_float8(config) else outputs
     spread = layout.tp if layout.sequence_parallel and not model.gpt_j_residual else 1
     dropped = _dropout(config) // (layout.tp if layout.sequence_parallel else 1)
     operations = layout.operations if layout.recomputes(layer) else ()
     split = _attention(config, layout, element, "attention" in operations)
-    split += _mlp_recomputed(model, element) if "activation" in operations else _mlp(model, element)
+    split += _mlp_recomputed(model, element) if "activation" in operations else _mlp(config, element)
     mask = 0 if "attention" in operations else _mask(config, layout, layer)
     return count * (inputs // spread + outputs + dropped) + count * split // layout.tp + mask
 
@@ -50,7 +54,7 @@ def block_bytes(config: Config, layout: Layout, layer: int = 0) -> int:
 def boundary_bytes(config: Config, layout: Layout) -> int:
     """Return the bytes of the hidden states [b, s, h] between two blocks: what recomputation keeps of them."""
     spread = layout.tp if layout.sequence_parallel else 1
-    return tokens(config, layout) * config.model.hidden_size * WEIGHT_BYTES[config.numerics.precision] // spread
+    return tokens(config, layout) * config.model.hidden_size * WEIGHT_BYTES[config.numerics.weight_precision] // spread
 
 
 def loss_bytes(config: Config, layout: Layout, vocab_size: int) -> int:
@@ -60,7 +64,7 @@ def loss_bytes(config: Config, layout: Layout, vocab_size: int) -> int:
     there are several chunks, while one chunk's logits are there in the model's type, and where no kernel computes the
     losses, in fp32 besides.
     """
-    element, count = WEIGHT_BYTES[config.numerics.precision], tokens(config, layout)
+    element, count = WEIGHT_BYTES[config.numerics.weight_precision], tokens(config, layout)
     rows, hidden = vocab_size // layout.tp, config.model.hidden_size
     chunk = max(1, CHUNK_BYTES // (element * rows))
     logits = min(chunk, count) * rows * (element + (4 if config.kernels.cross_entropy_fusion is False else 0))
@@ -71,10 +75,16 @@ def loss_bytes(config: Config, layout: Layout, vocab_size: int) -> int:
 
 def working_bytes(config: Config, layout: Layout, largest: int) -> int:
     """Return what the backward pass of one block needs beside what was kept: gradients of the MLP's activations and of
-    the stream, and the gradient of the largest tensor (`largest` elements) before it is added to the sum."""
-    element, count = WEIGHT_BYTES[config.numerics.precision], tokens(config, layout)
+    the stream, and the gradient of the largest tensor (`largest` elements) before it is added to the sum; in fp8 both
+    copies of a gradient, and the turned weight."""
+    element, count = WEIGHT_BYTES[config.numerics.weight_precision], tokens(config, layout)
     rows, columns, _ = mlp_shape(config.model)
-    return element * (count * ((rows + columns) // layout.tp + 2 * config.model.hidden_size) + largest)
+    rounded = 2 * count * rows // layout.tp + largest if _multiplies_in_float8(config) else 0
+    return element * (count * ((rows + columns) // layout.tp + 2 * config.model.hidden_size) + largest) + rounded
+
+
+def _multiplies_in_float8(config: Config) -> bool:
+    return config.numerics.precision == "fp8"
 
 
 def _norms(model: ModelConfig, element: int) -> tuple[int, int]:
@@ -115,7 +125,9 @@ def _attention(config: Config, layout: Layout, element: int, recomputed: bool) -
         features = 2 * heads + 2 * groups  # of its heads: query, key, value and what they see
     elif layout.cp > 1 and not recomputed:
         features += heads  # a ring's output, before it is put in order
-    return normed + (features + heads) * width * element + statistics
+    kept_elsewhere = layout.cp == 1 and not recomputed  # by the attention, which needs its own result
+    dense = heads * width * (1 if _multiplies_in_float8(config) else 0 if kept_elsewhere else element)
+    return normed + (features + heads * kept_elsewhere) * width * element + dense + statistics
 
 
 def _before_head_norms(model: ModelConfig, element: int, tp: int) -> int:
@@ -130,12 +142,15 @@ def _before_head_norms(model: ModelConfig, element: int, tp: int) -> int:
     return (2 if grouped else 4) * heads * (model.hidden_size // heads) * element
 
 
-def _mlp(model: ModelConfig, element: int) -> int:
-    """Return bytes per token of the MLP, before the tensor axis splits them."""
+def _mlp(config: Config, element: int) -> int:
+    """Return bytes per token of the MLP, before the tensor axis splits them: the activation's, and linear2's input."""
+    model = config.model
     rows, columns, gated = mlp_shape(model)
-    if gated:
-        return element * (rows + columns + (0 if model.activation == "bilinear" else columns))
-    return element * {"relu": columns, "softsign": rows + 2 * columns}.get(model.activation, rows + columns)
+    inside = {"bilinear": rows, "relu": columns, "softsign": rows + columns}
+    activation = inside.get(model.activation, rows + (columns if gated else 0))
+    if _multiplies_in_float8(config):
+        return element * activation + columns
+    return element * (activation + (0 if model.activation == "relu" else columns))
 
 
 def _mlp_recomputed(model: ModelConfig, element: int) -> int:
@@ -158,7 +173,7 @@ def _mask(config: Config, layout: Layout, layer: int) -> int:
     maskless = backend in _MASKLESS and not (backend == "flash3" and model.pos_emb == "alibi")
     if maskless and model.pos_emb != "rpe" and not config.numerics.attention_dropout:
         return 0
-    pairs = (model.seq_length // layout.cp) * model.seq_length * WEIGHT_BYTES[config.numerics.precision]
+    pairs = (model.seq_length // layout.cp) * model.seq_length * WEIGHT_BYTES[config.numerics.weight_precision]
     if model.pos_emb in ("alibi", "rpe"):
         return pairs * model.num_attention_heads // layout.tp
     types = layer_types(model)

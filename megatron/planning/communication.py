@@ -75,7 +75,7 @@ def data_traffic(config: Config, layout: Layout, numel: int, persistent: int = 0
     """Return the traffic of gradients and, under ZeRO, weights over the replicas.
 
     numel: parameters on the GPU. persistent: of these, in tensors that ZeRO 3 gathers once, after the update."""
-    size, weight = layout.replicas, WEIGHT_BYTES[config.numerics.precision]
+    size, weight = layout.replicas, WEIGHT_BYTES[config.numerics.weight_precision]
     gradient = numel * WEIGHT_BYTES[config.deepspeed.communication_data_type or "fp32"]
     passes = layout.accumulation
     if layout.zero_stage == 0:
@@ -106,7 +106,7 @@ def _shared_traffic(layout: Layout, stage: Stage) -> list[Traffic]:
 
 def tensor_traffic(config: Config, layout: Layout, stage: Stage) -> list[Traffic]:
     """Return the traffic of split layers, of the loss over them, and of gradients that are partial."""
-    element = WEIGHT_BYTES[config.numerics.precision]
+    element = WEIGHT_BYTES[config.numerics.weight_precision]
     summed = 4 if config.parallel.fp32_allreduce else element
     count = layout.accumulation * tokens(config, layout)
     message = count * config.model.hidden_size
@@ -181,7 +181,7 @@ def _forwards(layout: Layout, layer: int) -> int:
 
 
 def _rung(config: Config, layout: Layout, layer: int) -> int:
-    model, element = config.model, WEIGHT_BYTES[config.numerics.precision]
+    model, element = config.model, WEIGHT_BYTES[config.numerics.weight_precision]
     types = layer_types(model)
     window = model.sliding_window_width if "local" not in types or types[layer] == "local" else None
     half = model.seq_length // (2 * layout.cp)
@@ -192,5 +192,5 @@ def _rung(config: Config, layout: Layout, layer: int) -> int:
 
 def _exchanged(config: Config, layout: Layout, layer: int) -> int:
     query, key = _token_elements(config, layout)
-    each_way = tokens(config, layout) * (2 * query + 2 * key) * WEIGHT_BYTES[config.numerics.precision]
+    each_way = tokens(config, layout) * (2 * query + 2 * key) * WEIGHT_BYTES[config.numerics.weight_precision]
     return each_way * (_forwards(layout, layer) + 1)

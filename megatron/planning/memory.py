@@ -107,7 +107,7 @@ def stage_memory(
 
 def state_bytes(config: Config, layout: Layout, numel: int) -> State:
     """Return the state of `numel` parameters on a GPU; offloaded states count nothing."""
-    weight, shards, stage = WEIGHT_BYTES[config.numerics.precision], layout.replicas, layout.zero_stage
+    weight, shards, stage = WEIGHT_BYTES[config.numerics.weight_precision], layout.replicas, layout.zero_stage
     share = -(-numel // shards)
     gradient = _gradient_bytes(config) if stage else 4
     own = numel if stage == 0 else share
@@ -141,7 +141,7 @@ def buffer_bytes(config: Config, layout: Layout, numel: int) -> int:
     if layout.zero_stage >= 2:
         total += size * min(layout.bucket, numel)
     if layout.zero_stage == 3:
-        total += WEIGHT_BYTES[config.numerics.precision] * min(numel, layout.live)
+        total += WEIGHT_BYTES[config.numerics.weight_precision] * min(numel, layout.live)
     return total
 
 
@@ -172,13 +172,13 @@ def update_bytes(config: Config, layout: Layout, numel: int) -> int:
     if layout.zero_stage == 1:
         return size * layout.bucket + 4 * share
     if layout.zero_stage == 2:
-        return 4 * share if config.numerics.precision == "fp32" else 0
+        return 4 * share if config.numerics.weight_precision == "fp32" else 0
     return size * layout.bucket + 4 * share
 
 
 def _is_bf16_optimizer(config: Config) -> bool:
     """Return whether DeepSpeed serves stage 1 by its BF16_Optimizer: in bf16 with gradients summed in fp32."""
-    return config.numerics.precision == "bf16" and _gradient_bytes(config) == 4
+    return config.numerics.weight_precision == "bf16" and _gradient_bytes(config) == 4
 
 
 def _gradient_bytes(config: Config) -> int:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from megatron.config.schema.config import Config
-from megatron.model.accounting import flops_per_token
+from megatron.model.accounting import flops_per_token, num_parameters
 from megatron.planning import schedule
 from megatron.planning.activations import tokens
 from megatron.planning.communication import Traffic
@@ -27,6 +27,10 @@ from megatron.planning.stages import Stage
 
 _A100 = ((125e6, 0.448), (350e6, 0.516), (760e6, 0.569), (1.3e9, 0.599), (3e9, 0.621), (7e9, 0.642), (13e9, 0.596))
 _H100 = ((125e6, 0.41), (760e6, 0.349), (1.3e9, 0.418), (3e9, 0.437), (7e9, 0.464), (13e9, 0.398), (30e9, 0.586))
+
+_FLOAT8 = ((350e6, 1.0), (1.7e9, 1.17), (8e9, 1.25))
+"""(parameters, tokens/s in fp8 by those in bf16) of compiled models on H100s: nanochat's log of 2026-02-02, and
+torchao's documentation for Llama 3 8B; small models were no faster."""
 
 _LAUNCHES = 0.2e-3
 """Seconds in which the host issues the forward pass of a block: some 25 kernels of 8 microseconds; no GPU is faster."""
@@ -38,7 +42,7 @@ class Gpu:
 
     memory: GiB. peak: dense half-precision TFLOP/s. peak_fp32: TFLOP/s without tensor cores. bandwidth: of its memory,
     GB/s. link: GB/s that it sends to its node, network: to other nodes, both as achieved by large messages.
-    anchors: (parameters, MFU) of published runs.
+    anchors: (parameters, MFU) of published runs. float8: whether it multiplies in 8 bits.
     """
 
     name: str
@@ -49,6 +53,7 @@ class Gpu:
     link: float
     network: float
     anchors: tuple[tuple[float, float], ...]
+    float8: bool = False
 
 
 GPUS = {
@@ -56,8 +61,8 @@ GPUS = {
     for gpu in (
         Gpu("A100-40", 40, 312, 19.5, 1555, 200, 20, _A100),
         Gpu("A100-80", 80, 312, 19.5, 2039, 200, 20, _A100),
-        Gpu("H100", 80, 989, 67, 3350, 350, 40, _H100),
-        Gpu("H200", 139, 989, 67, 4800, 350, 40, _H100),
+        Gpu("H100", 80, 989, 67, 3350, 350, 40, _H100, float8=True),
+        Gpu("H200", 139, 989, 67, 4800, 350, 40, _H100, float8=True),
     )
 }
 
@@ -132,6 +137,8 @@ def speed(
     sent: the traffic of each stage; numel: the parameters on a GPU of each. simulate: run the schedule event by event
     instead of estimating it."""
     rate = assumptions.mfu * 1e12 * peak(config, assumptions.gpu)
+    if config.numerics.precision == "fp8":
+        rate *= interpolate(_FLOAT8, num_parameters(config.model, vocab_size))
     flops = stage_flops(config, layout, parts, vocab_size)
     again = [_recomputed_flops(config, layout, stage, blocks) for stage, (blocks, _) in zip(parts, flops, strict=True)]
     waits = [_per_micro_batch(one, layout, assumptions) for one in sent]
@@ -169,8 +176,8 @@ def _recomputed_flops(config: Config, layout: Layout, stage: Stage, blocks: floa
 
 
 def peak(config: Config, gpu: Gpu) -> float:
-    """Return the TFLOP/s of a GPU in the config's precision."""
-    return gpu.peak_fp32 if config.numerics.precision == "fp32" else gpu.peak
+    """Return the TFLOP/s of a GPU in the type of the config's weights."""
+    return gpu.peak_fp32 if config.numerics.weight_precision == "fp32" else gpu.peak
 
 
 def _per_micro_batch(sent: Sequence[Traffic], layout: Layout, assumptions: Assumptions) -> float:

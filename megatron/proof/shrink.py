@@ -14,6 +14,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+from megatron.config.float8 import MULTIPLE as FLOAT8_MULTIPLE
 from megatron.config.resolve import resolve
 from megatron.config.schema.config import Config
 from megatron.model.accounting import layer_types, mlp_shape, padded_vocab_size
@@ -115,9 +116,10 @@ def _model(config: Config) -> dict[str, Any]:
     """Return the keys of the small model."""
     model, tp = config.model, config.parallel.model_parallel_size
     heads, kv_heads = _heads(config)
-    hidden = heads * min(_head_dim(model.rotary_pct), model.hidden_size // model.num_attention_heads)
+    part = FLOAT8_MULTIPLE if config.numerics.precision == "fp8" else 1
+    hidden = heads * min(_head_dim(model.rotary_pct, part), model.hidden_size // model.num_attention_heads)
     _, width, _ = mlp_shape(model)
-    branch = tp * max(1, round(width / model.hidden_size * hidden / tp))
+    branch = tp * part * max(1, round(width / model.hidden_size * hidden / tp / part))
     sequence = _sequence(config)
     types = _types(config)
     scale = sequence / model.seq_length
@@ -152,9 +154,13 @@ def _heads(config: Config) -> tuple[int, int | None]:
     return count * size, None if model.num_kv_heads is None else count
 
 
-def _head_dim(rotary_pct: float) -> int:
-    """Return the least width of a head, from 8, of which rotary_pct is an even number of features."""
-    fitting = (width for width in range(8, 1025, 8) if int(width * rotary_pct) % 2 == 0 < int(width * rotary_pct))
+def _head_dim(rotary_pct: float, part: int) -> int:
+    """Return the least width of a head, from 8 and a multiple of `part`, of which rotary_pct is an even number of
+    features."""
+    least = max(8, part)
+    fitting = (
+        width for width in range(least, 1025, least) if int(width * rotary_pct) % 2 == 0 < int(width * rotary_pct)
+    )
     return next(fitting, 1024)
 
 

@@ -27,7 +27,7 @@ ASKED: dict[str, dict[str, Any]] = {
     "sequence": {"sequence_parallel": True},
     "attention dropout": {"attention_dropout": 0.1, "context_parallel_method": "all_to_all"},
     "rpe": {"pos_emb": "rpe", "context_parallel_method": "all_to_all"},
-    **{kind: {"precision": kind} for kind in ("fp32", "bf16", "fp16")},
+    **{kind: {"precision": kind} for kind in ("fp32", "bf16", "fp16", "fp8")},
     "optimizer offload": {"zero_optimization.offload_optimizer": {"device": "cpu"}},
     "parameter offload": {"zero_optimization.offload_param": {"device": "cpu"}},
     "no offload": {},

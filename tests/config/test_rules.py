@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from megatron.config import readiness, rules
+from megatron.config.deepspeed_json import deepspeed_config
 from megatron.config.resolve import resolve, resolve_settings
 from megatron.config.yaml_reader import Setting
 from tests.config.small import SMALL, problems
@@ -153,6 +154,16 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"checkpoint_factor": 1, "checkpoint_scale": "log"}, "so it must be more than 1. Set checkpoint_factor: 2"),
     ({"checkpoint_factor": 1.5}, "it is a number of steps, so it must be whole. Set checkpoint_factor: 2"),
     ({"wandb_host": "https://me:pass@host"}, "wandb_host: a user's name and password do not belong into an address"),
+    (
+        {"precision": "fp8", "hidden_size": 40},
+        'precision = "fp8": float8 products come in multiples of 16 features, and hidden_size = 40 is none. Set '
+        "hidden_size to 32 or 48, or precision: bf16",
+    ),
+    (
+        {"precision": "fp8", "hidden_size": 32, "intermediate_size": 36, "model_parallel_size": 4, "world": 4},
+        "no linear layer's share of model_parallel_size = 4 is so wide: query_key_value [24, 32], dense [32, 8], "
+        "linear1 [9, 32], linear2 [32, 9]. Use fewer tensor parallel processes, or set precision: bf16",
+    ),
     ({"extra_save_iters": [0, -1]}, "a step is 0 or more. Remove the negative ones."),
 ]
 
@@ -190,6 +201,26 @@ def test_every_rule_is_tested_by_a_case() -> None:
     finally:
         rules.RULES = original
     assert found == {rule.__name__ for rule in original}
+
+
+def test_layers_that_fp8_does_not_reach_are_said() -> None:
+    settings = {key: Setting(value) for key, value in {**SMALL, "intermediate_size": 40}.items()}
+    settings["precision"] = Setting("fp8", "a.yml:7")
+    assert resolve_settings(settings).notices == (
+        "a.yml:7: precision: fp8 leaves linear1 [40, 48], linear2 [48, 40] in bf16: float8 products come in multiples "
+        "of 16 features.",
+    )
+    settings["intermediate_size"] = Setting(64)
+    assert resolve_settings(settings).notices == ()
+
+
+def test_fp8_stands_with_a_bf16_block_and_not_with_an_fp16_one() -> None:
+    config = resolve({**SMALL, "precision": "fp8", "bf16": {"enabled": True}})
+    assert (config.numerics.precision, config.numerics.weight_precision) == ("fp8", "bf16")
+    assert deepspeed_config(config)["bf16"]["enabled"] is True
+    assert deepspeed_config(config)["fp16"]["enabled"] is False
+    assert "it asks for fp16, but precision for fp8" in problems(precision="fp8", fp16={"enabled": True})
+    assert resolve({**SMALL, "precision": "float8"}).numerics.precision == "fp8"
 
 
 def test_settings_without_effect_are_said() -> None:

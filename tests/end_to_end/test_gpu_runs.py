@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+from megatron.ops.fp8 import obstacle
 from tests.end_to_end.tiny import losses, settings, write_corpus
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,6 +61,16 @@ def test_fp32_is_the_run_on_the_cpu(stage: int, tmp_path: Path, on_cpu: dict[int
 def test_half_precision_stays_near_it(precision: str, stage: int, tmp_path: Path, on_cpu: dict[int, float]) -> None:
     scale = {"fp16": {"enabled": True, "initial_scale_power": 8}} if precision == "fp16" else {"precision": precision}
     train(tmp_path, GPU, zero_optimization={"stage": stage}, **{"precision": precision, **scale})
+    assert losses(tmp_path) == pytest.approx(on_cpu, rel=3e-2)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_fp8_stays_near_it_as_well(stage: int, tmp_path: Path, on_cpu: dict[int, float]) -> None:
+    reason = obstacle(torch.device(GPU, 0))
+    if reason:
+        pytest.skip(reason)
+    said = train(tmp_path, GPU, zero_optimization={"stage": stage}, precision="fp8")
+    assert "the linear layers of the blocks multiply in float8" in said
     assert losses(tmp_path) == pytest.approx(on_cpu, rel=3e-2)
 
 

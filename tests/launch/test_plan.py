@@ -47,6 +47,10 @@ def test_search_prints_a_ranking_and_how_to_take_the_first(capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (
+            [LARGE, "--gpus", "96", "--gpu", "A100-80", "--set", "precision=fp8", "fp16=null"],
+            "A100-80 has no float8 products, which need compute capability 8.9. Set precision: bf16, or give --gpu",
+        ),
         ([LARGE, "--gpus", "7"], "cannot be divided into groups of 2 x pipe_parallel_size"),
         ([LARGE, "--gpus", "many"], "invalid whole number above 0 value: 'many'"),
         ([LARGE, "--mfu", "3"], "invalid share above 0, up to 1 value: '3'"),

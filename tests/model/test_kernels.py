@@ -23,6 +23,8 @@ CPU = torch.device("cpu")
     ("settings", "operations"),
     [
         ({"gpt_j_residual": True}, {"layer_norm", "rotate_packed", "bias_gelu"}),
+        ({"pos_emb": "none", "activation": "relu", "precision": "fp8"},
+         {"layer_norm", "add_layer_norm", "float8_linear"}),
         ({"norm": "rmsnorm", "pos_emb": "none", "activation": "swiglu"}, {"rms_norm", "add_rms_norm", "bias_swiglu"}),
         ({"norm": "scalenorm", "activation": "relu", "pos_emb": "none"}, set()),
         ({"gpt_j_residual": True, "bias_gelu_fusion": True, "hidden_dropout": 0.1},
@@ -59,3 +61,14 @@ def test_ranks_that_choose_differently_are_told_so() -> None:
 
     for message in run_ranks(2, check):
         assert "rank 0 would use triton and rank 1 eager (triton: PTXASError: no such file)" in message
+
+
+def test_fp8_on_a_gpu_without_it_is_refused_before_anything_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    with pytest.raises(ConfigError) as caught:
+        choose_kernels(small_config(precision="fp8"), torch.device("cuda", 0), torch.bfloat16)
+    assert str(caught.value) == (
+        'precision = "fp8": NVIDIA A100 has compute capability 8.0, and float8 products need 8.9 (Ada), 9.0 (Hopper) '
+        "or later. Set precision: bf16"
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -55,6 +56,15 @@ def probed_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def chosen(asked: Asked, *fused: str, situation: Situation = GPU, fastest: str | None = None) -> tuple[str, str]:
     choices = choose({"rms_norm": asked}, situation, {"rms_norm": operation(*fused)}, lambda *_: fastest)
     return choices.choices[0].candidate, choices.table()
+
+
+def test_what_is_to_be_tried_where_nothing_was_measured() -> None:
+    known = replace(operation("exact", "wrong"), unmeasured="exact")
+    for fastest, candidate in ((None, "exact"), ("eager", "eager")):
+        (found,) = choose({"rms_norm": "auto"}, GPU, {"rms_norm": known}, lambda *_, name=fastest: name).choices
+        assert found.candidate == candidate
+    assert choose({"rms_norm": "auto"}, CPU, {"rms_norm": known}).choices[0].candidate == "eager"
+    assert CATALOGUE["float8_linear"].unmeasured == "triton"
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,11 @@ BLOCKS = {
     "scalenorm, relu": {"pos_emb": "none", "norm": "scalenorm", "activation": "relu"},
     "softsign": {"pos_emb": "none", "activation": "softsign"},
     "bilinear": {"pos_emb": "none", "activation": "bilinear", "precision": "fp32"},
+    "GPT-NeoX fp8": {"gpt_j_residual": True, "rotary_pct": 0.25, "precision": "fp8"},
+    "GPT-J fp8": {"gpt_j_residual": True, "gpt_j_tied": True, "precision": "fp8"},
+    "LLaMA fp8": {"norm": "rmsnorm", "activation": "swiglu", "mlp_multiple_of": 16, "precision": "fp8"},
+    "relu fp8": {"pos_emb": "none", "activation": "relu", "precision": "fp8"},
+    "softsign fp8": {"pos_emb": "none", "activation": "softsign", "precision": "fp8"},
     "window": {"pos_emb": "none", "sliding_window_width": 8},
 }
 
@@ -91,6 +96,8 @@ SHARED: dict[str, tuple[int, dict]] = {
     "ring, norms of queries and keys": (2, {**CP, "use_qk_layernorm": True}),
     "ring, sequence": (4, {**CP, **SP}),
     "ring, attention recomputed": (2, {**CP, **SCORES}),
+    "ring, fp8": (2, {**CP, "precision": "fp8"}),
+    "tensor, fp8, attention recomputed": (2, {**TP, **SCORES, "precision": "fp8"}),
     "all to all": (2, HEADS),
     "all to all, LLaMA": (2, {**HEADS, **LLAMA}),
     "all to all, norms of queries and keys": (2, {**HEADS, "use_qk_layernorm": True}),

@@ -14,6 +14,22 @@ def _planner(config, gpu="A100-40", mfu=None):
     return Planner(config, 50257, assume(GPUS[gpu], 20e9, mfu))
 
 
+def test_fp8_is_as_much_faster_as_was_published_and_keeps_fewer_bytes():
+    fp8, bf16 = (
+        load_config(
+            ["configs/6-7B.yml"],
+            None,
+            [f"precision={kind}", "fp16=null", "checkpoint_activations=false"],
+            8,
+            announce=False,
+        )
+        for kind in ("fp8", "bf16")
+    )
+    plans = [Planner(config, 50257, assume(GPUS["H200"], 6.7e9)).plan(Layout.of(config)) for config in (fp8, bf16)]
+    assert plans[1].speed.compute / plans[0].speed.compute == pytest.approx(1.24, abs=0.01)
+    assert plans[0].peak < plans[1].peak
+
+
 @pytest.fixture(scope="module")
 def large():
     return load_config(["configs/20B.yml"], world_size=96, announce=False)

@@ -9,6 +9,7 @@ from megatron.config.schema.base import Section, setting
 Fusion = Literal["auto", True, False, "triton"]
 NormFusion = Literal["auto", True, False, "triton", "apex", "liger"]
 LossFusion = Literal["auto", True, False, "triton", "cuda"]
+Float8Fusion = Literal["auto", True, False, "triton", "transformer_engine"]
 ActivationFusion = Literal["auto", True, False, "triton", "liger"]
 
 _MEANING = (
@@ -49,6 +50,11 @@ class KernelsConfig(Section):
         "auto",
         "What turns logits into losses, and into their own gradients; cuda is built by nvcc when it is first used. "
         f"{_MEANING}",
+    )
+    fp8_fusion: Float8Fusion = setting(
+        "auto",
+        "What measures and rounds the factors of float8 products, with precision: fp8. auto: a fused kernel wherever "
+        "one can run; false: PyTorch's, which is slow unless compiled; transformer_engine: its whole linear layer.",
     )
     optimizer_fusion: Fusion = setting(
         "auto",

@@ -22,10 +22,12 @@ InitMethod = Literal[
 class NumericsConfig(Section):
     """What the numbers are stored in, where they start, and what is random."""
 
-    precision: Literal["fp32", "fp16", "bf16"] = setting(
+    precision: Literal["fp32", "fp16", "bf16", "fp8"] = setting(
         "fp32",
         "Type of the forward and backward passes (bfloat16 is another spelling of bf16); parameters always have fp32 "
-        "masters. Unset: what the fp16 or bf16 block enables, or fp32.",
+        "masters. fp8 is bf16 in which the linear layers of the blocks multiply in 8 bits (docs/fp8.md): for GPUs of "
+        "compute capability 8.9 or more, from about 1B parameters up. Unset: what the fp16 or bf16 block enables, or "
+        "fp32.",
     )
     init_method: InitMethod = setting(
         "normal", "Initialisation of all weights except the output projections of attention and MLP."
@@ -52,3 +54,8 @@ class NumericsConfig(Section):
         1.0, "Learned and sinusoidal position vectors are multiplied by this.", unit="ratio", gt=0
     )
     seed: int = setting(1234, "Seed of initialisation, dropout and the order of the data.", unit="none", ge=1, lt=2**32)
+
+    @property
+    def weight_precision(self) -> Literal["fp32", "fp16", "bf16"]:
+        """What weights, activations and gradients are held in: bf16 where only products are in fp8."""
+        return "bf16" if self.precision == "fp8" else self.precision

@@ -48,9 +48,9 @@ class Resources:
 
 
 def resources(sample: Sample, arch: int) -> list[Resources]:
-    """Return the resources of each kernel that the sample starts, compiled for sm_<arch>."""
+    """Return the resources of each kernel that the sample starts, compiled for sm_<arch>; none where it cannot run."""
     found = {}
-    for launch in record(sample, arch):
+    for launch in record(sample, arch) if arch >= sample.least else ():
         kernel = compiled(launch, arch)
         found[kernel.hash] = _measured(kernel, launch, sample.name, arch)
     return list(found.values())

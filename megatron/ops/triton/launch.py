@@ -129,7 +129,9 @@ class Sample:
     """An operation at a size that training meets, for what is compiled ahead of time.
 
     run(device): the operation, forward and backward, on uninitialised tensors of that device.
+    least: the lowest architecture that has what the operation needs, as sm_<number>.
     """
 
     name: str
     run: Callable[[torch.device], None]
+    least: int = 0

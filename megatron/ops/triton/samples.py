@@ -8,6 +8,7 @@ from megatron.ops.triton import (
     attention,
     cross_entropy,
     dropout_add,
+    fp8,
     grouped_matmul,
     norms,
     rotary,
@@ -27,4 +28,5 @@ SAMPLES: tuple[Sample, ...] = (
     *adamw.samples(),
     *grouped_matmul.samples(),
     *scan.samples(),
+    *fp8.samples(),
 )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._dynamo.backends.common import aot_autograd
 
-from megatron.ops import adamw, choice, cross_entropy, grouped_gemm, logits, scan, softmax
+from megatron.ops import adamw, choice, cross_entropy, fp8, grouped_gemm, logits, scan, softmax
 from megatron.ops.catalogue import CATALOGUE
 from megatron.ops.choice import Candidate, Situation
 from megatron.ops.triton import scan as scan_kernels
@@ -20,6 +20,7 @@ WRONG: dict[str, Callable[..., Any]] = {
     "masked_softmax": lambda x, scale, causal, window, mask=None: softmax.masked_softmax(x, scale, causal, None, mask),
     "grouped_matmul": lambda x, weights, offsets: grouped_gemm.grouped_matmul(x, weights.flip(0), offsets),
     "selective_scan": lambda *arguments: scan.selective_scan(*arguments[:7], 0 * arguments[7]),
+    "float8_linear": lambda x, weight, bias=None: fp8.float8_linear(x, weight.flip(0), bias),
     "sum_of_squares": lambda tensors: adamw.sum_of_squares(tensors[:1]),
     "adamw_update_": lambda *arguments: adamw.adamw_update_reference_(*arguments[:-1], 0.0),
 }
@@ -50,7 +51,7 @@ def test_a_probe_refuses_another_function(name: str, device: torch.device, monke
     assert found.startswith("differs from the formula by ")
 
 
-@pytest.mark.parametrize("name", ["masked_softmax", "grouped_matmul", "share_losses", "adamw_update_"])
+@pytest.mark.parametrize("name", ["masked_softmax", "grouped_matmul", "share_losses", "adamw_update_", "float8_linear"])
 def test_torch_compile_keeps_the_kernel_whole(name: str, device: torch.device) -> None:
     """Traced in one graph, with the operator in it, the kernel gives what it gives eagerly."""
     operation, operators = CATALOGUE[name], []

@@ -12,6 +12,7 @@ from megatron.model.build import build_model
 from megatron.model.kernels import choose_kernels
 from megatron.ops import dropout_add
 from megatron.ops.choice import Candidate, Choice, Choices
+from megatron.ops.fp8 import obstacle
 from megatron.parallel.mesh import Mesh
 from tests.model.models import VOCAB, random_tokens, small_config
 
@@ -73,6 +74,16 @@ def test_forced_kernels_change_nothing(name: str, device: torch.device) -> None:
     assert {operation: candidates[operation] for operation in operations} == dict.fromkeys(operations, "triton")
     expected = loss_and_gradients(settings, eager(seeded=True), device)
     torch.testing.assert_close(loss_and_gradients(settings, choices, device), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_fp8_by_kernels_is_fp8_by_pytorch_bit_by_bit(device: torch.device) -> None:
+    if obstacle(device):
+        pytest.skip(obstacle(device))
+    settings = {**NEOX, "precision": "fp8", "fp8_fusion": "triton"}
+    choices = choose_kernels(small_config(**settings, **dict.fromkeys(KEYS, False)), device, torch.bfloat16)
+    assert choices.fused("float8_linear") is not None
+    results = [loss_and_gradients(settings, each, device) for each in (choices, eager(seeded=False))]
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("operations", [None, ["activation", "attention"]])
