@@ -1,12 +1,13 @@
 """Attention's back ends side by side: TFLOP/s of the pairs of tokens that are seen, forward and backward, and memory.
 
-    python benchmarks/attention.py [--quick] [--json FILE] [--enforce] [--tiles]
+    python benchmarks/attention.py [--quick] [--json FILE] [--write] [--enforce] [--tiles]
 
 Each shape is measured causal, within a window and over documents, with every back end that can compute it there; those
 that cannot are named with the reason. FLOPs are 4 d of each visible pair and head forward and 10 d backward, whatever a
 back end computes besides: one that masks what it could skip has less. bf16 on a GPU, where the clock is that of
 `kernels.py`; fp32 on a CPU, where the two sides take turns and beside ours stands PyTorch's own function with a mask
-made beforehand. On a GPU the last lines are the rows for `megatron/ops/measured.py`.
+made beforehand. On a GPU the last lines are the rows for `megatron/ops/measured.json`,
+where --write puts them: `auto` chooses from then on.
 
 --enforce fails where what `auto` takes needs more than 1.05 times the time of the fastest back end (GPU), or of
 PyTorch's function (CPU).
@@ -39,7 +40,7 @@ from torch import Tensor
 from benchmarks.kernels import Clock
 from megatron.ops.attention_operation import attention_operation
 from megatron.ops.choice import Situation, choose
-from megatron.ops.measured import Fastest, fastest
+from megatron.ops.measured import Fastest, fastest, write
 from megatron.ops.sight import Sight
 
 WITHIN = 1.05
@@ -269,6 +270,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--enforce", action="store_true")
+    parser.add_argument("--write", action="store_true")
     parser.add_argument("--tiles", action="store_true")
     options = parser.parse_args()
     on_gpu = torch.cuda.is_available()
@@ -289,6 +291,8 @@ def main() -> None:
     if options.json:
         measurements = {"device": name, "rows": [asdict(each) for each in rows]}
         options.json.write_text(json.dumps(measurements | {"fastest": [asdict(each) for each in found]}, indent=1))
+    if options.write and found:
+        print(f"written to {write(found)}")
     short = misses(rows, device)
     if options.enforce and short:
         raise SystemExit("short of the aims:\n" + "\n".join(short))

@@ -23,7 +23,6 @@ class Work:
         is no backward pass: the gradient is made in the forward pass, or none is.
     value_bytes: bytes of a value where it is not one of the dtype.
     aims: shares of a copy's bandwidth, forward and backward; 0 where something else is the limit.
-    compiles: whether eager is measured under torch.compile too.
     """
 
     operation: str
@@ -32,7 +31,6 @@ class Work:
     backward: Callable[[int], float] | None
     value_bytes: int | None = None
     aims: tuple[float, float] = (0.85, 0.75)
-    compiles: bool = True
 
 
 def _norm(tokens: int, hidden: int, draw: Callable[..., Tensor]) -> Arguments:
@@ -143,8 +141,8 @@ WORKS: tuple[Work, ...] = (
     Work("share_losses", _half_logits, lambda hidden: _VOCABULARY, None, aims=(0.7, 0)),
     # Half of what is causal need not be read.
     Work("masked_softmax", _scores, lambda hidden: hidden // 256 * 1024 * 1.5, lambda hidden: hidden // 256 * 1024 * 2),
-    Work("grouped_matmul", _experts, _times(2), _times(4), aims=(0, 0), compiles=False),
-    Work("selective_scan", _scan, _times(4), _times(7), aims=(0, 0), compiles=False),
-    Work("adamw_update_", _masters, _times(30), None, value_bytes=1, aims=(0.85, 0), compiles=False),
+    Work("grouped_matmul", _experts, _times(2), _times(4), aims=(0, 0)),
+    Work("selective_scan", _scan, _times(4), _times(7), aims=(0, 0)),
+    Work("adamw_update_", _masters, _times(30), None, value_bytes=1, aims=(0.85, 0)),
     Work("sum_of_squares", _gradients, _times(4), None, value_bytes=1, aims=(0.85, 0)),
 )

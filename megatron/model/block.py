@@ -5,6 +5,9 @@
 
 n2 is n1 itself where the norms are tied (gpt_j_tied).
 
+What a layer adds last is a pass over memory of its own, unless the next norm adds it as it reads: then the layer leaves
+it to that norm, as the branch of its stream. The sums are the same to the last bit.
+
 A PreNormBlock enters the split layers and leaves them twice. A ParallelBlock does it once, around norms, attention and
 MLP together: half the communication, for norms that each rank computes on the whole sequence. With hidden dropout,
 which must see whole sums, the two branches leave one by one.
@@ -29,6 +32,7 @@ class Block(nn.Module):
     post_attention_layernorm: n2, or None to use n1 for both.
     dropout: probability, on each branch before it is added. add_dropped: how it is, where there is dropout.
     region: where the split layers begin and end.
+    defers: leave the last addition to the norm that follows, where there is no dropout.
     """
 
     def __init__(
@@ -40,6 +44,7 @@ class Block(nn.Module):
         dropout: float,
         region: TensorRegion,
         add_dropped: Function = add_dropped,
+        defers: bool = False,
     ) -> None:
         super().__init__()
         self.input_layernorm = input_layernorm
@@ -49,6 +54,7 @@ class Block(nn.Module):
         self.dropout = dropout
         self.region = region
         self.add_dropped = add_dropped
+        self.defers = defers
 
     @property
     def _drops(self) -> bool:
@@ -63,6 +69,19 @@ class Block(nn.Module):
             dropped: Tensor = self.add_dropped(whole, None, hidden, self.dropout)
             return dropped
 
+    def _first_normed(self, stream: Stream) -> tuple[Tensor, Tensor]:
+        """Return the input norm of the residual stream, and that stream whole."""
+        if stream.branch is None:
+            return self.input_layernorm(stream.hidden), stream.hidden
+        normed, hidden = self.input_layernorm(stream.branch, stream.hidden)
+        return normed, hidden
+
+    def _ended(self, stream: Stream, hidden: Tensor, branch: Tensor) -> Stream:
+        """Return the stream after this layer, to which it adds `branch` last."""
+        if self.defers and not self._drops:
+            return stream._replace(hidden=hidden, branch=self.region.leave(branch))
+        return stream._replace(hidden=self._add(hidden, branch), branch=None)
+
 
 class PreNormBlock(Block):
     """Attention, then the MLP on its result, each with its norm."""
@@ -70,26 +89,32 @@ class PreNormBlock(Block):
     def forward(self, stream: Stream, cache: KVCache | None = None) -> Stream:
         assert self.post_attention_layernorm is not None
         region = self.region
-        attended = self.attention(region.enter(self.input_layernorm(stream.hidden)), stream.segments, cache)
+        normed, hidden = self._first_normed(stream)
+        attended = self.attention(region.enter(normed), stream.segments, cache)
         if self._drops:
-            hidden = self._add(stream.hidden, attended)
+            hidden = self._add(hidden, attended)
             normed = self.post_attention_layernorm(hidden)
         else:
-            normed, hidden = self.post_attention_layernorm(region.leave(attended), stream.hidden)
-        return stream._replace(hidden=self._add(hidden, self.mlp(region.enter(normed))))
+            normed, hidden = self.post_attention_layernorm(region.leave(attended), hidden)
+        return self._ended(stream, hidden, self.mlp(region.enter(normed)))
 
 
 class ParallelBlock(Block):
     """Attention and MLP on the same input; the norms stand inside the region (their ShardSpec says tensor_partial)."""
 
     def forward(self, stream: Stream, cache: KVCache | None = None) -> Stream:
-        whole = self.region.enter(stream.hidden)
-        first = self.input_layernorm(whole)
+        if self.region.is_split:  # what enters does so once, and whole
+            stream = stream.whole()
+            hidden, whole = stream.hidden, self.region.enter(stream.hidden)
+            first = self.input_layernorm(whole)
+        else:
+            first, hidden = self._first_normed(stream)
+            whole = hidden
         second = first if self.post_attention_layernorm is None else self.post_attention_layernorm(whole)
         branches = [self.attention(first, stream.segments, cache), self.mlp(second)]
         if self.region.is_split and not self._drops:
             branches = [branches[0] + branches[1]]
-        hidden = stream.hidden
-        for branch in branches:
+        *others, last = branches
+        for branch in others:
             hidden = self._add(hidden, branch)
-        return stream._replace(hidden=hidden)
+        return self._ended(stream, hidden, last)

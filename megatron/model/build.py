@@ -118,5 +118,7 @@ def _start_stream(embedding: nn.Module, tokens: Tensor, segments: Tensor | None 
 
 
 def _norm_stream(norm: nn.Module, stream: Stream, cache: KVCache | None = None) -> Stream:
-    hidden: Tensor = norm(stream.hidden)
-    return stream._replace(hidden=hidden)
+    if stream.branch is None:
+        return stream._replace(hidden=norm(stream.hidden))
+    hidden, _ = norm(stream.branch, stream.hidden)
+    return stream._replace(hidden=hidden, branch=None)

@@ -18,7 +18,7 @@ from megatron.model.kernels import activation_operation
 from megatron.model.mlp import MLP
 from megatron.model.norm import INSIDE, NO_CHOICES, OUTSIDE, make_head_norm, make_norm
 from megatron.model.positions import ALONE, AttentionMask, RelativePositionBias, RotaryTables, make_slopes
-from megatron.model.recompute import recomputed_operations
+from megatron.model.recompute import Recompute, recomputed_operations
 from megatron.ops.activations import make_activation
 from megatron.ops.choice import Choices
 from megatron.ops.dropout_add import add_dropped
@@ -98,10 +98,17 @@ class DecoderBlocks:
             dropout=self.config.numerics.hidden_dropout,
             region=self.region,
             add_dropped=self.choices.get("add_dropped", add_dropped),
+            defers=not self._is_recomputed(layer),
         )
         if self.config.numerics.precision == "fp8":
             multiply_by(self.choices.get("float8_linear", float8_linear), block)
         return block
+
+    def _is_recomputed(self, layer: int) -> bool:
+        """Return whether a block keeps one tensor for its norms or for itself, to which nothing may be left to add."""
+        whole = Recompute.of(self.config.training)
+        is_whole = whole.together > 0 and (whole.first is None or layer < whole.first)
+        return is_whole or "norm" in recomputed_operations(self.config.training, layer)
 
     def _attention(self, layer: int) -> SelfAttention:
         model, numerics = self.config.model, self.config.numerics

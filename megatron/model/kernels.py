@@ -85,7 +85,7 @@ def _asked(config: Config) -> Iterator[tuple[str, Asked]]:
         norm = _NORMS[model.norm]
         wish: Asked = kernels.rmsnorm_fusion if norm == "rms_norm" else kernels.layernorm_fusion
         yield norm, wish
-        if not model.gpt_j_residual:
+        if not model.gpt_j_residual or config.parallel.model_parallel_size == 1:
             yield f"add_{norm}", wish
     if model.pos_emb == "rotary":
         yield "rotate_packed", kernels.rope_fusion

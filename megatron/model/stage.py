@@ -119,7 +119,7 @@ class StageModel(PlannedModel):
         stream: Stream = self._call(0, inputs, segments) if self.is_first else inputs
         for chunk in self._chunks:
             stream = chunk(self._call, stream, None)
-        return stream
+        return stream.whole()
 
     def finish(self, stream: Stream, labels: Tensor | None = None, loss_mask: Tensor | None = None) -> Tensor:
         """Return logits, losses or their sum, on the last stage, as `SequentialModel` does."""

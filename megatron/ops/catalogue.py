@@ -8,16 +8,34 @@ from dataclasses import replace
 from megatron.ops import probes
 from megatron.ops.attention_operation import ATTENTION
 from megatron.ops.choice import EAGER, Candidate, Operation, Probe
+from megatron.ops.compiled import COMPILE, Compiled
+
+_TRITON = "megatron.ops.triton"
 
 
 def _operation(name: str, eager: str, twin: str, probe: Probe, triton: str, *others: Candidate) -> Operation:
-    fused = Candidate("triton", f"megatron.ops.triton.{triton}", "triton")
+    """Return an operation of one eager function and one kernel of ours. eager, twin, triton: below `megatron.ops`."""
+    fused = Candidate("triton", f"{_TRITON}.{triton}", "triton")
     return Operation(name, f"megatron.ops.{twin}", (Candidate(EAGER, f"megatron.ops.{eager}"), fused, *others), probe)
 
 
-_APEX_NORMS = "megatron.ops.apex_norms"
-_TE_LINEAR = "megatron.ops.transformer_engine_linear"
-_LIGER = "megatron.ops.liger"
+def _element_wise(name: str, module: str, probe: Probe, *others: Candidate, twin: str = "") -> Operation:
+    """Return an operation that torch.compile can fuse as well, whose functions are all named after it."""
+    place = f"{module}:{name}"
+    compiled = Compiled(COMPILE, f"megatron.ops.{place}")
+    return _operation(name, place, twin or place, probe, place, *others, compiled)
+
+
+def _apex(place: str) -> Candidate:
+    return Candidate("apex", f"megatron.ops.{place}", "apex")
+
+
+def _liger(place: str) -> Candidate:
+    return Candidate("liger", f"megatron.ops.liger:{place}", "liger_kernel")
+
+
+def _transformer_engine(place: str) -> Candidate:
+    return Candidate("transformer_engine", f"megatron.ops.{place}", "transformer_engine")
 
 
 def _cuda(place: str) -> Candidate:
@@ -25,48 +43,27 @@ def _cuda(place: str) -> Candidate:
 
 
 _OPERATIONS = (
-    _operation(
-        "layer_norm", "norms:layer_norm", "norms:layer_norm_reference", probes.layer_norm, "norms:layer_norm",
-        Candidate("apex", f"{_APEX_NORMS}:layer_norm", "apex"),
-        Candidate("liger", f"{_LIGER}:layer_norm", "liger_kernel"),
+    _element_wise(
+        "layer_norm", "norms", probes.layer_norm,
+        _apex("apex_norms:layer_norm"), _liger("layer_norm"),
+        _transformer_engine("transformer_engine_norms:layer_norm"),
+        twin="norms:layer_norm_reference",
     ),
-    _operation(
-        "rms_norm", "norms:rms_norm", "norms:rms_norm_reference", probes.rms_norm, "norms:rms_norm",
-        Candidate("apex", f"{_APEX_NORMS}:rms_norm", "apex"),
-        Candidate("liger", f"{_LIGER}:rms_norm", "liger_kernel"),
+    _element_wise(
+        "rms_norm", "norms", probes.rms_norm,
+        _apex("apex_norms:rms_norm"), _liger("rms_norm"), _transformer_engine("transformer_engine_norms:rms_norm"),
+        twin="norms:rms_norm_reference",
     ),
-    _operation(
-        "add_layer_norm", "norms:add_layer_norm", "norms:add_layer_norm_reference", probes.add_layer_norm,
-        "norms:add_layer_norm",
+    _element_wise("add_layer_norm", "norms", probes.add_layer_norm, twin="norms:add_layer_norm_reference"),
+    _element_wise(
+        "add_rms_norm", "norms", probes.add_rms_norm, _liger("add_rms_norm"), twin="norms:add_rms_norm_reference"
     ),
-    _operation(
-        "add_rms_norm", "norms:add_rms_norm", "norms:add_rms_norm_reference", probes.add_rms_norm,
-        "norms:add_rms_norm",
-        Candidate("liger", f"{_LIGER}:add_rms_norm", "liger_kernel"),
-    ),
-    _operation(
-        "rotate_packed", "rotary:rotate_packed", "rotary:rotate_packed", probes.rotate_packed, "rotary:rotate_packed"
-    ),
-    _operation(
-        "bias_gelu", "activations:bias_gelu", "activations:bias_gelu", probes.bias_activation, "activations:bias_gelu"
-    ),
-    _operation(
-        "bias_gelu_tanh", "activations:bias_gelu_tanh", "activations:bias_gelu_tanh", probes.bias_activation,
-        "activations:bias_gelu_tanh",
-    ),
-    _operation(
-        "bias_swiglu", "activations:bias_swiglu", "activations:bias_swiglu", probes.bias_activation,
-        "activations:bias_swiglu",
-        Candidate("liger", f"{_LIGER}:bias_swiglu", "liger_kernel"),
-    ),
-    _operation(
-        "bias_geglu", "activations:bias_geglu", "activations:bias_geglu", probes.bias_activation,
-        "activations:bias_geglu",
-    ),
-    _operation(
-        "add_dropped", "dropout_add:add_dropped", "dropout_add:add_dropped_reference", probes.add_dropped,
-        "dropout_add:add_dropped",
-    ),
+    _element_wise("rotate_packed", "rotary", probes.rotate_packed),
+    _element_wise("bias_gelu", "activations", probes.bias_activation),
+    _element_wise("bias_gelu_tanh", "activations", probes.bias_activation),
+    _element_wise("bias_swiglu", "activations", probes.bias_activation, _liger("bias_swiglu")),
+    _element_wise("bias_geglu", "activations", probes.bias_activation),
+    _element_wise("add_dropped", "dropout_add", probes.add_dropped, twin="dropout_add:add_dropped_reference"),
     _operation(
         "cross_entropy", "cross_entropy:block_losses", "cross_entropy:block_losses", probes.cross_entropy,
         "cross_entropy:block_losses", _cuda("cross_entropy:block_losses"),
@@ -88,17 +85,17 @@ _OPERATIONS = (
     ),
     _operation(
         "sum_of_squares", "adamw:sum_of_squares", "adamw:sum_of_squares", probes.sum_of_squares,
-        "adamw:sum_of_squares",
+        "adamw:sum_of_squares", _apex("apex_adam:sum_of_squares"),
     ),
     _operation(
         "adamw_update_", "adamw:adamw_update_", "adamw:adamw_update_reference_", probes.adamw_update_,
-        "adamw:adamw_update_",
+        "adamw:adamw_update_", _apex("apex_adam:adamw_update_"),
     ),
     replace(
         _operation(
             "float8_linear", "fp8:float8_linear", "fp8:float8_linear_reference", probes.float8_linear,
             "fp8:float8_linear",
-            Candidate("transformer_engine", f"{_TE_LINEAR}:float8_linear", "transformer_engine"),
+            _transformer_engine("transformer_engine_linear:float8_linear"),
         ),
         unmeasured="triton",
     ),

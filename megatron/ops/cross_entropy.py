@@ -61,6 +61,14 @@ def block_losses(logits: Tensor, labels: Tensor, scale: float | None) -> Tensor:
     return losses.squeeze(1)
 
 
+def losses_in_blocks(
+    logits: Tensor, labels: Tensor, scale: float | None, losses_of: BlockLosses, losses: Tensor
+) -> None:
+    """Fill `losses` [r] fp32 and turn logits [r, v] into their gradients, in blocks that stay in a CPU's cache."""
+    for block in _blocks(logits):
+        losses[block] = losses_of(logits[block], labels[block], scale)
+
+
 def linear_cross_entropy_sum(
     hidden: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor, losses: BlockLosses = block_losses
 ) -> Tensor:
@@ -194,10 +202,8 @@ def _walk(
     for start in range(0, len(hidden), size):
         rows = hidden[start : start + size]
         logits = product_into(buffer[: len(rows)], rows, weight.t())
-        for block in _blocks(logits):
-            targets = labels[start : start + size][block]
-            scale = gradients.scale if gradients else None
-            losses[start : start + size][block] = losses_of(logits[block], targets, scale)
+        scale = gradients.scale if gradients else None
+        losses_in_blocks(logits, labels[start : start + size], scale, losses_of, losses[start : start + size])
         if gradients is not None:
             gradients.add(start, logits, rows, weight, factors[start : start + size])
     keep(weight, "logits", buffer)

@@ -1,4 +1,7 @@
-"""Liger-Kernel's operations with the signatures of ours; imported only where it is installed and chosen."""
+"""Liger-Kernel's operations with the signatures of ours; imported only where it is installed and chosen.
+
+Not offered: its GeGLU, which is the tanh form, and its cross entropy, which rounds each loss to the logits' dtype.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 from torch import Tensor
 
-from megatron.ops import norms
+from megatron.ops import activations, norms
 
 _IN_FP32 = "gemma"
 """The casting mode in which nothing is rounded before the result, as in our formula."""
@@ -41,7 +44,12 @@ def add_rms_norm(inputs: Tensor, residual: Tensor, weight: Tensor, eps: float) -
 
 
 def bias_swiglu(inputs: Tensor, bias: Tensor | None) -> Tensor:
-    """`megatron.ops.activations.bias_swiglu`, after the bias is added by itself."""
+    """`megatron.ops.activations.bias_swiglu`, after the bias is added by itself.
+
+    Liger's gradients take the memory of its inputs, which are copies of the halves unless there is a single row.
+    """
+    if inputs.shape[:-1].numel() == 1:
+        return activations.bias_swiglu(inputs, bias)
     value, gate = (inputs if bias is None else inputs + bias).chunk(2, dim=-1)
     output: Tensor = LigerSiLUMulFunction.apply(gate, value)
     return output

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron.ops import norms_cpu
+
 
 def layer_norm(
     inputs: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, eps: float
@@ -36,6 +38,8 @@ def rms_norm(inputs: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Normalise over the last dim; weight [..., h] broadcasts against the input."""
     if weight.dim() > 1:
         return rms_norm_reference(inputs, weight, eps)
+    if norms_cpu.is_for(inputs, weight):
+        return norms_cpu.rms_norm(inputs, weight, eps)
     return F.rms_norm(inputs, weight.shape, weight, eps)
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from megatron.config.schema.kernels import KernelsConfig
 from megatron.errors import ConfigError
+from megatron.model.build import build_model
 from megatron.model.kernels import choose_kernels, require_agreement
+from megatron.ops.catalogue import CATALOGUE
 from megatron.ops.choice import Choice, Choices
-from megatron.parallel.mesh import Axis
-from tests.model.models import small_config
+from megatron.parallel.mesh import Axis, Mesh
+from tests.model.models import VOCAB, random_tokens, small_config
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -22,13 +25,13 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(
     ("settings", "operations"),
     [
-        ({"gpt_j_residual": True}, {"layer_norm", "rotate_packed", "bias_gelu"}),
+        ({"gpt_j_residual": True}, {"layer_norm", "add_layer_norm", "rotate_packed", "bias_gelu"}),
         ({"pos_emb": "none", "activation": "relu", "precision": "fp8"},
          {"layer_norm", "add_layer_norm", "float8_linear"}),
         ({"norm": "rmsnorm", "pos_emb": "none", "activation": "swiglu"}, {"rms_norm", "add_rms_norm", "bias_swiglu"}),
         ({"norm": "scalenorm", "activation": "relu", "pos_emb": "none"}, set()),
         ({"gpt_j_residual": True, "bias_gelu_fusion": True, "hidden_dropout": 0.1},
-         {"layer_norm", "rotate_packed", "bias_gelu_tanh", "add_dropped"}),
+         {"layer_norm", "add_layer_norm", "rotate_packed", "bias_gelu_tanh", "add_dropped"}),
     ],
 )  # fmt: skip
 def test_the_operations_of_a_model(settings: dict[str, Any], operations: set[str]) -> None:
@@ -42,7 +45,7 @@ def test_nothing_is_said_where_nothing_was_asked_for(caplog: pytest.LogCaptureFi
     with caplog.at_level(logging.INFO, logger="deepy.model.kernels"):
         choose_kernels(small_config(), CPU, torch.float32)
         assert caplog.text == ""
-        choose_kernels(small_config(rope_fusion=True), CPU, torch.float32)
+        choose_kernels(small_config(rope_fusion="triton"), CPU, torch.float32)
     assert "rotate_packed" in caplog.text
     assert "not triton" in caplog.text
     assert "needs a CUDA device, and this is cpu" in caplog.text
@@ -61,6 +64,45 @@ def test_ranks_that_choose_differently_are_told_so() -> None:
 
     for message in run_ranks(2, check):
         assert "rank 0 would use triton and rank 1 eager (triton: PTXASError: no such file)" in message
+
+
+@pytest.mark.parametrize("operations", [None, ["activation", "attention"]])
+def test_a_compiled_model_is_the_eager_one(operations: list[str] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In loss and gradients, and where its operations are computed again; traced here, without a C++ compiler."""
+    compile_, traced = torch.compile, []
+
+    def trace(function: Any) -> Any:
+        traced.append(function)
+        return compile_(function, backend="aot_eager", fullgraph=True)
+
+    monkeypatch.setattr(torch, "compile", trace)
+    keys = ("rmsnorm_fusion", "rope_fusion", "activation_fusion")
+    model = {"norm": "rmsnorm", "activation": "swiglu", "checkpoint_operations": operations}
+    results = []
+    for settings in ({}, {"checkpoint_activations": True, **dict.fromkeys(keys, "compile")}):
+        decoder = build_model(small_config(**model, **settings), VOCAB, Mesh.single())
+        tokens = random_tokens(rows=2, length=7)
+        loss = torch.nn.functional.cross_entropy(decoder(tokens).flatten(0, 1), tokens.flatten())
+        loss.backward()
+        results.append([loss.detach(), *(parameter.grad for parameter in decoder.parameters())])
+    assert len(traced) == 8  # four operations, each with a copy for its probe
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
+
+
+def test_every_candidate_can_be_asked_for_by_its_operations_key() -> None:
+    keys = {
+        "layernorm_fusion": ("layer_norm", "add_layer_norm"),
+        "rmsnorm_fusion": ("rms_norm", "add_rms_norm"),
+        "rope_fusion": ("rotate_packed",),
+        "activation_fusion": ("bias_gelu", "bias_gelu_tanh", "bias_swiglu", "bias_geglu"),
+        "bias_dropout_fusion": ("add_dropped",),
+        "cross_entropy_fusion": ("cross_entropy", "share_losses"),
+        "optimizer_fusion": ("adamw_update_", "sum_of_squares"),
+    }
+    for key, operations in keys.items():
+        names = {each.name for operation in operations for each in CATALOGUE[operation].candidates} - {"eager"}
+        values = set(get_args(KernelsConfig.model_fields[key].annotation)) - {"auto", True, False}
+        assert names == values, key
 
 
 def test_fp8_on_a_gpu_without_it_is_refused_before_anything_is_built(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from megatron.ops import norms
 from megatron.ops.catalogue import CATALOGUE
 from megatron.ops.choice import Asked, Candidate, Operation, Situation, choose
-from megatron.ops.measured import Fastest, among
+from megatron.ops.measured import Fastest, among, read_rows, write
 from megatron.ops.probes import rms_norm
 
 CPU = Situation(torch.device("cpu"), torch.bfloat16, 32)
@@ -158,7 +159,26 @@ def test_on_a_cpu_nothing_of_triton_is_imported() -> None:
         "            pos_emb='rotary', hidden_dropout=0.1, train_micro_batch_size_per_gpu=1, train_iters=1)\n"
         "build_model(resolve(keys), 32, Mesh.single())\n"
         "assert not [name for name in sys.modules if name.split('.')[0] in ('triton', 'liger_kernel', 'apex')]\n"
+        "assert 'torch._dynamo' not in sys.modules\n"
         "assert 'megatron.ops.triton' not in sys.modules\n"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
+
+
+def test_what_was_measured_is_written_and_read(tmp_path: Path) -> None:
+    path = tmp_path / "measured.json"
+    path.write_text("[]\n")
+    first = [Fastest("NVIDIA H200", "rms_norm", 768, "eager"), Fastest("NVIDIA A100", "rms_norm", 768, "liger")]
+    write(first, path)
+    assert set(read_rows(path)) == set(first)
+    again = [Fastest("NVIDIA H200", "rms_norm", 1024, "triton"), Fastest("NVIDIA H200", "bias_gelu", 768, "compile")]
+    assert write(again, path) == path
+    assert set(read_rows(path)) == {*again, first[1]}
+    write([], path)
+    assert len(read_rows(path)) == 3
+
+
+def test_the_file_that_comes_with_the_library_names_what_there_is() -> None:
+    for row in read_rows():
+        assert row.candidate in [candidate.name for candidate in CATALOGUE[row.operation].candidates]

@@ -6,15 +6,21 @@ from typing import Literal
 
 from megatron.config.schema.base import Section, setting
 
-Fusion = Literal["auto", True, False, "triton"]
-NormFusion = Literal["auto", True, False, "triton", "apex", "liger"]
 LossFusion = Literal["auto", True, False, "triton", "cuda"]
 Float8Fusion = Literal["auto", True, False, "triton", "transformer_engine"]
-ActivationFusion = Literal["auto", True, False, "triton", "liger"]
+Fusion = Literal["auto", True, False, "triton"]
+ElementWiseFusion = Literal["auto", True, False, "triton", "compile"]
+NormFusion = Literal["auto", True, False, "triton", "apex", "liger", "transformer_engine", "compile"]
+ActivationFusion = Literal["auto", True, False, "triton", "liger", "compile"]
+OptimizerFusion = Literal["auto", True, False, "triton", "apex"]
 
 _MEANING = (
     "auto: on a GPU what was measured to be the fastest there, else PyTorch's; true: a fused kernel wherever one can "
     "run; false: PyTorch's; or the name of one."
+)
+_COMPILED = (
+    f"{_MEANING} compile is torch.compile, the last that true tries, and all that it finds on a CPU, where it takes a "
+    "C++ compiler and seconds for each operation."
 )
 
 
@@ -37,14 +43,14 @@ class KernelsConfig(Section):
     scaled_masked_softmax_fusion: Fusion = setting(
         "auto", f"What computes its softmax within windows, documents and left padding. {_MEANING}"
     )
-    layernorm_fusion: NormFusion = setting("auto", f"What computes norm: layernorm. {_MEANING}")
-    rmsnorm_fusion: NormFusion = setting("auto", f"What computes norm: rmsnorm. {_MEANING}")
-    rope_fusion: Fusion = setting("auto", f"What turns queries and keys by their positions. {_MEANING}")
+    layernorm_fusion: NormFusion = setting("auto", f"What computes norm: layernorm. {_COMPILED}")
+    rmsnorm_fusion: NormFusion = setting("auto", f"What computes norm: rmsnorm. {_COMPILED}")
+    rope_fusion: ElementWiseFusion = setting("auto", f"What turns queries and keys by their positions. {_COMPILED}")
     activation_fusion: ActivationFusion = setting(
-        "auto", f"What computes the bias and the activation of an MLP: gelu, swiglu and geglu. {_MEANING}"
+        "auto", f"What computes the bias and the activation of an MLP: gelu, swiglu and geglu. {_COMPILED}"
     )
-    bias_dropout_fusion: Fusion = setting(
-        "auto", f"What computes the hidden dropout and the addition to the residual stream. {_MEANING}"
+    bias_dropout_fusion: ElementWiseFusion = setting(
+        "auto", f"What computes the hidden dropout and the addition to the residual stream. {_COMPILED}"
     )
     cross_entropy_fusion: LossFusion = setting(
         "auto",
@@ -56,7 +62,7 @@ class KernelsConfig(Section):
         "What measures and rounds the factors of float8 products, with precision: fp8. auto: a fused kernel wherever "
         "one can run; false: PyTorch's, which is slow unless compiled; transformer_engine: its whole linear layer.",
     )
-    optimizer_fusion: Fusion = setting(
+    optimizer_fusion: OptimizerFusion = setting(
         "auto",
         "What applies AdamW in the library's own engine, at ZeRO stage 0: a fused kernel clips, updates and rounds the "
         f"weights in one pass over memory. {_MEANING}",

@@ -1,0 +1,55 @@
+"""What apex's FusedAdam and its clipping run, with our signatures; imported only where apex is built and chosen.
+
+apex's kernel for graphs takes rate, step and gradient scale from the device, so that nothing waits for the host; it
+leaves the scaled gradient in the gradient's place, and does nothing where its flag is 1.
+"""
+
+from __future__ import annotations
+
+import amp_C
+import torch
+from apex.multi_tensor_apply import multi_tensor_applier
+from torch import Tensor
+
+_DECOUPLED = 1  # weight decay, as in AdamW
+_CORRECTED = 1  # for the moments' start at zero
+
+
+def sum_of_squares(tensors: list[Tensor]) -> Tensor:
+    """`megatron.ops.adamw.sum_of_squares`: of fp32 tensors, added up in fp32."""
+    flag = torch.zeros(1, dtype=torch.int, device=tensors[0].device)
+    norm: Tensor = multi_tensor_applier(amp_C.multi_tensor_l2norm, flag, [tensors], False)[0]
+    return norm.double().square().squeeze()
+
+
+def adamw_update_(
+    gradients: list[Tensor],
+    masters: list[Tensor],
+    averages: list[Tensor],
+    squares: list[Tensor],
+    weights: list[Tensor],
+    coefficient: Tensor,
+    step: Tensor,
+    rate: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """`megatron.ops.adamw.adamw_update_`, with the rounded weights as a copy of their own."""
+    multi_tensor_applier(
+        amp_C.multi_tensor_adam_capturable,
+        1 - torch.isfinite(coefficient).int().view(1),
+        [gradients, masters, averages, squares],
+        torch.full((1,), rate, device=step.device),
+        beta1,
+        beta2,
+        eps,
+        step.int().view(1),
+        _DECOUPLED,
+        _CORRECTED,
+        weight_decay,
+        coefficient.view(1),
+    )
+    if weights:
+        torch._foreach_copy_(weights, masters)
