@@ -118,7 +118,7 @@ def backends(kind: str, shape: Shape, device: torch.device, dtype: torch.dtype) 
 
 def on_a_gpu(shapes: list[Shape], device: torch.device) -> list[Row]:
     """Measure every back end."""
-    clock, rows = Clock(device, seconds=0.1), []
+    clock, rows = Clock(device, seconds=0.05), []
     for shape in shapes:
         for kind in KINDS:
             tensors, sight = draw(shape, device, torch.bfloat16), sight_of(kind, shape, device)
