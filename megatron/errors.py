@@ -63,6 +63,12 @@ class EngineError(DeepyError):
     """The live engine differs from the config, or a combination that the engine cannot run."""
 
 
+class MemoryShortageError(DeepyError):
+    """A run that does not fit into the memory of its device, with what it held and what would help."""
+
+    exit_code = 1
+
+
 class ExportError(DeepyError):
     """Weights that cannot be converted, or whose conversion does not compute the same logits."""
 

@@ -99,7 +99,10 @@ USES: dict[str, Use] = {
     "parameters on disk": Use("zero_optimization.offload_param.device", _is("nvme"), "parameters on a disk"),
     "sm3": Use("optimizer.type", _is("sm3"), "the optimizer that needs whole tensors"),
     "cpu_adam": Use("optimizer.type", _is("cpu_adam"), "DeepSpeed's Adam for CPU memory; it compiles at first use"),
+    "update in backward": Use("optimizer_in_backward", _is(True), "each weight is updated when its gradient is there"),
     "round robin": Use("zero_optimization.round_robin_gradients", _is(True), "another order of gradients over ranks"),
+    "DeepSpeed's bf16 states": Use("bf16.bf16_optimizer_states", _is(True), "moments and masters in bf16"),
+    "bf16 masters": Use("bf16.bf16_master_weights_and_grads", _is(True), "masters and gradients in bf16"),
     "no norm": Use("zero_optimization.compute_grad_norm", _is(False), "no gradient norm"),
 }
 
@@ -107,10 +110,11 @@ USES: dict[str, Use] = {
 SHOWN = (
     "ZeRO 0", "ZeRO 1", "ZeRO 2", "ZeRO 3", "pipeline", "tensor", "sequence", "context",
     "attention dropout", "rpe", "fp32", "bf16", "fp16", "fp8",
-    "optimizer offload", "parameter offload", "sm3", "cpu_adam",
+    "optimizer offload", "parameter offload", "sm3", "cpu_adam", "update in backward",
 )  # fmt: skip
 
 _ON_DISK = "checkpoints cannot read state from there."
+_UPDATES_LATER = "DeepSpeed updates weights when all gradients are reduced."
 _WHOLE = "it needs whole tensors, and {} gives it parts of them."
 
 LINES: tuple[Line, ...] = (
@@ -127,10 +131,18 @@ LINES: tuple[Line, ...] = (
     *(Line("sm3", f"ZeRO {stage}", _WHOLE.format("ZeRO"), "Set zero_optimization.stage to 0.") for stage in (1, 2, 3)),
     Line("sm3", "pipeline", _WHOLE.format("the ZeRO 1 of a pipeline"), "Set pipe_parallel_size to 1."),
     Line("sm3", "tensor", _WHOLE.format("tensor parallelism"), "Set model_parallel_size to 1."),
+    *(Line("update in backward", f"ZeRO {stage}", _UPDATES_LATER, "Set zero_optimization.stage to 0.")
+      for stage in (1, 2, 3)),
+    Line("update in backward", "pipeline", _UPDATES_LATER, "Set pipe_parallel_size to 1."),
+    Line("update in backward", "fp16", "a step whose gradient overflows is skipped, and weights have changed by then.",
+         "Set precision: bf16."),
     Line("optimizer on disk", "", _ON_DISK, 'Set it to "cpu" or "none".'),
     Line("parameters on disk", "", _ON_DISK, 'Set it to "cpu" or "none".'),
     Line("round robin", "", "DeepSpeed 0.19.8 hands over wrong masters under it, and checkpoints would hold them.",
          "Remove the entry."),
+    Line("DeepSpeed's bf16 states", "", "DeepSpeed keeps the masters in bf16 under it, which lose small updates.",
+         "Set moments_dtype: bf16, whose masters are fp32, and remove the entry."),
+    Line("bf16 masters", "", "masters in bf16 lose small updates, and are always fp32 here.", "Remove the entry."),
     Line("no norm", "", "the norm is reported at every step, and tells a gradient that is not finite.",
          "Remove the entry."),
 )  # fmt: skip

@@ -12,9 +12,10 @@ from typing import Any
 OWN_KEYS = frozenset(
     {
         "activation_fusion", "attention_backend", "check_replicas_interval", "checkpoint_first_layers",
-        "checkpoint_operations",
-        "context_parallel_method", "context_parallel_size", "cross_entropy_fusion", "data_index_dir", "neox_compat",
-        "fp8_fusion", "optimizer_fusion", "resume", "run_name", "runs_dir", "wsd_decay_fraction", "wsd_decay_shape",
+        "checkpoint_operations", "context_parallel_method", "context_parallel_size", "cross_entropy_fusion",
+        "data_index_dir", "find_micro_batch_size", "fp8_fusion", "moments_dtype", "neox_compat",
+        "offload_activations", "optimizer_fusion", "optimizer_in_backward", "resume", "run_name", "runs_dir",
+        "wsd_decay_fraction", "wsd_decay_shape",
     }
 )  # fmt: skip
 """Keys of the schema that GPT-NeoX does not have; every other key is one of its names."""
@@ -41,6 +42,7 @@ IMPLIED: dict[str, dict[str, Any]] = {
     # a switch that stands for other keys where it is true
     "deepspeed_slurm": {"launcher": "slurm", "force_multi": True},
     "deepspeed_mpi": {"launcher": "openmpi", "force_multi": True},
+    "checkpoint_in_cpu": {"offload_activations": True},
 }
 
 _COMPUTED = "it is computed by the program; a value in a file has no effect"
@@ -207,7 +209,6 @@ REFUSED: dict[str, Refusal] = {
     "output_layer_parallelism": Refusal("column", "the head is always split over the vocabulary."),
     "fp16_lm_cross_entropy": Refusal(False, "the loss is always computed in fp32; in fp16 it loses small gradients."),
     "use_bnb_optimizer": Refusal(False, "8-bit optimizers are not built in this version.", "Use optimizer.type: adam."),
-    "checkpoint_in_cpu": Refusal(False, "activations are not kept in host memory in this version."),
     "checkpoint_validation_with_forward_pass": Refusal(
         False, "a checkpoint's files are verified by their hashes when it is written and loaded, which needs no model."
     ),
@@ -256,6 +257,7 @@ RENAMED: dict[str, str] = {
     "gas": "gradient_accumulation_steps",
     "grad_accum_steps": "gradient_accumulation_steps",
     "micro_batch_size": "train_micro_batch_size_per_gpu",
+    "train_micro_batch_size": "train_micro_batch_size_per_gpu",
     "per_device_train_batch_size": "train_micro_batch_size_per_gpu",
     "global_batch_size": "train_batch_size",
     "save_interval": "checkpoint_factor",

@@ -59,6 +59,7 @@ def resolve_settings(
     """
     draft = Draft(dict(settings), problems=list(problems or []))
     classify(draft)
+    _take_auto(draft)
     _canonical_values(draft)
     _check_blocks(draft)
     derive_precision(draft)
@@ -75,6 +76,23 @@ def resolve_settings(
         raise ConfigError(*_in_order(_without_model(draft)))
     draft.notices.extend(without_effect(draft))
     return Resolution(Config.model_validate(sections), tuple(draft.notices))
+
+
+_MICRO = "train_micro_batch_size_per_gpu"
+
+
+def _take_auto(draft: Draft) -> None:
+    """Replace `train_micro_batch_size_per_gpu: auto` by the key that it stands for."""
+    setting = draft.settings.get(_MICRO)
+    if setting is None or not isinstance(setting.value, str) or setting.value.lower() != "auto":
+        return
+    del draft.settings[_MICRO]
+    draft.settings["find_micro_batch_size"] = Setting(True, setting.where)
+    if draft.given("gradient_accumulation_steps"):
+        why = "it follows from the micro-batch that is found, and train_micro_batch_size_per_gpu is auto."
+        steps = draft.settings["gradient_accumulation_steps"].value
+        draft.problems.append(draft.problem("gradient_accumulation_steps", steps, why, "Remove the key."))
+        del draft.settings["gradient_accumulation_steps"]
 
 
 def _canonical_values(draft: Draft) -> None:
@@ -217,6 +235,11 @@ def _processes_of_batch(draft: Draft, per_model: int) -> int | None:
 def _complete_batch(draft: Draft) -> None:
     try:
         train, micro, accumulation = (_positive(draft, key) for key in rules.TRIANGLE)
+        if draft.values.get("find_micro_batch_size") is True and micro is None:
+            if train is None:
+                why = "the largest that fits keeps train_batch_size, which is not set."
+                draft.problems.append(draft.problem(_MICRO, "auto", why, "Set train_batch_size: 256, for example."))
+            micro = 1  # until the run finds it
         result = complete(train, micro, accumulation, draft.world_size // _processes_per_model(draft))
     except (UnavailableError, TypeError, ZeroDivisionError):
         for key in rules.TRIANGLE:

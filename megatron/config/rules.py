@@ -270,6 +270,38 @@ def optimizer_params_are_in_range(d: Draft) -> Iterator[Problem]:
         yield d.problem("weight_decay", d.weight_decay, "optimizer sm3 has no decay.", "Set weight_decay: 0")
 
 
+def moments_are_adams(d: Draft) -> Iterator[Problem]:
+    """Only our own Adam keeps its moments in bf16."""
+    kind = d.optimizer["type"]
+    if d.moments_dtype == "bf16" and kind not in ("adam", "adamw", "cpu_torch_adam"):
+        why = f"optimizer {kind} does not keep its state in it."
+        yield d.problem("moments_dtype", "bf16", why, 'Set moments_dtype: fp32, or optimizer.type to "adam".')
+
+
+def backward_updates_at_once(d: Draft) -> Iterator[Problem]:
+    """A weight that changes in the backward pass waits for no other micro-batch, and for no norm of all gradients."""
+    if not d.optimizer_in_backward:
+        return
+    if d.values.get("engine") == "deepspeed":
+        why = "engine = deepspeed: DeepSpeed updates weights when all gradients are reduced."
+        yield d.problem("optimizer_in_backward", True, why, "Set engine: auto, or remove optimizer_in_backward.")
+    if d.gradient_accumulation_steps > 1 and not d.find_micro_batch_size:
+        why = f"gradients are kept over gradient_accumulation_steps = {d.gradient_accumulation_steps} micro-batches."
+        fix = (
+            "Set gradient_accumulation_steps: 1 with a larger micro-batch or a smaller train_batch_size, or remove it."
+        )
+        yield d.problem("optimizer_in_backward", True, why, fix)
+    if d.gradient_clipping > 0:
+        why = f"gradient_clipping = {d.gradient_clipping:g} needs the norm of all gradients before the first update."
+        yield d.problem(
+            "optimizer_in_backward", True, why, "Set gradient_clipping: 0, or remove optimizer_in_backward."
+        )
+    if d.find_micro_batch_size:
+        why = "the micro-batch is the whole batch under it, so that there is nothing to find."
+        fix = "Set train_micro_batch_size_per_gpu to a number."
+        yield d.problem("optimizer_in_backward", True, why, fix)
+
+
 def combinations_are_allowed(d: Draft) -> Iterator[Problem]:
     """The table of combinations says what goes together."""
     for refusal in combinations.refusals(d.values, d.wrong):
@@ -320,6 +352,7 @@ RULES: tuple[Rule, ...] = (
     recomputed_whole_or_in_part, rotary_is_even, positions_cover_sequence, one_mlp_width, attention_pattern_fits,
     tied_norm_needs_parallel_residual, fused_gelu_needs_gelu, split_is_possible,
     one_source_of_data, lists_match, one_length_of_training, learning_rate_is_a_range,
-    optimizer_params_are_in_range, combinations_are_allowed, engine_decides_alone, saving_needs_a_time,
-    steps_are_not_negative, addresses_hold_no_password, float8_reaches_a_layer,
+    optimizer_params_are_in_range, moments_are_adams, backward_updates_at_once, combinations_are_allowed,
+    engine_decides_alone, saving_needs_a_time, steps_are_not_negative, addresses_hold_no_password,
+    float8_reaches_a_layer,
 )  # fmt: skip

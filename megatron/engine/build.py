@@ -20,6 +20,7 @@ from megatron.config.deepspeed_json import deepspeed_config
 from megatron.config.schema.config import Config
 from megatron.engine import verify
 from megatron.engine.base import Engine
+from megatron.engine.in_backward import InBackwardEngine
 from megatron.engine.local import LocalEngine
 from megatron.engine.mpu import MeshUnit
 from megatron.engine.partial import sum_partial_gradients
@@ -52,7 +53,7 @@ def build_engine(config: Config, mesh: Mesh, model: nn.Module, objective: Object
     sizes = [sum(parameter.numel() for parameter in group["params"]) for group in optimizer.param_groups]
     stage = _stage(config, mesh)
     wanted = verify.expected(config, mesh, stage, verify.group_facts(optimizer.param_groups, sizes))
-    engine = _kind(stage, mesh)(config, mesh, model, optimizer, objective)
+    engine = _kind(config, stage, mesh)(config, mesh, model, optimizer, objective)
     found = engine.read_back()
     verify.compare(wanted, found)
     logger.info(
@@ -84,10 +85,12 @@ def _pipeline(config: Config, mesh: Mesh, model: nn.Module, optimizer: Optimizer
 MakeEngine = Callable[[Config, Mesh, nn.Module, Optimizer, Objective], Engine]
 
 
-def _kind(stage: int, mesh: Mesh) -> MakeEngine:
+def _kind(config: Config, stage: int, mesh: Mesh) -> MakeEngine:
     if mesh.pp.size > 1:
         return _pipeline
-    return _deepspeed if stage else LocalEngine
+    if stage:
+        return _deepspeed
+    return InBackwardEngine if config.optimizer.optimizer_in_backward else LocalEngine
 
 
 def _stage(config: Config, mesh: Mesh) -> int:

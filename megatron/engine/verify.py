@@ -20,6 +20,7 @@ from megatron.parallel.mesh import Mesh
 
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _GROUP_KEYS = ("lr", "weight_decay", "betas", "eps", "momentum", "beta", "nesterov")
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 Facts = dict[str, Any]
 
@@ -49,7 +50,12 @@ def expected(config: Config, mesh: Mesh, stage: int, groups: Sequence[dict[str, 
         "zero_optimization.offload_param.device": _offload(config, "offload_param"),
         "learning rate schedule of DeepSpeed's": None,
         "optimizer groups": list(groups),
+        **({"precision of the moments": config.optimizer.moments_dtype} if _is_adam(config) else {}),
     }
+
+
+def _is_adam(config: Config) -> bool:
+    return "adam" in str(config.optimizer.optimizer.get("type", "adam")).lower()
 
 
 def _offload(config: Config, entry: str) -> str:
@@ -71,6 +77,9 @@ def common_facts(holdings: Holdings, module: nn.Module, mesh: Mesh) -> Facts:
     return {
         "precision of the parameters": _dtypes(module.parameters()),
         "precision of the masters": _dtypes(buffer for buffer, _ in holdings.buffers),
+        "precision of the moments": _dtypes(
+            state[name] for state in holdings.optimizer.state.values() for name in _MOMENTS if name in state
+        ),
         "optimizer groups": group_facts(groups, _elements(holdings, mesh)),
     }
 

@@ -145,6 +145,8 @@ def _sums(config: Config) -> str:
 def _batch(config: Config) -> list[tuple[str, str]]:
     batch, dp = config.batch, config.parallel.data_parallel_size
     product = f"{batch.train_micro_batch_size_per_gpu} x {batch.gradient_accumulation_steps} x {dp}"
+    if batch.find_micro_batch_size:
+        product = f"the largest that fits x what it takes x {dp}"
     return [
         (
             "global batch",

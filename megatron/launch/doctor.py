@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.launch.devices import torch_has_cuda, usable_cores, visible_gpus
-from megatron.launch.memory import total_memory
+from megatron.planning.machine import total_memory
 
 REQUIRED = ("deepspeed", "numpy", "pydantic", "yaml", "safetensors", "tokenizers", "transformers", "rich")
 # (module, what it is for, how to get it, whether anything in this version uses it)

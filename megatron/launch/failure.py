@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.errors import DeepyError
-from megatron.launch.memory import total_memory
+from megatron.planning.machine import total_memory
 
 GIBIBYTE = 2**30
 # Words by which gloo, NCCL and TCPStore tell that a peer is gone.

@@ -19,7 +19,7 @@ from megatron.errors import ConfigError, Problem
 from megatron.launch.arguments import Parser, require_assignments
 from megatron.launch.check import vocabulary_size
 from megatron.model.accounting import num_parameters, padded_vocab_size
-from megatron.planning import report
+from megatron.planning import micro_batch, report
 from megatron.planning.layout import Layout
 from megatron.planning.memory import GIBIBYTE, RESERVE
 from megatron.planning.plan import Plan, Planner
@@ -47,8 +47,8 @@ def main(argv: list[str]) -> int:
     _require_float8(config, gpu)
     vocab_size, is_known = vocabulary_size(config)
     planner = Planner(config, vocab_size, _assumptions(config, gpu, vocab_size, words), words["reserve"] * GIBIBYTE)
-    now = planner.plan(Layout.of(config))
     limit = gpu.memory * GIBIBYTE
+    now = planner.plan(_layout(planner, limit))
     best = search(planner, now.layout, limit) if words["search"] else []
     ways = changes(planner, now, limit) if now.peak > limit and not words["search"] else []
     print(f"{' + '.join(str(file) for file in settings.files)} on {now.layout.gpus} x {_name(gpu)}")
@@ -125,6 +125,14 @@ def _find_gpu(words: dict[str, Any]) -> Gpu:
     return dataclasses.replace(gpu, **{name: value for name, value in changed.items() if value})
 
 
+def _layout(planner: Planner, limit: float) -> Layout:
+    """Return the config's layout, with the largest micro-batch that fits where the config leaves it open."""
+    layout = Layout.of(planner.config)
+    if not planner.config.batch.find_micro_batch_size:
+        return layout
+    return micro_batch.sized(layout, micro_batch.largest(planner, layout, limit) or 1)
+
+
 def _require_float8(config: Config, gpu: Gpu) -> None:
     if config.numerics.precision == "fp8" and not gpu.float8:
         why = f"{gpu.name} has no float8 products, which need compute capability 8.9."
@@ -165,6 +173,8 @@ def _sections(
 
 
 def _word(value: object) -> str:
+    if isinstance(value, list):
+        return f"[{','.join(map(_word, value))}]"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

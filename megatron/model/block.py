@@ -15,11 +15,17 @@ which must see whole sums, the two branches leave one by one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 from torch import Tensor, nn
 
 from megatron.model.attention import SelfAttention
 from megatron.model.cache import KVCache
+from megatron.model.made_again import made_again
 from megatron.model.mlp import MLP
+from megatron.model.recompute import recomputed
 from megatron.model.stream import Stream
 from megatron.ops.choice import Function
 from megatron.ops.dropout_add import add_dropped
@@ -32,6 +38,7 @@ class Block(nn.Module):
     post_attention_layernorm: n2, or None to use n1 for both.
     dropout: probability, on each branch before it is added. add_dropped: how it is, where there is dropout.
     region: where the split layers begin and end.
+    recompute_norms: make what the norms return again in the backward pass.
     defers: leave the last addition to the norm that follows, where there is no dropout.
     """
 
@@ -44,9 +51,11 @@ class Block(nn.Module):
         dropout: float,
         region: TensorRegion,
         add_dropped: Function = add_dropped,
+        recompute_norms: bool = False,
         defers: bool = False,
     ) -> None:
         super().__init__()
+        self.recompute_norms = recompute_norms
         self.input_layernorm = input_layernorm
         self.attention = attention
         self.post_attention_layernorm = post_attention_layernorm
@@ -60,6 +69,19 @@ class Block(nn.Module):
     def _drops(self) -> bool:
         return self.training and self.dropout > 0
 
+    def _normed(self, norm: nn.Module, hidden: Tensor) -> Tensor:
+        """Return norm(hidden), of which nothing but `hidden` is kept where norms are recomputed."""
+        if self.recompute_norms and norm.is_composite:
+            return recomputed(norm, hidden, draws=False)
+        result: Tensor = norm(hidden)
+        return result
+
+    def _feeding(
+        self, entered: Tensor, norm: Callable[[Tensor], Tensor], hidden: Tensor
+    ) -> AbstractContextManager[Any]:
+        """Return the context of the branch that is fed `entered`, which is norm(hidden)."""
+        return made_again(entered, norm, hidden) if self.recompute_norms else nullcontext()
+
     def _add(self, hidden: Tensor, branch: Tensor) -> Tensor:
         """Return hidden and what a branch adds to it, behind the split layers."""
         whole = self.region.leave(branch)
@@ -71,8 +93,10 @@ class Block(nn.Module):
 
     def _first_normed(self, stream: Stream) -> tuple[Tensor, Tensor]:
         """Return the input norm of the residual stream, and that stream whole."""
+        if self.recompute_norms and self.input_layernorm.is_composite:
+            stream = stream.whole()
         if stream.branch is None:
-            return self.input_layernorm(stream.hidden), stream.hidden
+            return self._normed(self.input_layernorm, stream.hidden), stream.hidden
         normed, hidden = self.input_layernorm(stream.branch, stream.hidden)
         return normed, hidden
 
@@ -90,28 +114,44 @@ class PreNormBlock(Block):
         assert self.post_attention_layernorm is not None
         region = self.region
         normed, hidden = self._first_normed(stream)
-        attended = self.attention(region.enter(normed), stream.segments, cache)
-        if self._drops:
+        first = region.enter(normed)
+        with self._feeding(first, self._first, hidden):
+            attended = self.attention(first, stream.segments, cache)
+        if self._drops or (self.recompute_norms and self.post_attention_layernorm.is_composite):
             hidden = self._add(hidden, attended)
-            normed = self.post_attention_layernorm(hidden)
+            normed = self._normed(self.post_attention_layernorm, hidden)
         else:
             normed, hidden = self.post_attention_layernorm(region.leave(attended), hidden)
-        return self._ended(stream, hidden, self.mlp(region.enter(normed)))
+        second = region.enter(normed)
+        with self._feeding(second, self._second, hidden):
+            branch = self.mlp(second)
+        return self._ended(stream, hidden, branch)
+
+    def _first(self, hidden: Tensor) -> Tensor:
+        return self.region.enter(self.input_layernorm(hidden))
+
+    def _second(self, hidden: Tensor) -> Tensor:
+        assert self.post_attention_layernorm is not None
+        return self.region.enter(self.post_attention_layernorm(hidden))
 
 
 class ParallelBlock(Block):
     """Attention and MLP on the same input; the norms stand inside the region (their ShardSpec says tensor_partial)."""
 
     def forward(self, stream: Stream, cache: KVCache | None = None) -> Stream:
+        norms = self.input_layernorm, self.post_attention_layernorm or self.input_layernorm
         if self.region.is_split:  # what enters does so once, and whole
             stream = stream.whole()
             hidden, whole = stream.hidden, self.region.enter(stream.hidden)
-            first = self.input_layernorm(whole)
+            first = self._normed(norms[0], whole)
         else:
             first, hidden = self._first_normed(stream)
             whole = hidden
-        second = first if self.post_attention_layernorm is None else self.post_attention_layernorm(whole)
-        branches = [self.attention(first, stream.segments, cache), self.mlp(second)]
+        second = first if norms[0] is norms[1] else self._normed(norms[1], whole)
+        with self._feeding(first, norms[0], whole):
+            attended = self.attention(first, stream.segments, cache)
+        with self._feeding(second, norms[1], whole):
+            branches = [attended, self.mlp(second)]
         if self.region.is_split and not self._drops:
             branches = [branches[0] + branches[1]]
         *others, last = branches

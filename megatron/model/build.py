@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.config.schema.config import Config
+from megatron.logs import get_logger
 from megatron.model.cache import KVCache
 from megatron.model.decoder import DecoderBlocks
 from megatron.model.embedding import Dropout, LearnedPositions, SinusoidalPositions
@@ -37,6 +38,8 @@ from megatron.parallel.vocab_loss import vocabulary_losses
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """The dtype of the parameters for each `precision`."""
 
+logger = get_logger(__name__)
+
 _TIED = "word_embeddings"
 
 
@@ -53,6 +56,8 @@ def build_model(
         choices = choose_kernels(config, mesh.device, dtype)
         if mesh.device.type == "cuda":
             require_agreement(choices, mesh.world)
+    if config.training.offload_activations and mesh.device.type == "cpu" and mesh.world.rank == 0:
+        logger.warning("offload_activations saves nothing on a CPU: activations are copied within its own memory")
     plans = build_plans(config, vocab_size_padded, mesh, choices)
     settings: dict[str, Any] = {
         "device": mesh.device,
@@ -60,6 +65,7 @@ def build_model(
         "seed": config.numerics.seed if initialized else None,
         "tensor_axis": mesh.tp,
         "recompute": Recompute.of(config.training),
+        "offload": config.training.offload_activations,
     }
     if mesh.pp.size == 1:
         return SequentialModel(plans, **settings)

@@ -98,6 +98,7 @@ class DecoderBlocks:
             dropout=self.config.numerics.hidden_dropout,
             region=self.region,
             add_dropped=self.choices.get("add_dropped", add_dropped),
+            recompute_norms="norm" in recomputed_operations(self.config.training, layer),
             defers=not self._is_recomputed(layer),
         )
         if self.config.numerics.precision == "fp8":

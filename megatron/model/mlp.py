@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from megatron.model.made_again import made_again
 from megatron.model.recompute import recomputed
 from megatron.ops.activations import Activation, BiasActivation
 from megatron.parallel.collectives import TensorRegion
@@ -39,6 +40,8 @@ class MLP(nn.Module):
         super().__init__()
         self.activation = activation if fused is None else lambda wide: fused(wide, None)
         self.recompute = recompute
+        self.is_fused = fused is not None
+        """Whether the activation keeps nothing but its input."""
         self.inside = fused if not recompute else None
         """The activation that linear1 ends with; what is computed again must begin behind its product."""
         blocks = 2 if gated else 1
@@ -47,10 +50,13 @@ class MLP(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         if self.inside is not None:
-            narrow: Tensor = self.linear2(self.linear1(hidden))
-            return narrow
+            result: Tensor = self.linear2(self.linear1(hidden))
+            return result
         wide = self.linear1(hidden)
-        return recomputed(self._narrow, wide) if self.recompute else self._narrow(wide)
-
-    def _narrow(self, wide: Tensor) -> Tensor:
-        return self.linear2(self.activation(wide))
+        if not self.recompute:
+            output: Tensor = self.linear2(self.activation(wide))
+            return output
+        features = self.activation(wide) if self.is_fused else recomputed(self.activation, wide, draws=False)
+        with made_again(features, self.activation, wide):
+            narrow: Tensor = self.linear2(features)
+            return narrow

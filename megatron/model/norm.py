@@ -47,6 +47,7 @@ class LayerNorm(nn.Module):
         choices: Choices = NO_CHOICES,
     ) -> None:
         super().__init__()
+        self.is_composite = False
         self.norm: Function = choices.get("layer_norm", norms.layer_norm)
         self.add_norm: Function = choices.get("add_layer_norm", norms.add_layer_norm)
         shape = (width,)
@@ -100,6 +101,8 @@ class RMSNorm(nn.Module):
         choices: Choices = NO_CHOICES,
     ) -> None:
         super().__init__()
+        self.is_composite = choices.fused("rms_norm") is None
+        """Whether it is several operations, which keep more than its input."""
         self.norm: Function = choices.get("rms_norm", norms.rms_norm)
         self.add_norm: Function = choices.get("add_rms_norm", norms.add_rms_norm)
         self.eps = eps
@@ -118,6 +121,7 @@ class ScaleNorm(nn.Module):
 
     def __init__(self, eps: float, spec: ShardSpec = OUTSIDE) -> None:
         super().__init__()
+        self.is_composite = True
         self.eps = eps
         self.weight = make_parameter((1,), spec, _REPLICATED, ones)
 

@@ -3,11 +3,11 @@
 One behaviour for every engine and every stage of a pipeline: the same layers are recomputed, with the random numbers
 of the first pass (torch.utils.checkpoint keeps the generators' states, so dropout draws the same masks).
 
-Either whole blocks (`Chunk`), or within each block single operations (`recomputed`), each together with what keeps its
-result for the backward pass: recomputation ends once that has it again, so no product with weights is repeated.
+Either whole blocks (`Chunk`), or within each block single operations, so that no product with weights is repeated:
 
-    attention    scores, softmax and dropout, from queries, keys and values
-    activation   of the MLP, from the output of its first linear map
+    norm         what the norms return, from the residual stream (`made_again.py`)
+    activation   of the MLP, from the output of its first linear map (`made_again.py`)
+    attention    scores, softmax and dropout, from queries, keys and values (`recomputed`)
 """
 
 from __future__ import annotations
@@ -29,12 +29,39 @@ CallLayer = Callable[..., Any]
 """call(index, stream, cache) -> the stream after layer number `index`."""
 
 
-def recomputed(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    """Return function(*inputs), of which only the inputs are kept for the backward pass."""
+def recomputed(function: Callable[..., Any], *inputs: Any, draws: bool = True) -> Any:
+    """Return function(*inputs), of which only the inputs are kept for the backward pass.
+
+    draws: it uses random numbers, which are drawn again."""
     if not torch.is_grad_enabled():
         return function(*inputs)
-    output: Tensor = checkpoint(function, *inputs, use_reentrant=False)
-    return output
+    settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": draws}
+    hooks = None if torch.compiler.is_compiling() else torch._C._autograd._top_saved_tensors_default_hooks(False)
+    if hooks is None:
+        return checkpoint(function, *inputs, **settings)
+    device = next(value for value in inputs if isinstance(value, Tensor)).new_empty(0)  # tells whose numbers are random
+    return checkpoint(_Again(function, inputs, *hooks), device, **settings)
+
+
+class _Again:
+    """function(*inputs), once with the inputs themselves and then with what the hooks around have made of them."""
+
+    def __init__(self, function: Callable[..., Any], inputs: tuple[Any, ...], pack: Any, unpack: Any) -> None:
+        self._function = function
+        self._first: list[tuple[Any, ...]] = [inputs]
+        self._unpack = unpack
+        self._kept = [
+            (pack(value.detach()), value.requires_grad) if isinstance(value, Tensor) else (value, None)
+            for value in inputs
+        ]
+
+    def __call__(self, _: Tensor) -> Any:
+        if self._first:
+            return self._function(*self._first.pop())
+        return self._function(*(self._again(*each) for each in self._kept))
+
+    def _again(self, value: Any, requires_grad: bool | None) -> Any:
+        return value if requires_grad is None else self._unpack(value).detach().requires_grad_(requires_grad)
 
 
 @dataclass(frozen=True)
@@ -47,8 +74,8 @@ class Chunk:
     def __call__(self, call: CallLayer, stream: Stream, cache: KVCache | None) -> Stream:
         """Return the stream after these layers."""
         if self.recomputed and torch.is_grad_enabled():
-            output: Stream = checkpoint(self._run, call, stream, cache, use_reentrant=False)
-            return output
+            again: Stream = recomputed(lambda *fields: self._run(call, Stream(*fields), cache), *stream)
+            return again
         return self._run(call, stream, cache)
 
     def _run(self, call: CallLayer, stream: Stream, cache: KVCache | None) -> Stream:

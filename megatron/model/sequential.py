@@ -15,7 +15,6 @@ from torch import Tensor
 from megatron.model.assemble import full_shapes
 from megatron.model.cache import KVCache
 from megatron.model.planned import PlannedModel
-from megatron.model.stream import Stream
 
 
 class SequentialModel(PlannedModel):
@@ -38,9 +37,7 @@ class SequentialModel(PlannedModel):
         tokens, labels [b, s] int64; loss_mask [b, s] fp32; segments [b, s] int64 document numbers: a token attends to
         its own document only; cache: the tokens follow those that it holds.
         """
-        stream: Stream = self._call(0, tokens, segments)
-        for chunk in self._chunks:
-            stream = chunk(self._call, stream, cache)
+        stream = self._through(self._call(0, tokens, segments), cache)
         if cache is not None:
             cache.advance(tokens.shape[1])
         output: Tensor = self._call(len(self.plans) - 1, stream, labels, loss_mask)

@@ -97,11 +97,12 @@ class StageModel(PlannedModel):
         seed: int | None = 1234,
         tensor_axis: Axis = SINGLE,
         recompute: Recompute | None = None,
+        offload: bool = False,
     ) -> None:
         is_first, is_last = stage == 0, stage == split.stages - 1
         held = [plans[index] for index in split.layers(stage)]
         names = [split.names[index] for index in split.layers(stage)]
-        super().__init__(held, device, dtype, seed, tensor_axis, recompute, is_first, is_last, names)
+        super().__init__(held, device, dtype, seed, tensor_axis, recompute, offload, is_first, is_last, names)
         self.split = split
         self.stage = stage
         self.is_first, self.is_last = is_first, is_last
@@ -116,10 +117,7 @@ class StageModel(PlannedModel):
         inputs: tokens [b, s] int64 on the first stage, else the stream of the stage before.
         segments: [b, s] int64 document numbers of the tokens, or None.
         """
-        stream: Stream = self._call(0, inputs, segments) if self.is_first else inputs
-        for chunk in self._chunks:
-            stream = chunk(self._call, stream, None)
-        return stream.whole()
+        return self._through(self._call(0, inputs, segments) if self.is_first else inputs).whole()
 
     def finish(self, stream: Stream, labels: Tensor | None = None, loss_mask: Tensor | None = None) -> Tensor:
         """Return logits, losses or their sum, on the last stage, as `SequentialModel` does."""

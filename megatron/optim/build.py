@@ -17,6 +17,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from megatron.config.schema.config import Config
 from megatron.errors import ConfigError, Problem
 from megatron.optim.base import State, StatefulOptimizer
+from megatron.optim.compact_adamw import CompactAdamW
 from megatron.optim.groups import parameter_groups
 from megatron.optim.lion import Lion
 from megatron.optim.madgrad_wd import MadgradWD
@@ -91,6 +92,8 @@ def build_optimizer(
     params["lr"] = peak_learning_rate(config.optimizer)
     if "betas" in params:
         params["betas"] = tuple(params["betas"])
+    if config.optimizer.moments_dtype == "bf16":  # the config's rules let Adam have it alone
+        return CompactAdamW(groups, **params, seed=config.numerics.seed)
     return kind.build(groups, **params)
 
 

@@ -19,18 +19,21 @@ from megatron.ops.adamw import coefficient_of
 from megatron.ops.catalogue import CATALOGUE
 from megatron.ops.choice import Function, Situation, choose
 from megatron.ops.measured import fastest
+from megatron.optim.compact_adamw import CompactAdamW
 
 logger = get_logger(__name__)
 
 
 class OnePassAdamW:
-    """Steps a torch AdamW whose parameters are fp32 masters, all of them or none with a rounded weight.
+    """Steps torch's AdamW or ours, whose parameters are fp32 masters, all of them or none with a rounded weight.
 
     weights: the weight of each master, by the master's id. update, squares: the operations `adamw_update_` and
     `sum_of_squares`. A parameter without a gradient has the gradient 0.
     """
 
-    def __init__(self, optimizer: AdamW, weights: Mapping[int, Tensor], update: Function, squares: Function) -> None:
+    def __init__(
+        self, optimizer: AdamW | CompactAdamW, weights: Mapping[int, Tensor], update: Function, squares: Function
+    ) -> None:
         self._optimizer = optimizer
         self._weights = weights
         self._update = update
@@ -62,6 +65,8 @@ class OnePassAdamW:
                 *group["betas"],
                 group["eps"],
                 group["weight_decay"],
+                getattr(self._optimizer, "seed", 0),
+                group.get("first", 0),
             )
         return norm
 
@@ -73,7 +78,7 @@ def one_pass(
 
     weights: as in OnePassAdamW.
     """
-    if type(optimizer) is not AdamW:
+    if not isinstance(optimizer, (AdamW, CompactAdamW)):
         return None
     wish = config.kernels.optimizer_fusion
     choices = choose({"adamw_update_": wish, "sum_of_squares": wish}, situation, CATALOGUE, fastest)

@@ -6,7 +6,7 @@ gelu) keeps
 
     x, and the sum before n2       2 e T h     (one with the parallel residual) / tp under sequence_parallel, unless the
                                                norms stand inside the split layers, as with the parallel residual
-    n1(x), n2(x)                   2 e T h     kept as they are gathered
+    n1(x), n2(x)                   2 e T h     kept as they are gathered; nothing where norms are recomputed
     query, key, value as one       e T (n + 2k) d / tp    kept whole by the view of the value
     rotated query and key          e T (n + k) d / tp
     context, its logsumexp         e T n d / tp + 4 T n / tp
@@ -40,13 +40,13 @@ def tokens(config: Config, layout: Layout) -> int:
 def block_bytes(config: Config, layout: Layout, layer: int = 0) -> int:
     """Return what one block keeps of one micro-batch."""
     model, element, count = config.model, WEIGHT_BYTES[config.numerics.weight_precision], tokens(config, layout)
-    inputs, outputs = _norms(model, element)
+    operations = layout.operations if layout.recomputes(layer) else ()
+    inputs, outputs = _norms_recomputed(model, element) if "norm" in operations else _norms(model, element)
     outputs = 2 * model.hidden_size if _multiplies_in_float8(config) else outputs
     spread = layout.tp if layout.sequence_parallel and not model.gpt_j_residual else 1
     dropped = _dropout(config) // (layout.tp if layout.sequence_parallel else 1)
-    operations = layout.operations if layout.recomputes(layer) else ()
     split = _attention(config, layout, element, "attention" in operations)
-    split += _mlp_recomputed(model, element) if "activation" in operations else _mlp(config, element)
+    split += _mlp_recomputed(config, element) if "activation" in operations else _mlp(config, element)
     mask = 0 if "attention" in operations else _mask(config, layout, layer)
     return count * (inputs // spread + outputs + dropped) + count * split // layout.tp + mask
 
@@ -79,8 +79,10 @@ def working_bytes(config: Config, layout: Layout, largest: int) -> int:
     copies of a gradient, and the turned weight."""
     element, count = WEIGHT_BYTES[config.numerics.weight_precision], tokens(config, layout)
     rows, columns, _ = mlp_shape(config.model)
+    sum_of_one = 4 * largest if layout.at_once and element != 4 else 0  # the gradient in fp32, before it is freed
     rounded = 2 * count * rows // layout.tp + largest if _multiplies_in_float8(config) else 0
-    return element * (count * ((rows + columns) // layout.tp + 2 * config.model.hidden_size) + largest) + rounded
+    block = count * ((rows + columns) // layout.tp + 2 * config.model.hidden_size)
+    return sum_of_one + element * (block + largest) + rounded
 
 
 def _multiplies_in_float8(config: Config) -> bool:
@@ -102,6 +104,13 @@ def _norms(model: ModelConfig, element: int) -> tuple[int, int]:
     if element == 4:
         return (inputs + norms) * 4 * hidden + 4 * norms, outputs  # the input, and the product before the gain
     return norms * (8 * hidden + 4), outputs  # rmsnorm in half precision: the input and the product in fp32
+
+
+def _norms_recomputed(model: ModelConfig, element: int) -> tuple[int, int]:
+    """Return the same where norms are recomputed: their inputs alone, with a layernorm's statistics."""
+    inputs = 1 if model.gpt_j_residual else 2
+    statistics = 8 * (1 if model.gpt_j_residual and model.gpt_j_tied else 2) if "layernorm" in model.norm else 0
+    return inputs * element * model.hidden_size + statistics, 0
 
 
 def _attention(config: Config, layout: Layout, element: int, recomputed: bool) -> int:
@@ -153,9 +162,11 @@ def _mlp(config: Config, element: int) -> int:
     return element * (activation + (0 if model.activation == "relu" else columns))
 
 
-def _mlp_recomputed(model: ModelConfig, element: int) -> int:
-    """Return bytes per token of an MLP whose activation is recomputed: the output of its first linear map."""
-    return element * mlp_shape(model)[0]
+def _mlp_recomputed(config: Config, element: int) -> int:
+    """Return bytes per token of an MLP whose activation is recomputed: the output of its first linear map, and in fp8
+    what the second multiplies."""
+    rows, columns, _ = mlp_shape(config.model)
+    return element * rows + (columns if _multiplies_in_float8(config) else 0)
 
 
 def _dropout(config: Config) -> int:

@@ -14,8 +14,9 @@ residual and without dropout):
               ZeRO 2   all-reduce 4 P A        all-gather w P
               ZeRO 3   reduce-scatter 4 P A    all-gather w A (2 P - what stays gathered in between)
     tensor    A M (4 L + 2) all-reduced, or (2 L + 2); under sequence_parallel each all-reduce is an all-gather and a
-              reduce-scatter. Blocks that are recomputed do the forward part again, but for the last sum. 12 A T of the
-              loss, and partial gradients in fp32: once a step, under ZeRO 2 and 3 once a micro-batch
+              reduce-scatter. Blocks that are recomputed do the forward part again, but for the last sum; norms that
+              are, their all-gathers. 12 A T of the loss, and partial gradients in fp32: once a step, under ZeRO 2 and
+              3 once a micro-batch
     pipeline  A M (/ tp under sequence_parallel) each way over each boundary; what stages share is all-reduced in fp32
     context   ring: per block and micro-batch (cp - 1) T tokens of keys and values forward, as many backward, and their
               gradients in fp32; within a window only what is seen. all_to_all: queries, keys, values and results each
@@ -133,12 +134,14 @@ def _meetings(config: Config) -> tuple[int, int]:
 
 
 def _again(config: Config, layout: Layout, stage: Stage) -> tuple[int, int]:
-    """Return (sums, gathers) that recomputed blocks repeat; the last sum of a chunk is needed for dropout only."""
+    """Return (sums, gathers) that recomputation repeats; the last sum of a chunk is needed for dropout only."""
     whole = [layer for layer in stage.blocks if layout.recompute and layout.recomputes(layer)]
     enters, leaves = _meetings(config)
     chunks = -(-len(whole) // max(1, layout.recompute))
     last = 0 if config.numerics.hidden_dropout else chunks
-    return leaves * len(whole) - last, enters * len(whole)
+    normed = [layer for layer in stage.blocks if "norm" in layout.operations and layout.recomputes(layer)]
+    gathers = 0 if config.model.gpt_j_residual else enters * len(normed)  # with it norms follow what is gathered
+    return leaves * len(whole) - last, enters * len(whole) + gathers
 
 
 def _head_norms(config: Config, layout: Layout, stage: Stage) -> int:

@@ -23,6 +23,8 @@ class Layout:
     persistence: elements of the largest tensor that ZeRO 3 never shards. bucket: of DeepSpeed's reduce bucket.
     live: of weights that ZeRO 3 may keep gathered.
     offload: optimizer states (and masters) lie in CPU memory. overlap: gradients are reduced during the backward pass.
+    moment_bytes: of each number that Adam keeps. at_once: weights are updated in the backward pass.
+    travels: what blocks keep for the backward pass lies in CPU memory.
     """
 
     dp: int = 1
@@ -41,6 +43,9 @@ class Layout:
     live: int = _DEFAULTS.stage3_max_live_parameters
     offload: bool = False
     overlap: bool = False
+    moment_bytes: int = 4
+    at_once: bool = False
+    travels: bool = False
 
     @classmethod
     def of(cls, config: Config) -> Layout:
@@ -67,6 +72,9 @@ class Layout:
             live=min(zero.stage3_max_live_parameters, zero.stage3_max_reuse_distance),
             offload=zero.offload_optimizer is not None and zero.offload_optimizer.device != "none",
             overlap=zero.overlap_comm,
+            moment_bytes=WEIGHT_BYTES[config.optimizer.moments_dtype],
+            at_once=config.optimizer.optimizer_in_backward,
+            travels=training.offload_activations,
         )
 
     @property
@@ -107,6 +115,9 @@ class Layout:
             "checkpoint_first_layers": (self.first, before.first),
             "zero_optimization.reduce_bucket_size": (self.bucket, before.bucket),
             "zero_optimization.offload_optimizer.device": (_device(self), _device(before)),
+            "moments_dtype": (_moments(self), _moments(before)),
+            "optimizer_in_backward": (self.at_once, before.at_once),
+            "offload_activations": (self.travels, before.travels),
         }
         return {key: new for key, (new, old) in named.items() if new != old}
 
@@ -118,6 +129,10 @@ def least_stage(pp: int) -> int:
 
 def _recomputes(layout: Layout) -> bool:
     return bool(layout.recompute or layout.operations)
+
+
+def _moments(layout: Layout) -> str:
+    return "bf16" if layout.moment_bytes == 2 else "fp32"
 
 
 def _device(layout: Layout) -> str:

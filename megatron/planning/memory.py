@@ -1,14 +1,17 @@
 """Bytes on each GPU, by pipeline stage and term.
 
-The state of P parameters on a GPU (its tensor and pipeline share), with w bytes a weight, m moments of the optimizer
-and D replicas (data-parallel GPUs times context-parallel ones), as the engines of this library hold it:
+The state of P parameters on a GPU (its tensor and pipeline share), with w bytes a weight, m moments of the optimizer of
+b bytes each (4, or 2 under moments_dtype: bf16) and D replicas (data-parallel GPUs times context-parallel ones), as the
+engines of this library hold it:
 
     stage                      weights   masters   moments    gradients
-    0  (our own engine)        w P       4 P *     4 m P      4 P
-    1                          w P       4 P / D   4 m P / D  4 P
-    2                          w P       4 P / D   4 m P / D  4 P / D
-    3                          w P / D   4 P / D   4 m P / D  4 P / D
-    * none in fp32, where the weights are the masters
+    0  (our own engine)        w P       4 P *     b m P      4 P **
+    1                          w P       4 P / D   b m P / D  4 P
+    2                          w P       4 P / D   b m P / D  4 P / D
+    3                          w P / D   4 P / D   b m P / D  4 P / D
+    * none in fp32, where the weights are the masters    ** of the largest tensor alone under optimizer_in_backward
+
+Under offload_activations the activations of two blocks are on the GPU at once, and the rest in the CPU's memory.
 
 Two moments can be the fullest: the backward pass, with activations, and the update, with DeepSpeed's copies of the
 gradients. The total is the larger one.
@@ -54,7 +57,8 @@ class StageMemory:
     layers: first and last block (from 0), None where the stage has none. num_parameters: on this GPU.
     activations: what waits for its backward pass, of all micro-batches in flight. loss: of the last stage.
     working: of the block that is being computed. buffers: of communication. update: what the update needs beside the
-    state, when activations and loss are gone. reserve: allowance for what no tensor shows.
+    state, when activations and loss are gone. reserve: allowance for what no tensor shows. travelling: activations in
+    the CPU's memory instead of the GPU's.
     """
 
     stage: int
@@ -67,6 +71,7 @@ class StageMemory:
     buffers: int
     update: int
     reserve: int
+    travelling: int = 0
 
     @property
     def backward(self) -> int:
@@ -88,18 +93,21 @@ def stage_memory(
     for index, stage in enumerate(parts):
         numel = stage.num_parameters
         in_flight = min(layout.pp - index, layout.accumulation)
+        held = in_flight * _in_flight(config, layout, stage, kept)
+        near = min(held, _near(config, layout, stage, kept)) if layout.travels else held
         result.append(
             StageMemory(
                 stage=index,
                 layers=(stage.blocks[0], stage.blocks[-1]) if stage.blocks else None,
                 num_parameters=numel,
                 state=state_bytes(config, layout, numel),
-                activations=in_flight * _in_flight(config, layout, stage, kept) + _recomputed(layout, stage, kept),
+                activations=near + _recomputed(layout, stage, kept),
                 loss=loss_bytes(config, layout, vocab_size) if stage.has_head else 0,
                 working=working_bytes(config, layout, stage.largest),
                 buffers=buffer_bytes(config, layout, numel) + message_bytes(config, layout, index),
                 update=update_bytes(config, layout, numel),
                 reserve=int(reserve),
+                travelling=held - near,
             )
         )
     return result
@@ -114,17 +122,22 @@ def state_bytes(config: Config, layout: Layout, numel: int) -> State:
     return State(
         weights=weight * (share if stage == 3 else numel),
         masters=0 if layout.offload or (stage == 0 and weight == 4) else 4 * own,
-        moments=0 if layout.offload else round(4 * num_moments(config) * own),
-        gradients=gradient * (share if stage >= 2 else numel),
+        moments=0 if layout.offload else round(layout.moment_bytes * num_moments(config) * own),
+        gradients=0 if layout.at_once else gradient * (share if stage >= 2 else numel),
     )
 
 
 def num_moments(config: Config) -> float:
-    """Return how many fp32 numbers the optimizer keeps for each parameter."""
+    """Return how many numbers the optimizer keeps for each parameter."""
     block = config.optimizer.optimizer
     momentum = bool(block["params"].get("momentum"))
     kinds = {"sgd": int(momentum), "lion": 1, "madgrad_wd": 2 + int(momentum), "sm3": int(momentum)}
     return kinds.get(str(block.get("type", "adam")).lower(), 2)
+
+
+def is_adam(config: Config) -> bool:
+    """Return whether the optimizer is one whose moments may be kept in bf16."""
+    return str(config.optimizer.optimizer.get("type", "adam")).lower() in ("adam", "adamw", "cpu_torch_adam")
 
 
 def buffer_bytes(config: Config, layout: Layout, numel: int) -> int:
@@ -202,6 +215,13 @@ def _in_flight(config: Config, layout: Layout, stage: Stage, kept: dict[int, int
     whole = [layer for layer in stage.blocks if layout.recompute and layout.recomputes(layer)]
     chunks = -(-len(whole) // max(1, layout.recompute))
     return chunks * boundary_bytes(config, layout) + sum(kept[layer] for layer in stage.blocks if layer not in whole)
+
+
+def _near(config: Config, layout: Layout, stage: Stage, kept: dict[int, int]) -> int:
+    """Return what is on the GPU of activations that travel: of the block at work and the one before or after it."""
+    whole = [layer for layer in stage.blocks if layout.recompute and layout.recomputes(layer)]
+    sizes = [boundary_bytes(config, layout) if layer in whole else kept[layer] for layer in stage.blocks]
+    return sum(sorted(sizes, reverse=True)[:2])
 
 
 def _recomputed(layout: Layout, stage: Stage, kept: dict[int, int]) -> int:

@@ -76,7 +76,8 @@ class Planner:
         memory = self.memory(layout)
         sizes = [stage.num_parameters for stage in memory]
         sent = [tuple(traffic(self.config, layout, parts, index)) for index in range(len(parts))]
-        time = speed(self.config, layout, parts, sent, sizes, vocab_size, self.assumptions, simulate)
+        moved = [one.travelling / min(layout.pp - one.stage, layout.accumulation) for one in memory]
+        time = speed(self.config, layout, parts, sent, sizes, vocab_size, self.assumptions, simulate, moved)
         bubble = bubble_fraction(layout.pp, layout.accumulation)
         return Plan(layout, tuple(memory), tuple(sent), time, bubble)
 

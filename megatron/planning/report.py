@@ -28,6 +28,9 @@ def describe(layout: Layout) -> str:
         _recomputation(layout),
         *(["sequence parallel"] if layout.sequence_parallel else []),
         *(["optimizer on the CPU"] if layout.offload else []),
+        *(["moments in bf16"] if layout.moment_bytes == 2 else []),
+        *(["updates in the backward pass"] if layout.at_once else []),
+        *(["activations on the CPU"] if layout.travels else []),
     ]
     return (
         f"data {layout.dp} x tensor {layout.tp} x pipeline {layout.pp}{context}, micro-batch {layout.micro_batch} x "
@@ -46,7 +49,7 @@ def _recomputation(layout: Layout) -> str:
 def memory_table(plan: Plan) -> list[str]:
     """Return the memory of each stage by term, in GiB; terms that are nothing anywhere are left out."""
     header = ["stage", "blocks", "parameters", "weights", "masters", "moments", "gradients", "activations", "loss",
-              "working", "buffers", "update", "peak"]  # fmt: skip
+              "working", "buffers", "update", "peak", "on the CPU"]  # fmt: skip
     rows: list[list[str]] = []
     for stage in plan.memory:
         blocks = "-" if stage.layers is None else f"{stage.layers[0]}-{stage.layers[1]}"
@@ -68,6 +71,7 @@ def _terms(stage: StageMemory) -> dict[str, int]:
         "weights": state.weights, "masters": state.masters, "moments": state.moments, "gradients": state.gradients,
         "activations": stage.activations, "loss": stage.loss, "working": stage.working, "buffers": stage.buffers,
         "update": stage.update, "reserve": stage.reserve, "total": stage.total,
+        "travelling": stage.travelling,
     }  # fmt: skip
 
 
@@ -214,4 +218,6 @@ def _count(number: float) -> str:
 
 
 def _value(value: object) -> str:
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_value, value))}]"
     return str(value).lower() if isinstance(value, bool) else str(value)

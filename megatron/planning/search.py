@@ -10,7 +10,11 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from megatron.planning.layout import Layout, least_stage
+from megatron.planning.memory import is_adam
 from megatron.planning.plan import Plan, Planner
+
+CHEAP = ("norm", "activation")
+"""Operations that are recomputed at hardly any time."""
 
 _SMALL_BUCKET = 50_000_000
 _MOST_CHANGES = 3
@@ -40,7 +44,7 @@ def changes(planner: Planner, before: Plan, limit: float, count: int = 3) -> lis
             axes = [name.split("=")[0] for name in names]
             if len(set(axes)) < len(axes) or any(smaller <= names for smaller, _ in found):
                 continue
-            layout = _combine(before.layout, [change for _, change in chosen])
+            layout = combine(before.layout, [change for _, change in chosen])
             if layout is not None and planner.is_possible(layout) and planner.peak(layout) <= limit:
                 found.append((names, layout))
         if len(found) >= 4 * count:
@@ -56,6 +60,12 @@ def _moves(planner: Planner, layout: Layout) -> Iterator[tuple[str, Fields]]:
     """Yield (axis=value, fields) of single changes; the data axis and accumulation follow from them."""
     if not layout.recompute:
         yield "recompute=1", {"recompute": 1, "operations": (), "first": None}
+        if not layout.operations:
+            yield "recompute=operations", {"operations": CHEAP, "first": None}
+    if is_adam(planner.config) and layout.moment_bytes == 4 and not layout.offload:
+        yield "moments=2", {"moment_bytes": 2}
+    if not layout.travels:
+        yield "travels=1", {"travels": True}
     if layout.tp > 1 and not layout.sequence_parallel:
         yield "sequence=1", {"sequence_parallel": True}
     for factor in (2, 4, 8):
@@ -73,7 +83,7 @@ def _moves(planner: Planner, layout: Layout) -> Iterator[tuple[str, Fields]]:
         yield "offload=1", {"offload": True}
 
 
-def _combine(layout: Layout, fields: list[Fields]) -> Layout | None:
+def combine(layout: Layout, fields: list[Fields]) -> Layout | None:
     """Return the layout with these fields and the same GPUs and global batch; None where they do not divide."""
     merged = {name: value for change in fields for name, value in change.items()}
     changed = layout.changed(**merged)

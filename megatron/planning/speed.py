@@ -36,6 +36,10 @@ _LAUNCHES = 0.2e-3
 """Seconds in which the host issues the forward pass of a block: some 25 kernels of 8 microseconds; no GPU is faster."""
 
 
+_TO_CPU = 25e9
+"""Bytes per second between a GPU and page-locked memory: 16 lanes of PCI Express 4.0."""
+
+
 @dataclass(frozen=True)
 class Gpu:
     """A GPU and its usual surroundings.
@@ -131,11 +135,12 @@ def speed(
     vocab_size: int,
     assumptions: Assumptions,
     simulate: bool = True,
+    travelling: Sequence[float] | None = None,
 ) -> Speed:
     """Return the estimate for one layout.
 
     sent: the traffic of each stage; numel: the parameters on a GPU of each. simulate: run the schedule event by event
-    instead of estimating it."""
+    instead of estimating it. travelling: bytes of a micro-batch that each stage sends to the CPU and takes back."""
     rate = assumptions.mfu * 1e12 * peak(config, assumptions.gpu)
     if config.numerics.precision == "fp8":
         rate *= interpolate(_FLOAT8, num_parameters(config.model, vocab_size))
@@ -143,11 +148,15 @@ def speed(
     again = [_recomputed_flops(config, layout, stage, blocks) for stage, (blocks, _) in zip(parts, flops, strict=True)]
     waits = [_per_micro_batch(one, layout, assumptions) for one in sent]
     least = [_LAUNCHES * len(stage.blocks) for stage in parts]
+    moved = [size / _TO_CPU for size in travelling or [0.0] * len(parts)]
     passes = 3.0 if layout.recompute else 2.0
-    forward = [max(sum(one) / 3 / rate, floor) + wait / 2 for one, wait, floor in zip(flops, waits, least, strict=True)]
+    forward = [
+        max(sum(one) / 3 / rate, floor, move) + wait / 2
+        for one, wait, floor, move in zip(flops, waits, least, moved, strict=True)
+    ]
     backward = [
-        max((2 / 3 * sum(one) + more) / rate, passes * floor) + wait / 2
-        for one, more, wait, floor in zip(flops, again, waits, least, strict=True)
+        max((2 / 3 * sum(one) + more) / rate, passes * floor, move) + wait / 2
+        for one, more, wait, floor, move in zip(flops, again, waits, least, moved, strict=True)
     ]
     run = (schedule.step_time if simulate else schedule.estimate)(forward, backward, layout.accumulation)
     compute = layout.accumulation * max((sum(one) + more) / rate for one, more in zip(flops, again, strict=True))
@@ -214,7 +223,7 @@ def _optimizer(config: Config, layout: Layout, numel: int, gpu: Gpu) -> float:
 
     Offloaded, gradients and weights cross PCI Express at 20 GB/s and the CPU reads and writes at 100 GB/s a GPU."""
     share = numel if layout.zero_stage == 0 else numel / layout.replicas
-    traffic = (10 + 8 * num_moments(config)) * share + 4 * share
+    traffic = (10 + 2 * layout.moment_bytes * num_moments(config)) * share + 4 * share
     if layout.offload:
         return 6 * share / 20e9 + traffic / 100e9
     return traffic / (1e9 * gpu.bandwidth)

@@ -29,6 +29,8 @@ from megatron.tokenizer.base import Tokenizer
 from megatron.tokenizer.build import build_tokenizer
 from megatron.training.evaluate import Evaluator
 from megatron.training.loop import Run, run_loop
+from megatron.training.micro_batch import with_micro_batch
+from megatron.training.out_of_memory import explained
 from megatron.training.persistence import Keeper
 from megatron.training.progress import Progress
 from megatron.training.stop import StopRequest
@@ -44,17 +46,20 @@ def train(config: Config, mesh: Mesh, config_files: Mapping[str, str] | None = N
     """
     require_ready(config)
     tokenizer = build_tokenizer(config.tokenizer)
-    data = _open_data(config, mesh, tokenizer)
-    config = _with_length(config, data.train_iters)
     tensor_parallel_size = config.parallel.model_parallel_size
     new_size = padded_vocab_size(tokenizer.vocab_size, config.model.make_vocab_size_divisible_by, tensor_parallel_size)
+    config = with_micro_batch(config, mesh, new_size)
+    data = _open_data(config, mesh, tokenizer)
+    config = _with_length(config, data.train_iters)
     with ExitStack() as stack:
         keeper = Keeper(config, mesh, tokenizer, {"train_order": data.train_order, "config_files": config_files})
         stack.callback(keeper.close)
         _tell_obstacles(config)
         assembly = _Assembly(config, mesh, tokenizer, stack)
         vocab_size = keeper.vocabulary(new_size, tensor_parallel_size)
+        scene = stack.enter_context(explained(config, mesh, vocab_size))
         engine, progress = assembly.engine(vocab_size, keeper)
+        scene.engine = engine
         monitor = assembly.monitor(vocab_size, progress)
         for summary in data.summaries:
             monitor.message(str(summary))

@@ -35,7 +35,10 @@ ASKED: dict[str, dict[str, Any]] = {
     "parameters on disk": {"zero_optimization.offload_param": {"device": "nvme"}},
     "sm3": {"optimizer.type": "sm3", "weight_decay": 0.0},
     "cpu_adam": {"optimizer.type": "cpu_adam"},
+    "update in backward": {"optimizer_in_backward": True, "gradient_clipping": 0.0},
     "round robin": {"zero_optimization.round_robin_gradients": True},
+    "DeepSpeed's bf16 states": {"bf16": {"bf16_optimizer_states": True}},
+    "bf16 masters": {"bf16": {"bf16_master_weights_and_grads": True}},
     "no norm": {"zero_optimization.compute_grad_norm": False},
 }
 

@@ -144,6 +144,27 @@ CASES: list[tuple[dict[str, Any], str]] = [
         "each must be at least 0 and less than 1.",
     ),
     (
+        {"optimizer": {"type": "lion", "params": {"lr": 1e-3}}, "moments_dtype": "bf16"},
+        'moments_dtype = "bf16": optimizer lion does not keep its state in it.',
+    ),
+    (
+        {"optimizer_in_backward": True, "gradient_clipping": 0.0, "gradient_accumulation_steps": 2},
+        "optimizer_in_backward = true: gradients are kept over gradient_accumulation_steps = 2 micro-batches.",
+    ),
+    ({"optimizer_in_backward": True}, "gradient_clipping = 1 needs the norm of all gradients before the first update."),
+    (
+        {"train_micro_batch_size_per_gpu": "auto"},
+        'train_micro_batch_size_per_gpu = "auto": the largest that fits keeps train_batch_size, which is not set. Set',
+    ),
+    (
+        {"train_micro_batch_size_per_gpu": "auto", "train_batch_size": 8, "gradient_accumulation_steps": 2},
+        "gradient_accumulation_steps = 2: it follows from the micro-batch that is found",
+    ),
+    (
+        {"train_micro_batch_size_per_gpu": "auto", "train_batch_size": 3, "world": 2},
+        "train_batch_size = 3: it is not a multiple of",
+    ),
+    (
         {"zero_optimization": {"stage": 3}, "pipe_parallel_size": 2, "world": 2},
         "zero_optimization.stage = 3: it does not go with pipe_parallel_size = 2: DeepSpeed cannot shard",
     ),

@@ -1,6 +1,7 @@
 """The command: its exit codes, what it prints, and that it needs no torch."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,32 @@ def test_a_run_that_does_not_fit_says_so_and_what_would(capsys, tmp_path):
     data = json.loads(file.read_text())
     assert data["fits"] is False
     assert data["peak_bytes"] == data["stages"][0]["total"] > data["limit_bytes"] == 40 * 2**30
+
+
+def test_a_micro_batch_that_is_left_open_is_the_largest_that_fits(capsys):
+    words = [SMALL, "--gpus", "1", "--gpu-memory", "24", "--set", "train_micro_batch_size_per_gpu=auto"]
+    words += ["train_batch_size=512", "gradient_accumulation_steps=null"]
+    sizes = {}
+    for more in (
+        (),
+        ("checkpoint_activations=true", "checkpoint_operations=[norm,activation]"),
+        ("moments_dtype=bf16",),
+    ):
+        assert main([*words, *more]) == 0
+        text = capsys.readouterr().out
+        sizes[more[:1]] = int(re.search(r"micro-batch (\d+) x accumulation (\d+)", text)[1])
+        assert "Fits: " in text
+    plain, recomputed, compact = sizes.values()
+    assert 512 % plain == 0
+    assert 1 < plain < recomputed
+    assert plain <= compact
+    assert main([*words, "train_micro_batch_size_per_gpu=512", "find_micro_batch_size=false"]) == DOES_NOT_FIT
+
+
+def test_a_list_among_changes_is_yaml(capsys):
+    overrides = ["pipe_parallel_size=1", "model_parallel_size=1", "checkpoint_activations=false"]
+    main([str(ROOT / "configs/pythia/6-9B.yml"), "--gpus", "8", "--gpu-memory", "80", "--set", *overrides])
+    assert "checkpoint_operations: [norm, activation]" in capsys.readouterr().out
 
 
 def test_search_prints_a_ranking_and_how_to_take_the_first(capsys):

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron.config.resolve import resolve
 from megatron.model.build import build_model
 from megatron.model.recompute import Recompute
+from megatron.ops import linear
 from megatron.parallel.mesh import Mesh
 
 VOCAB = 40
@@ -21,13 +22,15 @@ KINDS: dict[str, dict[str, Any]] = {
     "blocks": ON,
     "pairs of blocks": {**ON, "checkpoint_num_layers": 2},
     "the first blocks": {**ON, "checkpoint_first_layers": 2},
+    "norm": {**ON, "checkpoint_operations": ["norm"]},
     "attention": {**ON, "checkpoint_operations": ["attention"]},
     "activation": {**ON, "checkpoint_operations": ["activation"]},
-    "both": {**ON, "checkpoint_operations": ["attention", "activation"]},
+    "all": {**ON, "checkpoint_operations": ["norm", "activation", "attention"]},
     "activation of the first block": {**ON, "checkpoint_operations": ["activation"], "checkpoint_first_layers": 1},
 }
 MODELS: dict[str, dict[str, Any]] = {
     "gpt2": {"pos_emb": "learned", "no_weight_tying": False},
+    "gpt-j": {"gpt_j_residual": True, "gpt_j_tied": True, "norm": "scalenorm"},
     "pythia": {"gpt_j_residual": True},
     "llama": {"norm": "rmsnorm", "activation": "swiglu", "num_kv_heads": 2, "pos_emb": "rotary"},
     "rpe": {"pos_emb": "rpe"},
@@ -85,9 +88,24 @@ def test_recomputation_changes_no_gradient_and_keeps_less(name, kind):
 
 def test_less_is_kept_the_more_is_recomputed():
     sizes = {kind: run(**MODELS["gpt2"], **KINDS[kind])[1] for kind in KINDS}
-    assert sizes["blocks"] < sizes["the first blocks"] < sizes["both"]
-    assert sizes["both"] < sizes["attention"]
-    assert sizes["both"] < sizes["activation"] < sizes["activation of the first block"]
+    assert sizes["blocks"] < sizes["the first blocks"] < sizes["all"]
+    assert sizes["all"] < sizes["attention"]
+    assert sizes["all"] < sizes["activation"] < sizes["activation of the first block"]
+
+
+def test_large_products_of_a_function_of_our_own_are_not_repeated(monkeypatch):
+    """Such a function keeps its inputs when it has returned: whoever runs it again multiplies again."""
+    monkeypatch.setattr(linear, "_is_faster_by_onednn", lambda left, right: left.dtype == torch.float32)
+    calls: list[int] = []
+    multiply = linear._by_onednn
+    monkeypatch.setattr(linear, "_by_onednn", lambda *args: (calls.append(1), multiply(*args))[1])
+    counts = []
+    for keys in ({}, KINDS["norm"], KINDS["activation"], KINDS["all"]):
+        calls.clear()
+        run(**MODELS["pythia"], **keys)
+        counts.append(len(calls))
+    assert counts[0] > 0
+    assert counts == [counts[0]] * 4
 
 
 def test_blocks_are_chunked_from_the_first_of_a_stage():

@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron.ops.adamw import adamw_update_, adamw_update_reference_, bias_corrections, coefficient_of, sum_of_squares
+from megatron.ops.adamw import (
+    adamw_update_,
+    adamw_update_reference_,
+    bias_corrections,
+    coefficient_of,
+    noise,
+    noise_key,
+    sum_of_squares,
+)
 
 SETTINGS = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
 
@@ -71,3 +79,40 @@ def test_the_coefficient_undoes_the_scale_and_clips() -> None:
 
 def test_bias_corrections_are_exact_at_the_first_step() -> None:
     torch.testing.assert_close(bias_corrections(torch.tensor(1.0), 0.9, 0.999), torch.tensor([10.0, 1000**0.5]))
+
+
+def compact(seed: int = 3, steps: int = 40, beta2: float = 0.999, first: int = 0) -> tuple[list[Tensor], list[Tensor]]:
+    """Return averages and squares in bf16 after some updates with a gradient of 1."""
+    masters, averages, squares = [torch.zeros(4096)], *([torch.zeros(4096, dtype=torch.bfloat16)] for _ in range(2))
+    for number in range(1, steps + 1):
+        coefficient, step = torch.ones(()), torch.tensor(float(number))
+        lists = [torch.ones(4096)], masters, averages, squares, []
+        adamw_update_(*lists, coefficient, step, 1e-3, 0.9, beta2, 1e-8, 0.0, seed, first)
+    return averages, squares
+
+
+def test_moments_in_bf16_are_right_in_the_mean() -> None:
+    """Rounded to the nearest, the square would stop growing: from 0.25 on an update adds less than half a step."""
+    (average,), (square,) = compact(steps=600)
+    exact = 1 - 0.999**600
+    nearest = torch.zeros((), dtype=torch.bfloat16)
+    for _ in range(600):
+        nearest = (nearest.float() * 0.999 + 0.001).bfloat16()
+    assert abs(float(nearest) - exact) > 0.1 * exact
+    assert float(square.float().mean()) == pytest.approx(exact, rel=3e-3)
+    assert float(average.float().mean()) == pytest.approx(1.0, rel=3e-3)
+    assert len(square.unique()) > 1, "elements are rounded one by one"
+
+
+def test_rounding_follows_from_seed_step_and_tensor_alone() -> None:
+    one, again = compact(), compact()
+    assert all(torch.equal(*pair) for pair in zip(one[1], again[1], strict=True))
+    for other in (compact(seed=4), compact(first=1)):
+        assert not torch.equal(one[1][0], other[1][0])
+
+
+def test_random_bits_are_even() -> None:
+    bits = noise(noise_key(1, torch.tensor(5.0)), 2, 0, 2**16)
+    shares = [((bits >> shift) & 1).double().mean().item() for shift in range(32)]
+    assert all(abs(share - 0.5) < 0.01 for share in shares)
+    assert torch.equal(noise(noise_key(1, torch.tensor(5.0)), 2, 100, 50), bits[100:150])

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 
+from megatron.model import offload
 from tests.parallel.matrix import assert_equal, run_layout, run_reference
 from tests.parallel.test_pipeline import first_gradients
 from tests.ranks import run_ranks
 
-PARTS = {"checkpoint_activations": True, "checkpoint_operations": ["attention", "activation"]}
+PARTS = {"checkpoint_activations": True, "checkpoint_operations": ["norm", "attention", "activation"]}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "ours": (2, {}),
     "ZeRO 1": (2, {"stage": 1}),
@@ -40,4 +41,15 @@ def test_dropout_masks_are_drawn_again(name):
     kept = run_ranks(world_size, first_gradients, flat, world_size)
     recomputed = run_ranks(world_size, first_gradients, {**flat, **PARTS}, world_size)
     for (_, gradients), (_, others) in zip(kept, recomputed, strict=True):
+        assert all(torch.equal(gradient, others[parameter]) for parameter, gradient in gradients.items())
+
+
+@pytest.mark.parametrize("name", ["ours", "ZeRO 3", "sequence, ZeRO 3", "all to all", "pipeline of tensor"])
+def test_activations_that_travel_change_no_bit(name, monkeypatch):
+    monkeypatch.setattr(offload, "SMALLEST", 300)
+    world_size, layout = LAYOUTS[name]
+    flat = {**MODEL, **layout, "hidden_dropout": 0.2, "attention_dropout": 0.3, **PARTS}
+    kept = run_ranks(world_size, first_gradients, flat, world_size)
+    travelled = run_ranks(world_size, first_gradients, {**flat, "offload_activations": True}, world_size)
+    for (_, gradients), (_, others) in zip(kept, travelled, strict=True):
         assert all(torch.equal(gradient, others[parameter]) for parameter, gradient in gradients.items())

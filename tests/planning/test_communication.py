@@ -26,6 +26,8 @@ TIED: dict[str, Any] = {"no_weight_tying": False}
 AGAIN: dict[str, Any] = {"checkpoint_activations": True}
 LOCAL: dict[str, Any] = {"attention_config": [[["local", "global"], "all"]], "sliding_window_width": 3}
 
+NORMS = {**AGAIN, "checkpoint_operations": ["norm"], "checkpoint_first_layers": 3}
+
 LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
     # processes, ZeRO stage, keys
     **{f"data, ZeRO {stage}": (2, stage, {}) for stage in range(4)},
@@ -43,6 +45,8 @@ LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "sequence, recomputed in pairs": (2, 1, {**SP, **AGAIN, "checkpoint_num_layers": 2}),
     "tensor, recomputed with dropout": (2, 1, {**TP, **AGAIN, "hidden_dropout": 0.1}),
     "parallel residual, some recomputed": (2, 1, {**SP, **GPT_J, **AGAIN, "checkpoint_first_layers": 3}),
+    "sequence, norms recomputed": (2, 1, {**SP, **NORMS}),
+    "parallel residual, norms recomputed": (2, 1, {**SP, **GPT_J, **NORMS}),
     "norms over heads": (2, 1, {**TP, "use_qk_layernorm": True}),
     "pipeline": (2, 1, PP),
     "pipeline, tied": (2, 1, {**PP, **TIED}),

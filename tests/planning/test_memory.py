@@ -10,6 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from megatron.engine.build import build_engine
 from megatron.engine.local import LocalEngine
+from megatron.model import offload
 from megatron.model.build import build_model
 from megatron.objectives.build import build_objective
 from megatron.ops import attention
@@ -70,6 +71,43 @@ def _measure(stage, precision):
         "gradients": sum(gradients),
         "total": collectives.total, "payload": dict(collectives.payload),
     }  # fmt: skip
+
+
+AT_ONCE = {"optimizer_in_backward": True, "gradient_clipping": 0.0, "gradient_accumulation_steps": 1}
+
+
+@pytest.mark.parametrize(("stage", "keys"), [(0, {}), (1, {}), (3, {"precision": "fp32"}), (0, AT_ONCE)])
+def test_moments_in_bf16_and_updates_in_the_backward_pass(stage, keys):
+    """What is held between steps, and of gradients in the middle of one."""
+    keys = {"moments_dtype": "bf16", **keys}
+    resolved = config(2, stage, **keys)
+    planned = state_bytes(resolved, Layout.of(resolved), stages(resolved, VOCAB, 1)[0].num_parameters)
+    for _, measured in run_ranks(2, _terms, 2, stage, keys):
+        for term in ("weights", "masters", "moments"):
+            assert measured[term] == pytest.approx(getattr(planned, term), rel=0.05, abs=1), term
+    assert (planned.gradients == 0) == ("optimizer_in_backward" in keys)
+
+
+def test_activations_that_travel_leave_two_blocks(monkeypatch):
+    monkeypatch.setattr(offload, "SMALLEST", 0)
+    resolved = config(1, offload_activations=True)
+    parcels, make = [], offload._Parcel
+
+    def noted(*arguments):
+        parcels.append(make(*arguments))
+        return parcels[-1]
+
+    monkeypatch.setattr(offload, "_Parcel", noted)
+    monkeypatch.setattr(attention, "_trains_on_cpu", lambda query: False)
+    model = build_model(resolved, VOCAB, Mesh.single())
+    data = batch(resolved)
+    model(data.tokens, labels=data.labels, loss_mask=data.loss_mask)
+    (planned,) = stage_memory(resolved, Layout.of(resolved), stages(resolved, VOCAB, 1), VOCAB)
+    (near,) = stage_memory(resolved, Layout.of(config(1)), stages(resolved, VOCAB, 1), VOCAB)
+    assert planned.activations + planned.travelling == near.activations
+    assert planned.activations == pytest.approx(near.activations * 2 / 8, rel=0.01)
+    # one block of the eight stays, and another is on both sides
+    assert sum(parcel.nbytes for parcel in parcels) == pytest.approx(planned.travelling * 7 / 6, rel=0.05)
 
 
 @pytest.mark.parametrize(("stage", "precision"), CASES)

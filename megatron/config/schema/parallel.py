@@ -59,6 +59,11 @@ class BatchConfig(Section):
     train_micro_batch_size_per_gpu: int = setting(
         ..., "Sequences that one process computes at once.", unit="sequences", ge=1
     )
+    find_micro_batch_size: bool = setting(
+        False,
+        "Find the largest micro-batch that fits when the run starts, keeping train_batch_size, which must be set; "
+        "train_micro_batch_size_per_gpu: auto is the same.",
+    )
     gradient_accumulation_steps: int = setting(
         ..., "Micro-batches of each process in one optimizer step.", unit="micro-batches", ge=1
     )

@@ -3,7 +3,8 @@
 A launch is given a table of addresses and sizes in device memory; a program takes SPAN consecutive elements of one
 tensor and finds it by its number. One pass reads gradient, master and both moments and writes master, moments and the
 weight: 30 bytes for an element with a bf16 weight. The clip coefficient and the bias corrections come from device
-memory too; where the coefficient is not finite, nothing is written. Sums are made in a fixed order.
+memory too; where the coefficient is not finite, nothing is written. Sums are made in a fixed order. Moments in bf16,
+which save 8 of the bytes, are rounded at random by the bits that `megatron.ops.adamw.noise` makes.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron.ops.adamw import bias_corrections
+from megatron.ops.adamw import GOLDEN, MIX1, MIX2, bias_corrections, noise_key
 from megatron.ops.triton.launch import Sample, operator, runs, start
 
 SPAN = 16384
@@ -83,21 +84,40 @@ def _total(partial, total, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _mixed(bits, MIX1: tl.constexpr, MIX2: tl.constexpr):
+    """The finaliser of MurmurHash3 on uint32."""
+    bits = (bits ^ (bits >> 16)) * tl.full((), MIX1, tl.uint32)
+    bits = (bits ^ (bits >> 13)) * tl.full((), MIX2, tl.uint32)
+    return bits ^ (bits >> 16)
+
+
+@triton.jit
+def _rounded(values, bits):
+    """fp32 values rounded to bf16 at random; bits: uint32 in [0, 2^16)."""
+    return ((values.to(tl.uint32, bitcast=True) + bits) & 0xFFFF0000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _update(
     gradients, masters, averages, squares, weights, offsets, mask, coefficient, decay, step_size, inverse_root,
-    one_minus_beta1, beta2, eps,
-    HAS_WEIGHTS: tl.constexpr,
+    one_minus_beta1, beta2, eps, first, key,
+    HAS_WEIGHTS: tl.constexpr, AT_RANDOM: tl.constexpr, GOLDEN: tl.constexpr, MIX1: tl.constexpr, MIX2: tl.constexpr,
 ):  # fmt: skip
-    """Update a block of elements."""
+    """Update a block of elements; AT_RANDOM: the moments are bf16."""
     gradient = tl.load(gradients + offsets, mask=mask) * coefficient
-    average = tl.load(averages + offsets, mask=mask)
+    average = tl.load(averages + offsets, mask=mask).to(tl.float32)
     average += one_minus_beta1 * (gradient - average)
-    square = tl.load(squares + offsets, mask=mask)
+    square = tl.load(squares + offsets, mask=mask).to(tl.float32)
     square = beta2 * square + (1.0 - beta2) * gradient * gradient
     master = tl.load(masters + offsets, mask=mask) * decay
     master -= step_size * average / (tl.sqrt(square) * inverse_root + eps)
-    tl.store(averages + offsets, average, mask=mask)
-    tl.store(squares + offsets, square, mask=mask)
+    if AT_RANDOM:
+        elements = (first + offsets).to(tl.uint32)
+        bits = _mixed(elements * tl.full((), GOLDEN, tl.uint32) + key, MIX1, MIX2)
+        average = _rounded(average, bits & 0xFFFF)
+        square = _rounded(square, bits >> 16)
+    tl.store(averages + offsets, average.to(averages.dtype.element_ty), mask=mask)
+    tl.store(squares + offsets, square.to(squares.dtype.element_ty), mask=mask)
     tl.store(masters + offsets, master, mask=mask)
     if HAS_WEIGHTS:
         tl.store(weights + offsets, master.to(weights.dtype.element_ty), mask=mask)
@@ -105,21 +125,26 @@ def _update(
 
 @triton.jit
 def _adamw(
-    table, coefficients, corrections, num_tensors, rate, one_minus_beta1, beta2, eps, decay,
-    WEIGHT_TYPE: tl.constexpr, HAS_WEIGHTS: tl.constexpr, ALIGNED: tl.constexpr, TENSORS: tl.constexpr,
-    SPAN: tl.constexpr, BLOCK: tl.constexpr,
+    table, coefficients, corrections, keys, num_tensors, rate, one_minus_beta1, beta2, eps, decay, first_number,
+    WEIGHT_TYPE: tl.constexpr, HAS_WEIGHTS: tl.constexpr, MOMENT_TYPE: tl.constexpr, ALIGNED: tl.constexpr,
+    GOLDEN: tl.constexpr, MIX1: tl.constexpr, MIX2: tl.constexpr, TENSORS: tl.constexpr, SPAN: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Update a program's elements. coefficients [1]; corrections [2], of `bias_corrections`."""
+    """Update a program's elements. coefficients [1]; corrections [2], of `bias_corrections`; keys [1], of `noise_key`.
+    first_number: of the first tensor, for the random bits."""
     coefficient = tl.load(coefficients)
     if tl.abs(coefficient) < float("inf"):
         tensor, first, size = _find(table, num_tensors, TENSORS, SPAN)
         gradients = _pointer(table, 2, num_tensors, tensor, tl.float32, ALIGNED) + first
         masters = _pointer(table, 3, num_tensors, tensor, tl.float32, ALIGNED) + first
-        averages = _pointer(table, 4, num_tensors, tensor, tl.float32, ALIGNED) + first
-        squares = _pointer(table, 5, num_tensors, tensor, tl.float32, ALIGNED) + first
+        averages = _pointer(table, 4, num_tensors, tensor, MOMENT_TYPE, ALIGNED) + first
+        squares = _pointer(table, 5, num_tensors, tensor, MOMENT_TYPE, ALIGNED) + first
         weights = masters
         if HAS_WEIGHTS:
             weights = _pointer(table, 6, num_tensors, tensor, WEIGHT_TYPE, ALIGNED) + first
+        at_random: tl.constexpr = MOMENT_TYPE == tl.bfloat16
+        number = (first_number + tensor).to(tl.uint32)
+        key = _mixed(tl.load(keys).to(tl.uint32, bitcast=True) + number * tl.full((), MIX1, tl.uint32), MIX1, MIX2)
         step_size, inverse_root = rate * tl.load(corrections), tl.load(corrections + 1)
         count = tl.minimum(size - first, SPAN).to(tl.int32)
         whole = count // BLOCK * BLOCK
@@ -127,10 +152,12 @@ def _adamw(
         # fmt: off
         for begin in range(0, whole, BLOCK):
             _update(gradients, masters, averages, squares, weights, begin + lanes, None, coefficient, decay,
-                    step_size, inverse_root, one_minus_beta1, beta2, eps, HAS_WEIGHTS)
+                    step_size, inverse_root, one_minus_beta1, beta2, eps, first, key, HAS_WEIGHTS, at_random, GOLDEN,
+                    MIX1, MIX2)
         if whole < count:
             _update(gradients, masters, averages, squares, weights, whole + lanes, whole + lanes < count, coefficient,
-                    decay, step_size, inverse_root, one_minus_beta1, beta2, eps, HAS_WEIGHTS)
+                    decay, step_size, inverse_root, one_minus_beta1, beta2, eps, first, key, HAS_WEIGHTS, at_random,
+                    GOLDEN, MIX1, MIX2)
         # fmt: on
 
 
@@ -165,6 +192,8 @@ def adamw_update_(
     beta2: float,
     eps: float,
     weight_decay: float,
+    seed: int = 0,
+    first: int = 0,
 ) -> None:
     """Update masters and moments, and round the masters into the weights; see `megatron.ops.adamw.adamw_update_`."""
     if not runs(coefficient) or not any(tensor.numel() for tensor in masters):
@@ -176,15 +205,21 @@ def adamw_update_(
         table,
         coefficient,
         bias_corrections(step, beta1, beta2),
+        noise_key(seed, step),
         len(masters),
         rate,
         1.0 - beta1,
         beta2,
         eps,
         1.0 - rate * weight_decay,
+        first,
         WEIGHT_TYPE=_TYPES[weights[0].dtype] if weights else tl.float32,
         HAS_WEIGHTS=bool(weights),
+        MOMENT_TYPE=_TYPES[averages[0].dtype],
         ALIGNED=aligned,
+        GOLDEN=GOLDEN,
+        MIX1=MIX1,
+        MIX2=MIX2,
         TENSORS=triton.next_power_of_2(len(masters)),
         SPAN=SPAN,
         BLOCK=BLOCK,
@@ -211,13 +246,18 @@ def _table(columns: list[list[Tensor]]) -> tuple[Tensor, int, bool]:
 
 
 def samples() -> list[Sample]:
-    """Masters with bf16 weights, and fp32 weights that are their own masters."""
-    return [Sample("adamw bfloat16 weights", partial(_sample, True)), Sample("adamw", partial(_sample, False))]
+    """Masters with bf16 weights, also with bf16 moments, and fp32 weights that are their own masters."""
+    return [
+        Sample("adamw bfloat16 weights", partial(_sample, True, torch.float32)),
+        Sample("adamw bfloat16 weights and moments", partial(_sample, True, torch.bfloat16)),
+        Sample("adamw", partial(_sample, False, torch.float32)),
+    ]
 
 
-def _sample(has_weights: bool, device: torch.device) -> None:
+def _sample(has_weights: bool, moments: torch.dtype, device: torch.device) -> None:
     lists = [[torch.empty(4096, 4096, device=device) for _ in range(100)] for _ in range(4)]
     weights = [tensor.bfloat16() for tensor in lists[0]] if has_weights else []
     sum_of_squares(lists[0])
     coefficient, step = (torch.empty((), device=device) for _ in range(2))
+    lists[2:] = [[tensor.to(moments) for tensor in each] for each in lists[2:]]
     adamw_update_(*lists, weights, coefficient, step, 1e-4, 0.9, 0.95, 1e-8, 0.1)

@@ -104,6 +104,26 @@ def test_the_plain_update_is_the_same(scale: float, device: torch.device) -> Non
         torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=1e-7)
 
 
+def test_moments_in_bf16_are_rounded_by_the_same_bits(device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(5)
+    lists = [[torch.rand(shape, generator=generator).to(device) for shape in SHAPES] for _ in range(4)]
+    lists[2:] = [[tensor.bfloat16() for tensor in each] for each in lists[2:]]
+    twins = [[tensor.clone() for tensor in each] for each in lists]
+    coefficient = torch.full((), 0.5, device=device)
+    for number in range(1, 4):
+        step = torch.tensor(float(number), device=device)
+        for update, state in ((adamw.adamw_update_, lists), (plain.adamw_update_reference_, twins)):
+            update(*state, [], coefficient, step, 1e-2, **SETTINGS, seed=-7, first=3)
+    changed = 0
+    for ours, theirs in zip(lists[2] + lists[3], twins[2] + twins[3], strict=True):
+        assert ours.dtype == torch.bfloat16
+        changed += int((ours != theirs).sum())  # the last bit of fp32 arithmetic may tip a value over
+        torch.testing.assert_close(ours, theirs, rtol=2**-7, atol=0)
+    assert changed <= 2
+    for ours, theirs in zip(lists[1], twins[1], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e38])
 def test_a_gradient_that_is_not_finite_changes_nothing(poison: float, device: torch.device) -> None:
     """1e38 is finite, and its square is not in fp32."""
