@@ -71,6 +71,10 @@ if [ "${DEEPY_TEST_DEVICE:-cuda}" = cpu ]; then kernels+=(--quick); fi
 if [ -n "${WRITE:-}" ]; then kernels+=(--write); fi
 SHOWN=40 step kernels 200 "$python" benchmarks/kernels.py "${kernels[@]}"
 step fp8 40 "$python" benchmarks/fp8.py --quick --json "$out/fp8.json"
+attention=(--json "$out/attention.json")
+if [ "${DEEPY_TEST_DEVICE:-cuda}" = cpu ]; then attention+=(--quick); fi
+if [ -n "${WRITE:-}" ]; then attention+=(--write); fi
+SHOWN=60 step attention 75 "$python" benchmarks/attention.py "${attention[@]}"
 step train 90 "$python" benchmarks/train.py --quick --json "$out/train.json"
 step startup 40 "$python" benchmarks/startup.py --quick --json "$out/startup.json"
 step data 45 "$python" benchmarks/data.py --quick --json "$out/data.json"

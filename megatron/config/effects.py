@@ -30,6 +30,8 @@ _EFFECT: dict[str, tuple[str, tuple[Any, ...]]] = {
     "checkpoint_operations": ("checkpoint_activations", (True,)),
     "checkpoint_first_layers": ("checkpoint_activations", (True,)),
     "vocab_file": ("tokenizer_type", tuple(kind for kind in _TOKENIZERS if kind != "CharLevelTokenizer")),
+    "scaled_upper_triang_masked_softmax_fusion": ("attention_backend", ("dense",)),
+    "scaled_masked_softmax_fusion": ("attention_backend", ("dense",)),
     "fp8_fusion": ("precision", ("fp8",)),
     "allow_chopped": ("pack_impl", ("pack_until_overflow", "unpacked")),
 }

@@ -11,11 +11,11 @@ from typing import Any
 
 OWN_KEYS = frozenset(
     {
-        "activation_fusion", "check_replicas_interval", "checkpoint_first_layers", "checkpoint_operations",
-        "compile", "context_parallel_method", "context_parallel_size", "cross_entropy_fusion", "cuda_graphs",
-        "data_index_dir", "engine", "find_micro_batch_size", "fp8_fusion", "moments_dtype", "neox_compat",
-        "offload_activations", "optimizer_fusion", "optimizer_in_backward", "resume", "run_name", "runs_dir",
-        "wsd_decay_fraction", "wsd_decay_shape",
+        "activation_fusion", "attention_backend", "check_replicas_interval", "checkpoint_first_layers",
+        "checkpoint_operations", "compile", "context_parallel_method", "context_parallel_size", "cross_entropy_fusion",
+        "cuda_graphs", "data_index_dir", "engine", "find_micro_batch_size", "fp8_fusion", "moments_dtype",
+        "neox_compat", "offload_activations", "optimizer_fusion", "optimizer_in_backward", "resume", "run_name",
+        "runs_dir", "wsd_decay_fraction", "wsd_decay_shape",
     }
 )  # fmt: skip
 """Keys of the schema that GPT-NeoX does not have; every other key is one of its names."""
@@ -75,14 +75,7 @@ IGNORED: dict[str, str] = {
     **dict.fromkeys(
         ("short_seq_prob", "adlr_autoresume_interval", "deepscale_config", "mup_attn_temp", "mup_output_temp"), _DEAD
     ),
-    **dict.fromkeys(
-        (
-            "scaled_upper_triang_masked_softmax_fusion",
-            "scaled_masked_softmax_fusion",
-            "fused_kernels_build_path",
-        ),
-        _KERNELS,
-    ),
+    "fused_kernels_build_path": _KERNELS,
     **dict.fromkeys(
         (
             "partition_activations",

@@ -5,15 +5,17 @@ Attention of one process is the twin: a layer has one of these methods only wher
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from megatron.model.positions import AttentionMask, RelativePositionBias, Span
 from megatron.ops.attention import attention
-from megatron.parallel.context import Sight, heads_to_sequence, ring_attention, sequence_to_heads
+from megatron.ops.attention_backend import Attend
+from megatron.ops.partial_attention import NO_KERNELS, PartKernels
+from megatron.ops.sight import Sight
+from megatron.parallel.context import heads_to_sequence, ring_attention, sequence_to_heads
 from megatron.parallel.mesh import Axis
 
 
@@ -49,33 +51,47 @@ class AcrossRanks(Protocol):
 
 @dataclass(frozen=True)
 class RingAcrossRanks:
-    """Keys and values go round; the config's rules keep rpe and dropout away from it."""
+    """Keys and values go round; the config's rules keep rpe and dropout away from it.
+
+    kernels: what computes its parts.
+    """
 
     axis: Axis
+    kernels: PartKernels = NO_KERNELS
 
     def __call__(self, asked: Asked) -> Tensor:
         if asked.rpe is not None or asked.dropout:
             raise ValueError("ring attention has neither relative position biases nor dropout")
         sight = Sight(asked.scale, asked.mask.window, asked.mask.slopes, asked.segments)
-        return ring_attention(asked.query, asked.key, asked.value, sight, self.axis)
+        return ring_attention(asked.query, asked.key, asked.value, sight, self.axis, self.kernels)
 
 
 @dataclass(frozen=True)
 class HeadsAcrossRanks:
-    """Each rank computes a share of the heads over the whole sequence."""
+    """Each rank computes a share of the heads over the whole sequence. attend: what computes it."""
 
     axis: Axis
+    attend: Attend = attention
 
     def __call__(self, asked: Asked) -> Tensor:
         query, key, value = (sequence_to_heads(each, self.axis) for each in (asked.query, asked.key, asked.value))
-        bias = asked.mask(Span(0, query.shape[2]), asked.segments, asked.rpe, query)
-        if bias is not None and bias.dim() >= 3 and bias.shape[-3] > 1:  # [n, s, s]: this rank's heads of it
-            bias = bias.chunk(self.axis.size, dim=-3)[self.axis.rank]
-        attended = attention(query, key, value, asked.scale, bias is None, bias, asked.dropout)
+        length = query.shape[2]
+        sight = asked.mask(asked.scale, Span(0, length), asked.segments, asked.rpe, query.device)
+        if sight.slopes is not None:  # of this rank's heads
+            sight = replace(sight, slopes=sight.slopes.chunk(self.axis.size)[self.axis.rank])
+        if sight.bias is not None:
+            sight = replace(sight, bias=sight.bias.chunk(self.axis.size, dim=-3)[self.axis.rank])
+        attended = self.attend(query, key, value, sight, asked.dropout)
         return heads_to_sequence(attended, self.axis)
 
 
-def make_across(axis: Axis, method: str) -> AcrossRanks | None:
-    """Return the method of `context_parallel_method`, or None on an axis of one rank."""
-    methods: dict[str, Callable[[Axis], AcrossRanks]] = {"ring": RingAcrossRanks, "all_to_all": HeadsAcrossRanks}
-    return methods[method](axis) if axis.size > 1 else None
+def make_across(
+    axis: Axis, method: str, attend: Attend = attention, kernels: PartKernels = NO_KERNELS
+) -> AcrossRanks | None:
+    """Return the method of `context_parallel_method`, or None on an axis of one rank.
+
+    attend: attention of one process. kernels: what computes parts of it.
+    """
+    if axis.size == 1:
+        return None
+    return RingAcrossRanks(axis, kernels) if method == "ring" else HeadsAcrossRanks(axis, attend)

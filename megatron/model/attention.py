@@ -17,6 +17,7 @@ from megatron.model.cache import KVCache
 from megatron.model.positions import ALONE, AttentionMask, RelativePositionBias, RotaryTables, Span
 from megatron.model.recompute import recomputed
 from megatron.ops.attention import attention
+from megatron.ops.attention_backend import Attend
 from megatron.ops.choice import Function
 from megatron.ops.heads import split_heads, split_heads_reference
 from megatron.parallel.collectives import TensorRegion
@@ -33,7 +34,7 @@ class SelfAttention(nn.Module):
     rotary: tables, or None. mask: what is seen and any alibi bias. rpe: relative position bias, or None.
     across: how tokens see those of the other ranks of the context axis; None where this rank has all of them.
     recompute: compute scores and what follows from them again in the backward pass.
-    turn: a fused `ops.rotary.rotate_packed`, or None.
+    turn: a fused `ops.rotary.rotate_packed`, or None. attend: what computes attention where a rank has all tokens.
     """
 
     def __init__(
@@ -55,11 +56,13 @@ class SelfAttention(nn.Module):
         across: AcrossRanks | None = None,
         recompute: bool = False,
         turn: Function | None = None,
+        attend: Attend = attention,
     ) -> None:
         super().__init__()
         self.layer = layer
         self.recompute = recompute
         self.turn = turn
+        self.attend = attend
         self.head_dim = hidden_size // num_heads
         self.group_size = num_heads // num_kv_heads
         self.num_groups = num_kv_heads // region.axis.size
@@ -95,9 +98,8 @@ class SelfAttention(nn.Module):
         with self.region.own_stream(query.device) if dropout else nullcontext():
             if self.across is not None:
                 return self.across(Asked(query, key, value, scale, self.mask, segments, self.rpe, dropout))
-            mask = self.mask(span, segments, self.rpe, query)
-            causal = mask is None and span.end - span.start > 1
-            return attention(query, key, value, scale, causal, mask, dropout)
+            sight = self.mask(scale, span, segments, self.rpe, query.device)
+            return self.attend(query, key, value, sight, dropout)
 
     def _project(self, hidden: Tensor, span: Span) -> tuple[Tensor, Tensor, Tensor]:
         """Return query [b, n, s, d], key and value [b, k, s, d], normed and turned."""

@@ -54,6 +54,4 @@ def _forward(block: Block, compiled: Callable[..., Stream], stream: Stream, cach
     span = Span.of(length, cache, ALONE if attention.across is None else attention.across.axis)
     if attention.rotary is not None:
         attention.rotary(span, stream.hidden.device)
-    if attention.across is None:
-        attention.mask.store(span, stream.segments, attention.rpe, stream.hidden)
     return compiled(stream, cache)

@@ -11,6 +11,7 @@ from megatron.config.schema.config import Config
 from megatron.model.accounting import layer_types, mlp_shape
 from megatron.model.across import make_across
 from megatron.model.attention import SelfAttention
+from megatron.model.attention_choice import attend, part_kernels
 from megatron.model.block import ParallelBlock, PreNormBlock
 from megatron.model.init import make_initializer
 from megatron.model.kernels import activation_operation
@@ -112,6 +113,9 @@ class DecoderBlocks:
 
     def _attention(self, layer: int) -> SelfAttention:
         model, numerics = self.config.model, self.config.numerics
+        kind = layer_types(model)[layer]
+        method = self.config.parallel.context_parallel_method
+        attends = attend(self.config, kind, self.choices)
         return SelfAttention(
             layer=layer,
             hidden_size=model.hidden_size,
@@ -122,14 +126,15 @@ class DecoderBlocks:
             output_init=self.initializer(numerics.output_layer_init_method),
             bias=model.use_bias_in_attn_linear,
             dropout=numerics.attention_dropout,
-            mask=self.masks[layer_types(model)[layer]],
+            mask=self.masks[kind],
             rotary=self.rotary,
             rpe=self.rpe,
             qk_norm=make_head_norm(model, self.region) if model.use_qk_layernorm else None,
-            across=make_across(self.context, self.config.parallel.context_parallel_method),
+            across=make_across(self.context, method, attends, part_kernels(self.config, kind, self.choices)),
             key_scaling=float(max(1, layer)) if numerics.apply_query_key_layer_scaling else 1.0,
             recompute="attention" in recomputed_operations(self.config.training, layer),
             turn=self.choices.fused("rotate_packed"),
+            attend=attends,
         )
 
     def _mlp(self, layer: int) -> MLP:

@@ -10,6 +10,7 @@ import torch
 from megatron.config.schema.config import Config
 from megatron.errors import ConfigError, Problem
 from megatron.logs import get_logger
+from megatron.model.attention_choice import choose_attention
 from megatron.ops.catalogue import CATALOGUE
 from megatron.ops.choice import Asked, Choices, Situation, choose
 from megatron.ops.fp8 import obstacle
@@ -29,6 +30,8 @@ def choose_kernels(config: Config, device: torch.device, dtype: torch.dtype) -> 
         _tell_of_float8(device)
     asked = dict(_asked(config))
     choices = choose(asked, Situation(device, dtype, config.model.hidden_size), CATALOGUE, fastest)
+    choices = Choices((*choices.choices, *choose_attention(config, device, dtype).choices))
+    asked["attention"] = config.kernels.attention_backend
     if device.type == "cuda" or any(wish not in ("auto", False) for wish in asked.values()):
         logger.info("kernels on %s:\n%s", device, choices.table())
     return choices

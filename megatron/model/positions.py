@@ -7,7 +7,7 @@ layer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from megatron.model.cache import KVCache
 from megatron.ops.relative import alibi_slopes, relative_buckets
 from megatron.ops.rotary import rotary_tables
+from megatron.ops.sight import Sight
 from megatron.parallel.context import local_positions
 from megatron.parallel.layers import Initializer, make_parameter
 from megatron.parallel.mesh import Axis
@@ -98,7 +99,7 @@ class RelativePositionBias(nn.Module):
 
 
 class AttentionMask:
-    """What a layer adds to its scores, or hides of them, beyond plain causality.
+    """What a layer hides of its scores, or adds to them, beyond plain causality.
 
     window: a token sees itself and the `window` tokens before it; None sees all.
     slopes: alibi slopes of this rank's heads [n], or None without alibi.
@@ -107,56 +108,25 @@ class AttentionMask:
     def __init__(self, window: int | None = None, slopes: Tensor | None = None) -> None:
         self.window = window
         self.slopes = slopes
-        self._key: tuple[object, ...] = ()
-        self._mask: Tensor | None = None
+        self._sight: Sight | None = None
 
     def __call__(
-        self, span: Span, segments: Tensor | None, bias: RelativePositionBias | None, hidden: Tensor
-    ) -> Tensor | None:
-        """Return None where plain causality says all, else bool (True is seen) or a bias, to [b, n, q, s].
+        self, scale: float, span: Span, segments: Tensor | None, bias: RelativePositionBias | None, device: torch.device
+    ) -> Sight:
+        """Return what the span's tokens see. The layers that share this mask get one Sight, and what it has made.
 
         segments: [b, s] document numbers; a token sees its own document only.
-        hidden: the layer's input, for its device and dtype.
         """
-        if not self._is_needed(span, segments, bias):
-            return None
-        device = hidden.device
-        mask = self._static(span, device, hidden.dtype)
-        if _is_rowwise(span, segments):
-            mask = _restrict(mask, _seen_by_row(span, segments, device))
-        if bias is None:
-            return mask
-        table = bias(_distance(span, device))
-        return table.masked_fill(~mask, float("-inf"))
+        sight = self._sight
+        if sight is None or torch.compiler.is_compiling() or not self._is_of(sight, scale, span, segments):
+            sight = Sight(scale, self.window, self.slopes, segments, span.padding)
+        if not torch.compiler.is_compiling():  # what a graph makes is its own
+            self._sight = sight
+        return sight if bias is None else replace(sight, bias=bias(_distance(span, device)))
 
-    def store(self, span: Span, segments: Tensor | None, bias: RelativePositionBias | None, hidden: Tensor) -> None:
-        """Compute what depends on the columns only, where a call with these arguments needs it and does not have it."""
-        if self._is_needed(span, segments, bias):
-            self._static(span, hidden.device, hidden.dtype)
-
-    def _is_needed(self, span: Span, segments: Tensor | None, bias: RelativePositionBias | None) -> bool:
-        windowed = self.window is not None and self.window < span.end - 1
-        chunked = span.start > 0 and span.end - span.start > 1
-        return windowed or chunked or _is_rowwise(span, segments) or self.slopes is not None or bias is not None
-
-    def _static(self, span: Span, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Return the part that depends on the columns only: [q, s] bool, or [n, q, s] of `dtype` with alibi."""
-        key = (span.start, span.end, device, dtype)
-        if self._mask is None or key != self._key:
-            with torch.inference_mode(False):
-                self._key, self._mask = key, self._computed(_distance(span, device), dtype)
-        return self._mask
-
-    def _computed(self, distance: Tensor, dtype: torch.dtype) -> Tensor:
-        seen = distance >= 0
-        if self.window is not None:
-            seen = seen & (distance <= self.window)
-        return seen if self.slopes is None else self._alibi(distance, seen).to(dtype)
-
-    def _alibi(self, distance: Tensor, seen: Tensor) -> Tensor:
-        assert self.slopes is not None
-        bias = -self.slopes.to(distance.device).view(-1, 1, 1) * distance
-        return bias.masked_fill(~seen, float("-inf"))
+    @staticmethod
+    def _is_of(sight: Sight, scale: float, span: Span, segments: Tensor | None) -> bool:
+        return sight.scale == scale and sight.segments is segments and sight.padding is span.padding
 
 
 def make_slopes(num_heads: int, axis: Axis) -> Tensor:
@@ -168,24 +138,3 @@ def _distance(span: Span, device: torch.device) -> Tensor:
     """Return i - j for the span's queries i and all keys j: [q, s] int64."""
     columns = torch.arange(span.end, device=device)
     return columns[span.start :].unsqueeze(1) - columns.unsqueeze(0)
-
-
-def _is_rowwise(span: Span, segments: Tensor | None) -> bool:
-    return span.padding is not None or segments is not None
-
-
-def _seen_by_row(span: Span, segments: Tensor | None, device: torch.device) -> Tensor:
-    """Return [b, 1, q, s] bool: keys of the row's own document and not padding. A token always sees itself, so that
-    padding has a finite output."""
-    seen = _distance(span, device) == 0
-    if span.padding is not None:
-        tokens = torch.arange(span.end, device=device) >= span.padding.unsqueeze(1)
-        seen = seen | tokens[:, None, None, :]
-    if segments is not None:
-        same = segments[:, span.start :].unsqueeze(2) == segments.unsqueeze(1)
-        seen = (seen & same.unsqueeze(1)) if span.padding is not None else same.unsqueeze(1)
-    return seen
-
-
-def _restrict(mask: Tensor, seen: Tensor) -> Tensor:
-    return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, float("-inf"))

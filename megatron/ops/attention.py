@@ -1,60 +1,73 @@
-"""Scaled dot-product attention of query groups over shared key-value heads.
+"""Scaled dot-product attention of query groups over shared key-value heads, and what computes it.
 
     softmax(scale * q k^T + bias) v                                  Vaswani et al. 2017
 
-Each of k key-value heads serves n/k consecutive query heads (Ainslie et al. 2023). The fast path is PyTorch's
-SDPA, whose softmax is fp32 in every backend and which never holds an s x s matrix where it needs no bias; training on a
-CPU has a path of its own.
+Each of k key-value heads serves n/k consecutive query heads (Ainslie et al. 2023). What tokens see is told by a
+`Sight`, and each back end makes of it what it needs: PyTorch's SDPA a flag, or a mask where the flag does not say it
+all; our kernel and flash-attn numbers for each token. The formula that all of them are compared with is
+`sight_reference`.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from megatron.ops.attention_cpu import causal_attention
+from megatron.ops.attention_backend import Attend, Backend
+from megatron.ops.attention_sdpa import SDPA
+from megatron.ops.sight import Sight
+
+attention: Backend = SDPA
+"""PyTorch's, which computes everything everywhere."""
 
 
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float,
-    causal: bool,
-    mask: Tensor | None = None,
-    dropout: float = 0.0,
-) -> Tensor:
-    """Return [b, n, q, d] from query [b, n, q, d], key and value [b, k, s, d].
+def first_of(*backends: Attend) -> Attend:
+    """Return attention by the first back end that can do what is asked for in a call, at last by PyTorch's SDPA.
 
-    causal: position i sees keys 0..i; needs q == s.
-    mask: instead of causal, bool (True is seen) or an additive bias, broadcasting to [b, n, q, s].
-    dropout: probability of dropping an attention weight.
+    A back end is chosen for training; the same layer decodes, evaluates and drops nothing.
     """
-    if _trains_on_cpu(query) and causal and not dropout:
-        return causal_attention(query, key, value, scale)
-    if mask is not None and mask.dtype != torch.bool:
-        mask = mask.to(query.dtype)
-    grouped = query.shape[1] != key.shape[1]
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=grouped
-    )
 
+    def attend(query: Tensor, key: Tensor, value: Tensor, sight: Sight, dropout: float = 0.0) -> Tensor:
+        for backend in backends:
+            if not isinstance(backend, Backend) or not backend.lacks(query, key, sight, dropout):
+                return backend(query, key, value, sight, dropout)
+        return SDPA(query, key, value, sight, dropout)
 
-def _trains_on_cpu(query: Tensor) -> bool:
-    return query.device.type == "cpu" and query.requires_grad and torch.is_grad_enabled()
+    return attend
 
 
 def attention_reference(
     query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, mask: Tensor | None = None
 ) -> Tensor:
-    """The formula, with every score in memory."""
+    """The formula, with every score in memory.
+
+    causal: position i sees keys 0..i; needs q == s. mask: besides, bool (True is seen) or an additive bias,
+    broadcasting to [b, n, q, s].
+    """
     groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1).float(), value.repeat_interleave(groups, dim=1).float()
-    scores = scale * query.float() @ key.transpose(-1, -2)
+    precision = torch.promote_types(query.dtype, torch.float32)
+    key, value = (each.repeat_interleave(groups, dim=1).to(precision) for each in (key, value))
+    scores = scale * query.to(precision) @ key.transpose(-1, -2)
     if causal:
         seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         scores = scores.masked_fill(~seen, float("-inf"))
     if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask.float()
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     return (scores.softmax(dim=-1) @ value).to(query.dtype)
+
+
+def sight_reference(query: Tensor, key: Tensor, value: Tensor, sight: Sight, dropout: float = 0.0) -> Tensor:
+    """The formula of what a Sight says, with the weights' dropout."""
+    positions = torch.arange(key.shape[2], device=query.device)
+    queries = positions[key.shape[2] - query.shape[2] :]
+    precision = torch.promote_types(query.dtype, torch.float32)
+    added = sight.distance_bias(queries, positions).to(precision)
+    if sight.bias is not None:
+        added = added + sight.bias
+    added = added.masked_fill(~sight.seen(queries, positions), float("-inf"))
+    if not dropout:
+        return attention_reference(query, key, value, sight.scale, False, added)
+    groups = query.shape[1] // key.shape[1]
+    key, value = (each.repeat_interleave(groups, dim=1).to(precision) for each in (key, value))
+    weights = (sight.scale * query.to(precision) @ key.transpose(-1, -2) + added).softmax(dim=-1)
+    return (torch.dropout(weights, dropout, True) @ value).to(query.dtype)

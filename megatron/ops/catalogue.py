@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from megatron.ops import probes
+from megatron.ops.attention_operation import ATTENTION
 from megatron.ops.choice import EAGER, Candidate, Operation, Probe
 from megatron.ops.compiled import COMPILE, Compiled
 
@@ -100,4 +101,4 @@ _OPERATIONS = (
     ),
 )  # fmt: skip
 
-CATALOGUE: Mapping[str, Operation] = {operation.name: operation for operation in _OPERATIONS}
+CATALOGUE: Mapping[str, Operation] = {operation.name: operation for operation in (*_OPERATIONS, *ATTENTION)}

@@ -36,11 +36,12 @@ EAGER = "eager"
 
 @dataclass(frozen=True)
 class Situation:
-    """Where operations run. hidden_size: features of a token."""
+    """Where operations run. hidden_size: features of a token; of attention, of a head. length: tokens of a row."""
 
     device: torch.device
     dtype: torch.dtype
     hidden_size: int
+    length: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,14 @@ class Candidate:
 
     place: "module:function", imported only where it is to be used. package: what must be installed, or "".
     ready: "module:function" that makes it ready on a device and returns why it cannot be, or ""; "": nothing needs to.
+    everywhere: whether it runs on every device.
     """
 
     name: str
     place: str
     package: str = ""
     ready: str = ""
+    everywhere: bool = False
 
     def load(self) -> Function:
         """Return the function; whatever its import raises is raised."""
@@ -62,7 +65,7 @@ class Candidate:
 
     def obstacle(self, situation: Situation) -> str:
         """Return why it cannot be used here, or ""."""
-        if self.name == EAGER:
+        if self.name == EAGER or self.everywhere:
             return ""
         if situation.device.type != "cuda":
             return f"needs a CUDA device, and this is {situation.device.type}"
@@ -177,7 +180,7 @@ def _order(operation: Operation, wish: Asked, situation: Situation, fastest: str
         return [*((each, why) for each in operation.candidates if each.name == fastest), _last(eager)]
     if wish is True:
         return [*((each, "true was asked for") for each in fused), _last(eager)]
-    named = [(each, f"{wish} was asked for") for each in fused if each.name == wish]
+    named = [(each, f"{wish} was asked for") for each in operation.candidates if each.name == wish]
     return [*named, _last(eager)] if named else [(eager, f"there is no {wish} for it")]
 
 
@@ -192,7 +195,7 @@ def _last(eager: Candidate) -> tuple[Candidate, str]:
 
 def _disagreement(operation: Operation, candidate: Candidate, situation: Situation) -> str:
     """Return how the candidate fails on the device, in its own words, or differs from the formula; "" if neither."""
-    if candidate.name == EAGER:
+    if candidate is operation.candidates[0]:
         return ""
     device = probe_device(situation)
     try:

@@ -22,12 +22,13 @@ PATH = Path(__file__).with_suffix(".json")
 
 @dataclass(frozen=True)
 class Fastest:
-    """A measurement. device: start of the GPU's name. hidden_size: the smallest for which it holds."""
+    """A measurement. device: start of the GPU's name. hidden_size, length: the smallest for which it holds."""
 
     device: str
     operation: str
     hidden_size: int
     candidate: str
+    length: int = 0
 
 
 @cache
@@ -52,11 +53,11 @@ def fastest(operation: str, situation: Situation) -> str | None:
     if situation.device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(situation.device)
-    return among(read_rows(), name, operation, situation.hidden_size)
+    return among(read_rows(), name, operation, situation.hidden_size, situation.length)
 
 
-def among(rows: tuple[Fastest, ...], device: str, operation: str, hidden_size: int) -> str | None:
-    """Return the candidate of the fitting row with the largest hidden size."""
+def among(rows: tuple[Fastest, ...], device: str, operation: str, hidden_size: int, length: int = 0) -> str | None:
+    """Return the candidate of the fitting row with the largest hidden size, and of these with the largest length."""
     fitting = [row for row in rows if row.operation == operation and device.startswith(row.device)]
-    below = [row for row in fitting if row.hidden_size <= hidden_size]
-    return max(below, key=lambda row: row.hidden_size).candidate if below else None
+    below = [row for row in fitting if row.hidden_size <= hidden_size and row.length <= length]
+    return max(below, key=lambda row: (row.hidden_size, row.length)).candidate if below else None

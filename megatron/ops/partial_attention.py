@@ -11,15 +11,18 @@ and the gradients of a part need nothing of the others but l_i and o_i (Dao et a
     dq_i = scale sum_j ds_ij k_j     dk_j = scale sum_i ds_ij q_i     dv_j = sum_i p_ij do_i
 
 Scores, log-sum-exps, merged outputs and sums of gradients are fp32. On a GPU in 16 bits PyTorch's flash kernel computes
-the parts that have no bias; other parts are computed by the formula, a tile of queries at a time.
+the parts that have no bias, unless another kernel is given, which may know windows and documents too; other parts are
+computed by the formula, a tile of queries at a time.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from megatron.ops.sight import Bounds
 
 _TILE = 512
 _LEAST = torch.finfo(torch.float32).min
@@ -31,6 +34,36 @@ class Gradients(NamedTuple):
     query: Tensor
     key: Tensor
     value: Tensor
+
+
+class PartKernel(Protocol):
+    """A kernel that computes parts; arguments are those of `attend_part` and `attend_part_backward`.
+
+    bounds: instead of causal, which keys each query sees; or None.
+    """
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, bounds: Bounds | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the output and its log-sum-exp."""
+        ...
+
+    def backward(
+        self, gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, scale: float,
+        causal: bool, bounds: Bounds | None,
+    ) -> Gradients:  # fmt: skip
+        """Return what the part adds to the gradients."""
+        ...
+
+
+class PartKernels(NamedTuple):
+    """What computes parts that see all keys or the causal ones, and parts with other limits; None: what is here."""
+
+    plain: PartKernel | None = None
+    limited: PartKernel | None = None
+
+
+NO_KERNELS = PartKernels()
 
 
 def attend_part(

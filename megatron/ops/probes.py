@@ -13,8 +13,11 @@ from torch import Tensor
 
 from megatron.ops.choice import Function
 from megatron.ops.rotary import rotary_tables
+from megatron.ops.sight import Sight
 
 _ROWS = 37
+_TOKENS = 197
+"""Of attention: more than a block, and no multiple of one."""
 
 
 def _draw(device: torch.device, dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:
@@ -116,6 +119,24 @@ def masked_softmax(function: Function, device: torch.device, dtype: torch.dtype,
     mask = (torch.arange(_ROWS, device=device) < torch.tensor([[0], [20]], device=device))[:, None, None]
     windowed, padded = function(scores, 0.5, True, 7), function(scores, 0.5, False, None, mask)
     return [*_results([windowed], [scores], [upstream]), *_results([padded], [scores], [upstream])]
+
+
+def attention(
+    function: Function, device: torch.device, dtype: torch.dtype, hidden_size: int, features: Sequence[str] = ()
+) -> list[Tensor]:
+    """Four heads of `hidden_size` features over two keys, and more tokens than a block; dropout of next to nothing."""
+    length, heads = _TOKENS, 4
+    shapes = [(2, length, heads, hidden_size), *[(2, length, 2, hidden_size)] * 2, (2, length, heads, hidden_size)]
+    *leaves, upstream = _draw(device, dtype, *shapes)
+    slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625], device=device) if "alibi" in features else None
+    bias = torch.linspace(-1, 1, heads * length, device=device).view(heads, 1, length) if "bias" in features else None
+    columns = torch.arange(length, device=device)
+    segments = torch.stack([columns // 50, (columns > length // 4).long()]) if "documents" in features else None
+    window = length // 5 if "window" in features else None
+    sight = Sight(hidden_size**-0.5, window, slopes, segments, bias=bias)
+    query, key, value = (leaf.transpose(1, 2) for leaf in leaves)
+    output = function(query, key, value, sight, 1e-9 if "dropout" in features else 0.0)
+    return _results([output], leaves, [upstream.transpose(1, 2)])
 
 
 def grouped_matmul(function: Function, device: torch.device, dtype: torch.dtype, hidden_size: int) -> list[Tensor]:

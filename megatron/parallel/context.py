@@ -30,14 +30,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from megatron.ops.partial_attention import attend_part, attend_part_backward, merge_part
+from megatron.ops.partial_attention import (
+    NO_KERNELS,
+    Gradients,
+    PartKernel,
+    PartKernels,
+    attend_part,
+    attend_part_backward,
+    merge_part,
+)
+from megatron.ops.sight import Bounds, Sight
 from megatron.parallel.mesh import Axis
-from megatron.parallel.visible import Part, seen_keys, visible_parts
+from megatron.parallel.visible import seen_keys, visible_parts
 
 _OPS = torch.ops._c10d_functional
 
@@ -59,37 +68,6 @@ def positions_of(rank: int, size: int, length: int, device: torch.device | str |
 def local_positions(axis: Axis, length: int, device: torch.device | str | None = None) -> Tensor:
     """Return the positions of this rank's tokens in a sequence of `length`: [length / axis.size] int64."""
     return positions_of(axis.rank, axis.size, length, device)
-
-
-@dataclass(frozen=True)
-class Sight:
-    """What tokens see: themselves and the tokens before them, within limits.
-
-    scale: of the scores. window: tokens before oneself that are seen, or None for all.
-    slopes: [n] alibi slopes, whose bias is -slope * distance, or None.
-    segments: [b, s] document numbers of the whole sequence; only the own document is seen. Or None.
-    """
-
-    scale: float
-    window: int | None = None
-    slopes: Tensor | None = None
-    segments: Tensor | None = None
-
-    def needs_bias(self, part: Part) -> bool:
-        """Return whether the part's `causal` does not say all of what its tokens see."""
-        return part.cut or self.slopes is not None or self.segments is not None
-
-    def bias(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """Return what is added to the scores of queries and keys at these positions: [.., q, s] fp32, -inf hides."""
-        distance = queries.unsqueeze(1) - keys.unsqueeze(0)
-        seen = distance >= 0
-        if self.window is not None:
-            seen &= distance <= self.window
-        if self.segments is not None:
-            same = self.segments[:, queries].unsqueeze(2) == self.segments[:, keys].unsqueeze(1)
-            seen = (seen & same).unsqueeze(1)
-        slopes = torch.zeros(1, device=queries.device) if self.slopes is None else self.slopes.to(queries.device)
-        return (-slopes.float().view(-1, 1, 1) * distance).masked_fill(~seen, float("-inf"))
 
 
 Waiting = Callable[[], Tensor]
@@ -163,47 +141,110 @@ class Route:
         return lambda: _OPS.wait_tensor(pending).view(shape)
 
 
-def ring_attention(query: Tensor, key: Tensor, value: Tensor, sight: Sight, axis: Axis) -> Tensor:
+class Part(NamedTuple):
+    """Queries and keys at hand, as slices of them, and what these queries see of these keys.
+
+    causal: query i sees keys 0..i. Where that says too little, bounds for a kernel, or a bias for the formula.
+    """
+
+    query: slice
+    key: slice
+    causal: bool = False
+    bounds: Bounds | None = None
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Computes the parts of a ring. kernels: what computes them; those of alibi are computed by the formula."""
+
+    sight: Sight
+    kernels: PartKernels = NO_KERNELS
+
+    def at_hand(self, route: Route, shift: int, device: torch.device) -> Iterator[Part]:
+        """Yield the parts of one shift."""
+        sight, owner, start = self.sight, route.owner(shift), route.keys(shift).start
+        length = 2 * route.half * route.size
+        for part in visible_parts(route.rank, owner, route.size, route.half, route.window):
+            columns = slice(part.key.start - start, part.key.stop - start)
+            if not (part.cut or sight.slopes is not None or sight.segments is not None):
+                yield Part(part.query, columns, part.causal)
+                continue
+            queries, keys = (positions_of(rank, route.size, length, device) for rank in (route.rank, owner))
+            queries, keys = queries[part.query], keys[part.key]
+            if self.kernels.limited is not None and sight.slopes is None:
+                yield Part(part.query, columns, bounds=sight.bounds_of(queries, keys))
+            else:
+                bias = sight.distance_bias(queries, keys).masked_fill(~sight.seen(queries, keys), float("-inf"))
+                yield Part(part.query, columns, bias=bias)
+
+    def forward(self, part: Part, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the part's output and log-sum-exp."""
+        kernel = self._kernel(part)
+        if kernel is not None:
+            return kernel.forward(query, key, value, self.sight.scale, part.causal, part.bounds)
+        return attend_part(query, key, value, self.sight.scale, part.causal, part.bias)
+
+    def backward(
+        self, part: Part, gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor
+    ) -> Gradients:
+        """Return what the part adds to the gradients; output and lse are those of the whole."""
+        tensors, kernel = (gradient, query, key, value, output, lse), self._kernel(part)
+        if kernel is not None:
+            return kernel.backward(*tensors, self.sight.scale, part.causal, part.bounds)
+        return attend_part_backward(*tensors, self.sight.scale, part.causal, part.bias)
+
+    def _kernel(self, part: Part) -> PartKernel | None:
+        if part.bias is not None:
+            return None
+        return self.kernels.plain if part.bounds is None else self.kernels.limited
+
+
+def ring_attention(
+    query: Tensor, key: Tensor, value: Tensor, sight: Sight, axis: Axis, kernels: PartKernels = NO_KERNELS
+) -> Tensor:
     """Return [b, n, s/C, d] of this rank's queries over the whole sequence.
 
     query: [b, n, s/C, d]; key, value: [b, k, s/C, d]: this rank's tokens, in the order of `local_positions`.
+    kernels: what computes its parts.
     """
-    result: Tensor = _RingAttention.apply(query, key, value, sight, Route(axis, query.shape[2] // 2, sight.window))
+    route = Route(axis, query.shape[2] // 2, sight.window)
+    result: Tensor = _RingAttention.apply(query, key, value, Parts(sight, kernels), route)
     return result
 
 
 class _RingAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, sight: Sight, route: Route) -> Tensor:
-        output, lse = ring_forward(query, key, value, sight, route)
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, parts: Parts, route: Route) -> Tensor:
+        output, lse = ring_forward(query, key, value, parts, route)
         ctx.save_for_backward(query, key, value, output, lse)
-        ctx.sight, ctx.route = sight, route
+        ctx.parts, ctx.route = parts, route
         return output
 
     @staticmethod
     def backward(ctx: Any, *gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, lse = ctx.saved_tensors
-        found = ring_backward(gradient[0].contiguous(), query, key, value, output, lse, ctx.sight, ctx.route)
+        found = ring_backward(gradient[0].contiguous(), query, key, value, output, lse, ctx.parts, ctx.route)
         return (*found, None, None)
 
 
-def ring_forward(query: Tensor, key: Tensor, value: Tensor, sight: Sight, route: Route) -> tuple[Tensor, Tensor]:
+def ring_forward(query: Tensor, key: Tensor, value: Tensor, parts: Parts, route: Route) -> tuple[Tensor, Tensor]:
     """Return the output in the query's dtype, and the log-sum-exp [b, n, s/C] in fp32; nothing of it has gradients."""
     output = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
     lse = torch.full(query.shape[:3], float("-inf"), dtype=torch.float32, device=query.device)
     own = held = torch.stack((key, value))
     for shift, following in _with_next(route.shifts):
         arriving = None if following is None else route.bring(own, held, following)
-        for rows, columns, mask in _masked_parts(route, shift, query, sight):
-            keys, values = held[:, :, :, columns]
-            found = attend_part(query[:, :, rows], keys, values, sight.scale, **mask)
-            merge_part(output[:, :, rows], lse[:, :, rows], *found)
+        for part in parts.at_hand(route, shift, query.device):
+            keys, values = held[:, :, :, part.key]
+            found = parts.forward(part, query[:, :, part.query], keys, values)
+            merge_part(output[:, :, part.query], lse[:, :, part.query], *found)
         held = held if arriving is None else arriving()
     return output.to(query.dtype), lse
 
 
 def ring_backward(
-    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, sight: Sight, route: Route
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, parts: Parts, route: Route
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value."""
     of_query = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
@@ -213,13 +254,13 @@ def ring_backward(
     for shift, following in _with_next(route.shifts):
         arriving = None if following is None else route.bring(own, held, following)
         of_held = torch.zeros(held.shape, dtype=torch.float32, device=key.device) if shift else of_own
-        for rows, columns, mask in _masked_parts(route, shift, query, sight):
-            keys, values = held[:, :, :, columns]
-            of_rows, local, merged, local_lse = (each[:, :, rows] for each in (gradient, query, output, lse))
-            found = attend_part_backward(of_rows, local, keys, values, merged, local_lse, sight.scale, **mask)
-            of_query[:, :, rows] += found.query
-            of_held[0, :, :, columns] += found.key
-            of_held[1, :, :, columns] += found.value
+        for part in parts.at_hand(route, shift, query.device):
+            keys, values = held[:, :, :, part.key]
+            of_rows, local, merged, local_lse = (each[:, :, part.query] for each in (gradient, query, output, lse))
+            found = parts.backward(part, of_rows, local, keys, values, merged, local_lse)
+            of_query[:, :, part.query] += found.query
+            of_held[0, :, :, part.key] += found.key
+            of_held[1, :, :, part.key] += found.value
         coming = route.give_back(of_held, coming, shift) if shift else None
         held = held if arriving is None else arriving()
     if coming is not None:
@@ -229,20 +270,6 @@ def ring_backward(
 
 def _with_next(shifts: list[int]) -> Iterator[tuple[int, int | None]]:
     return zip(shifts, [*shifts[1:], None], strict=True)
-
-
-def _masked_parts(
-    route: Route, shift: int, query: Tensor, sight: Sight
-) -> Iterator[tuple[slice, slice, dict[str, Any]]]:
-    """Yield the parts of one shift, each as slices of this rank's queries and of the keys at hand, and its mask."""
-    owner, start, length = route.owner(shift), route.keys(shift).start, 2 * route.half * route.size
-    for part in visible_parts(route.rank, owner, route.size, route.half, route.window):
-        columns = slice(part.key.start - start, part.key.stop - start)
-        if not sight.needs_bias(part):
-            yield part.query, columns, {"causal": part.causal}
-            continue
-        queries, keys = (positions_of(rank, route.size, length, query.device) for rank in (route.rank, owner))
-        yield part.query, columns, {"bias": sight.bias(queries[part.query], keys[part.key])}
 
 
 def sequence_to_heads(tokens: Tensor, axis: Axis) -> Tensor:

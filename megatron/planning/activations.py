@@ -17,7 +17,8 @@ together, of the context T n d / tp beside the attention's own, of gelu T c / tp
 
 A ring keeps its context once more, in the order that the next layer needs; an exchange of heads keeps query, key and
 value of its heads and not the projection that they come from.
-Attention is taken to be fused: it keeps no scores. A bias or a window costs its mask, in the form the kernels want.
+Attention is taken to be fused: it keeps no scores. A learned bias costs its mask, in the form the kernels want; a
+window or alibi does where attention_backend asks for PyTorch's.
 """
 
 from __future__ import annotations
@@ -173,9 +174,16 @@ def _dropout(config: Config) -> int:
     return 2 * config.model.hidden_size if config.numerics.hidden_dropout else 0
 
 
+_MASKLESS = ("auto", "triton", "flash2", "flash3")
+"""Values of attention_backend under which windows and alibi are numbers for each token."""
+
+
 def _mask(config: Config, layout: Layout, layer: int) -> int:
-    """Return the bytes of a layer's own mask or bias over all pairs of positions."""
-    model = config.model
+    """Return the bytes of a layer's own mask or bias over all pairs of positions, where its back end needs one."""
+    model, backend = config.model, config.kernels.attention_backend
+    maskless = backend in _MASKLESS and not (backend == "flash3" and model.pos_emb == "alibi")
+    if maskless and model.pos_emb != "rpe" and not config.numerics.attention_dropout:
+        return 0
     pairs = (model.seq_length // layout.cp) * model.seq_length * WEIGHT_BYTES[config.numerics.weight_precision]
     if model.pos_emb in ("alibi", "rpe"):
         return pairs * model.num_attention_heads // layout.tp

@@ -33,6 +33,7 @@ def test_a_failed_step_costs_only_itself(tmp_path: Path) -> None:
         "install": "passed",
         "kernels": "passed",
         "fp8": "passed",
+        "attention": "passed",
         "train": "FAILED: exit code 3",
         "startup": "passed",
         "data": "passed",
@@ -43,4 +44,6 @@ def test_a_failed_step_costs_only_itself(tmp_path: Path) -> None:
     assert (out / "kernels.log").read_text() == (
         f"ran: benchmarks/kernels.py --limit 165 --json {out}/kernels.json --quick --write\n"
     )
+    attention = f"ran: benchmarks/attention.py --json {out}/attention.json --quick --write\n"
+    assert (out / "attention.log").read_text() == attention
     assert f"{wheels}/a.whl" in (out / "install.log").read_text()

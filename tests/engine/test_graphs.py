@@ -31,6 +31,8 @@ def mesh(device: str, **sizes: int) -> Mesh:
         ({}, mesh("cuda", tp=2), "processes that share a layer or a sequence"),
         ({}, mesh("cuda", cp=2), "processes that share a layer or a sequence"),
         ({"checkpoint_activations": True, "hidden_dropout": 0.1}, mesh("cuda"), "the random generator's state"),
+        ({"offload_activations": True}, mesh("cuda"), "offload_activations copies to the CPU"),
+        ({"optimizer_in_backward": True, "gradient_clipping": 0}, mesh("cuda"), "updates weights within"),
         ({"checkpoint_activations": True}, mesh("cuda"), ""),
         ({"hidden_dropout": 0.1}, mesh("cuda", dp=2), ""),
     ],

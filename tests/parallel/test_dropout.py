@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from megatron.engine.build import build_engine
-from megatron.model import attention as attention_module
+from megatron.model.attention import SelfAttention
 from megatron.model.build import build_model
 from megatron.objectives.build import build_objective
+from megatron.ops.attention import attention
 from megatron.parallel import collectives
 from megatron.parallel.collectives import TensorRegion
 from megatron.parallel.mesh import Mesh
@@ -45,19 +46,22 @@ def recorded_draws(flat: dict[str, Any], iteration: int) -> list[tuple[str, str]
     """Do one step, and return the generator's state at each dropout: (where, state), in order."""
     config = make_config({**DROPOUT, **flat}, 2)
     mesh = make_mesh(config)
-    engine = build_engine(config, mesh, build_model(config, 48, mesh), build_objective())
+    model = build_model(config, 48, mesh)
+    engine = build_engine(config, mesh, model, build_objective())
     record: list[tuple[str, str]] = []
-    attend, drop = attention_module.attention, collectives.F.dropout
+    drop = collectives.F.dropout
 
     def recording_attention(*args: Any, **kwargs: Any) -> Tensor:
         record.append(("attention", state()))
-        return attend(*args, **kwargs)
+        return attention(*args, **kwargs)
 
     def recording_dropout(hidden: Tensor, probability: float) -> Tensor:
         record.append(("hidden", state()))
         return drop(hidden, probability)
 
-    attention_module.attention = recording_attention
+    for module in model.modules():
+        if isinstance(module, SelfAttention):
+            module.attend = recording_attention
     collectives.F.dropout = recording_dropout
     engine.train_step(micro_batches(config, make_batches(config)[iteration], mesh), iteration)
     return record

@@ -8,6 +8,7 @@ from megatron.config.schema.base import Section, setting
 
 LossFusion = Literal["auto", True, False, "triton", "cuda"]
 Float8Fusion = Literal["auto", True, False, "triton", "transformer_engine"]
+Fusion = Literal["auto", True, False, "triton"]
 ElementWiseFusion = Literal["auto", True, False, "triton", "compile"]
 NormFusion = Literal["auto", True, False, "triton", "apex", "liger", "transformer_engine", "compile"]
 ActivationFusion = Literal["auto", True, False, "triton", "liger", "compile"]
@@ -23,9 +24,25 @@ _COMPILED = (
 )
 
 
+AttentionBackend = Literal["auto", "sdpa", "cudnn", "flash", "efficient", "triton", "flash2", "flash3", "dense"]
+
+
 class KernelsConfig(Section):
     """Which kernels compute the operations of a model: a table at the start of a run says what was chosen, and why."""
 
+    attention_backend: AttentionBackend = setting(
+        "auto",
+        "What computes attention. auto: on a GPU what was measured to be the fastest there, else triton for windows, "
+        "documents and alibi, and sdpa. sdpa: PyTorch's, whichever of its kernels; cudnn, flash, efficient: that one. "
+        "triton: the library's own. flash2, flash3: the package flash-attn. dense: two products, with all scores in "
+        "memory. What one of them cannot compute goes to sdpa.",
+    )
+    scaled_upper_triang_masked_softmax_fusion: Fusion = setting(
+        "auto", f"What computes the causal softmax of attention_backend: dense. {_MEANING}"
+    )
+    scaled_masked_softmax_fusion: Fusion = setting(
+        "auto", f"What computes its softmax within windows, documents and left padding. {_MEANING}"
+    )
     layernorm_fusion: NormFusion = setting("auto", f"What computes norm: layernorm. {_COMPILED}")
     rmsnorm_fusion: NormFusion = setting("auto", f"What computes norm: rmsnorm. {_COMPILED}")
     rope_fusion: ElementWiseFusion = setting("auto", f"What turns queries and keys by their positions. {_COMPILED}")

@@ -88,7 +88,8 @@ class ModelConfig(Section):
     attention_config: list[Any] | None = setting(
         None,
         'Attention type of each layer: a list of num_layers names, or [[[names], repeats or "all"], ...]. "global" is '
-        'causal attention and "flash" another name for it; "local" sees sliding_window_width tokens. Unset: global.',
+        'causal attention and "flash" another name for it, since attention_backend says what computes it; "local" sees '
+        "sliding_window_width tokens. Unset: global.",
     )
     sliding_window_width: int | None = setting(
         None,

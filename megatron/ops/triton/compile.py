@@ -50,15 +50,15 @@ class Resources:
 def resources(sample: Sample, arch: int) -> list[Resources]:
     """Return the resources of each kernel that the sample starts, compiled for sm_<arch>; none where it cannot run."""
     found = {}
-    for launch in record(sample) if arch >= sample.least else ():
+    for launch in record(sample, arch) if arch >= sample.least else ():
         kernel = compiled(launch, arch)
         found[kernel.hash] = _measured(kernel, launch, sample.name, arch)
     return list(found.values())
 
 
-def record(sample: Sample) -> list[Launch]:
-    """Return what the sample would start on a GPU, forward and backward."""
-    with recording() as launches:
+def record(sample: Sample, arch: int) -> list[Launch]:
+    """Return what the sample would start on sm_<arch>, forward and backward."""
+    with recording(arch) as launches:
         sample.run(torch.device("meta"))
     if not launches:
         raise AssertionError(f"{sample.name} started no kernel")

@@ -46,6 +46,7 @@ class Launch:
 
 
 _recorded: list[list[Launch]] = []
+_recorded_for: list[int] = []
 
 
 def operator(mutates: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -85,13 +86,28 @@ def start(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any)
 
 
 @contextmanager
-def recording() -> Iterator[list[Launch]]:
-    """Within the block, operators on meta tensors append what they would start to the list, and start nothing."""
+def recording(arch: int = 90) -> Iterator[list[Launch]]:
+    """Within the block, operators on meta tensors append what they would start on sm_<arch>, and start nothing."""
     _recorded.append([])
+    _recorded_for.append(arch)
     try:
         yield _recorded[-1]
     finally:
         _recorded.pop()
+        _recorded_for.pop()
+
+
+def architecture(device: torch.device) -> int:
+    """Return 90 for sm_90: that of the GPU, or the one that launches are recorded for."""
+    if device.type == "cuda":
+        return _capability(device)
+    return _recorded_for[-1] if _recorded_for else 90
+
+
+@cache
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 @cache

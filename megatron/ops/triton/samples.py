@@ -5,6 +5,7 @@ from __future__ import annotations
 from megatron.ops.triton import (
     activations,
     adamw,
+    attention,
     cross_entropy,
     dropout_add,
     fp8,
@@ -22,6 +23,7 @@ SAMPLES: tuple[Sample, ...] = (
     *rotary.samples(),
     *dropout_add.samples(),
     *softmax.samples(),
+    *attention.samples(),
     *cross_entropy.samples(),
     *adamw.samples(),
     *grouped_matmul.samples(),
