@@ -159,11 +159,7 @@ def element_wise_pairs(draw: Draws, tokens: int, hidden: int) -> Iterator[Pair]:
 
 
 def softmax_pairs(draw: Draws, tokens: int, hidden: int) -> Iterator[Pair]:
-    """Causal attention weights of rows of up to 512 tokens.
-
-    Without an aim: no model computes them by themselves, and ours are fp32 until they are done, whatever the scores'
-    dtype, where the plain ones are rounded between.
-    """
+    """Causal attention weights of rows of up to 512 tokens; ours are not rounded before they are done."""
     length = min(512, tokens)
     scores = draw(tokens // length, hidden // 64, length, length)
     is_hidden = ~torch.ones(length, length, dtype=torch.bool).tril()
@@ -171,7 +167,6 @@ def softmax_pairs(draw: Draws, tokens: int, hidden: int) -> Iterator[Pair]:
         "causal softmax",
         trained(lambda s: softmax.masked_softmax(s, 0.125, causal=True), scores),
         trained(lambda s: plain_torch.causal_softmax(s, is_hidden), scores),
-        aim=0,
         turns=5,
     )
 

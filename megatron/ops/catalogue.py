@@ -73,7 +73,7 @@ _OPERATIONS = (
         "cross_entropy:share_losses", _cuda("cross_entropy:share_losses"),
     ),
     _operation(
-        "masked_softmax", "softmax:masked_softmax", "softmax:masked_softmax", probes.masked_softmax,
+        "masked_softmax", "softmax:masked_softmax", "softmax:masked_softmax_reference", probes.masked_softmax,
         "softmax:masked_softmax",
     ),
     _operation(

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron.ops.softmax import masked_softmax, seen_keys
+from megatron.ops import softmax_cpu
+from megatron.ops.softmax import masked_softmax, masked_softmax_reference, seen_keys
 
 SHAPE = (2, 3, 5, 9)
 
@@ -55,3 +56,24 @@ def test_a_window_needs_causal_attention() -> None:
 def test_seen_keys() -> None:
     seen = seen_keys(2, 4, 2, torch.device("cpu"))
     assert seen.tolist() == [[False, True, True, False], [False, False, True, True]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("queries", "keys", "causal", "window"), [(7, 9, True, None), (9, 9, True, 3), (5, 2, True, 1), (4, 6, False, None)]
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_blocks_of_heads_equal_the_formula(monkeypatch, dtype, queries, keys, causal, window, masked) -> None:
+    monkeypatch.setattr(softmax_cpu, "BLOCK_SIZE", 2 * queries * keys)  # two heads of three, then one
+    generator = torch.Generator().manual_seed(1)
+    leaf = torch.randn(2, queries, 3, keys, generator=generator).to(dtype).transpose(1, 2).requires_grad_()
+    mask = (torch.rand(2, 1, 1, keys, generator=generator) < 0.6) if masked else None
+    upstream = torch.randn(leaf.shape, generator=generator).to(dtype)
+    found, exact = (
+        function(x, 0.3, causal, window, mask)
+        for function, x in ((masked_softmax, leaf), (masked_softmax_reference, leaf.double()))
+    )
+    (gradient,), (wanted,) = (torch.autograd.grad(y, leaf, upstream.to(y.dtype)) for y in (found, exact))
+    tolerance = {"rtol": 2e-2, "atol": 1e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(found, exact.to(dtype), **tolerance)
+    torch.testing.assert_close(gradient, wanted.to(dtype), **tolerance)
