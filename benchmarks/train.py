@@ -61,7 +61,8 @@ TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3}
 OWN_TOLERANCE = {"litgpt": {"fp32": 1e-5, "bf16": 1e-2}}
 """LitGPT's loss is itself a bf16 number."""
 
-QUICK = {True: (OURS, "hf"), False: (OURS, "hf", "plain")}
+QUICK = {True: (OURS, "ours fused", "ours compiled", "hf"), False: (OURS, "hf", "plain")}
+GPU_ONLY = ("ours fused", "ours recorded")
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,9 @@ def _sizes(options: argparse.Namespace) -> list[Size]:
 def _sides(options: argparse.Namespace) -> list[str]:
     if options.side:
         return [OURS, *(side for side in options.side if side != OURS)]
-    return list(QUICK[ON_GPU]) if options.quick else list(SIDES)
+    if options.quick:
+        return list(QUICK[ON_GPU])
+    return [side for side in SIDES if ON_GPU or side not in GPU_ONLY]
 
 
 def _measured(size: Size, precision: str, sides: Sequence[str], quick: bool, peak: float) -> list[Row]:
@@ -201,7 +204,7 @@ def _missed(rows: dict[str, Row], size: Size, device: str) -> list[str]:
     ours = rows[OURS]
     if "H200" in device and ours.tokens_per_second < size.aim:
         found.append(f"{ours.tokens_per_second:,.0f} tokens/s, the aim is {size.aim:,.0f}")
-    others = [row for side, row in rows.items() if side not in (OURS, DEEPSPEED)]
+    others = [row for side, row in rows.items() if not side.startswith(OURS) and side != DEEPSPEED]
     if not ON_GPU and others:
         best = min(others, key=lambda row: row.ratio)
         if best.ratio < AIM:

@@ -1,6 +1,7 @@
 """What `train.py` measures: each side builds a model of the same weights and returns its step.
 
-    ours        the library's engine: fp32 masters, norm and clipping of the gradient, AdamW
+    ours        the library's engine: fp32 masters, norm and clipping of the gradient, AdamW. "fused" asks for every
+                fused kernel, "compiled" for compiled blocks (on a GPU on top), "recorded" for CUDA graphs
     deepspeed   the same through DeepSpeed's ZeRO stage 1, at world size 1
     hf          Hugging Face's GPTNeoXForCausalLM in the plain loop, with PyTorch's fused AdamW
     plain       a nanoGPT-style model (plain_gpt.py) in that loop
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,6 +28,7 @@ from benchmarks.train_turns import Make, Step
 from megatron.config.resolve import resolve
 from megatron.data.batch import Batch
 from megatron.engine.build import build_engine
+from megatron.engine.pending import PendingStep
 from megatron.model.build import DTYPES, build_model
 from megatron.objectives.build import build_objective
 from megatron.parallel.mesh import Mesh
@@ -50,30 +53,39 @@ def tokens_of(size: Size, device: torch.device) -> Tensor:
     )
 
 
-def our_weights(size: Size, precision: str) -> dict[str, Tensor]:
-    """Return the initial weights, on the CPU."""
-    model = build_model(resolve(settings(size, precision, on_gpu=False)), VOCABULARY, Mesh.single())
+class _Result:
+    """The loss of a step, for which nobody waits before it is read."""
+
+    def __init__(self, pending: PendingStep) -> None:
+        self._pending = pending
+
+    def __float__(self) -> float:
+        return self._pending.read().loss
+
+
+def our_weights(size: Size, precision: str, device: torch.device) -> dict[str, Tensor]:
+    """Return the initial weights."""
+    model = build_model(resolve(settings(size, precision, on_gpu=False)), VOCABULARY, Mesh.single(device))
     return {name: parameter.detach().to(DTYPES[precision]) for name, parameter in model.named_parameters()}
 
 
-def ours(size: Size, precision: str, device: torch.device, zero_stage: int = 0) -> Step:
-    """Return the step of an engine of ours."""
-    on_gpu = device.type == "cuda"
-    config = resolve(settings(size, precision, on_gpu) | {"zero_optimization": {"stage": zero_stage}})
+def ours(size: Size, precision: str, device: torch.device, **keys: Any) -> Step:
+    """Return the step of an engine of ours. keys: of the config, beside those of the size."""
+    config = resolve(settings(size, precision, device.type == "cuda") | keys)
     mesh = Mesh.single(device)
     engine = build_engine(config, mesh, build_model(config, VOCABULARY, mesh), build_objective())
     tokens = tokens_of(size, device)
     batch = Batch(
         tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.ones(tokens[:, 1:].shape, device=device)
     )
-    return lambda: engine.train_step([batch], 0).loss
+    return lambda: _Result(engine.queue_step([batch], 0))
 
 
 def through_deepspeed(size: Size, precision: str, device: torch.device) -> Step:
     """Return the step of DeepSpeed's ZeRO stage 1 in a world of one process."""
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
-    return ours(size, precision, device, zero_stage=1)
+    return ours(size, precision, device, zero_optimization={"stage": 1}, engine="deepspeed")
 
 
 def hugging_face(
@@ -88,7 +100,7 @@ def hugging_face(
         use_parallel_residual=True,
     )  # fmt: skip
     model = GPTNeoXForCausalLM(shape)
-    weights = {_renamed(name): weight for name, weight in our_weights(size, precision).items()}
+    weights = {_renamed(name): weight for name, weight in our_weights(size, precision, device).items()}
     model = _filled(model, weights, "fp32" if autocast else precision, device)
     called = torch.compile(model) if compiled else model
 
@@ -102,7 +114,7 @@ def hugging_face(
 
 def plain(size: Size, precision: str, device: torch.device, compiled: bool = False) -> Step:
     """Return the step of the nanoGPT-style model."""
-    weights = plain_weights(our_weights(size, precision), size.heads)
+    weights = plain_weights(our_weights(size, precision, device), size.heads)
     model = _filled(PlainGPT(size, size.length), weights, precision, device)
     return _loop(model, torch.compile(model) if compiled else model, size, device)
 
@@ -122,7 +134,7 @@ def litgpt(size: Size, precision: str, device: torch.device) -> Step:
         intermediate_size=4 * size.hidden, head_size=size.hidden // size.heads, n_query_groups=size.heads,
         padded_vocab_size=VOCABULARY, rotary_percentage=ROTARY_SHARE,
     )  # fmt: skip
-    theirs = {_renamed(name): weight for name, weight in our_weights(size, precision).items()}
+    theirs = {_renamed(name): weight for name, weight in our_weights(size, precision, device).items()}
     theirs["embed_out.weight"] = theirs.pop("lm_head.weight")
     weights: dict[str, Tensor] = {}
     copy_weights_gpt_neox(shape, weights, theirs)
@@ -130,8 +142,14 @@ def litgpt(size: Size, precision: str, device: torch.device) -> Step:
     return _loop(model, lambda ids, labels: chunked_cross_entropy(model(ids), labels), size, device)
 
 
+FUSED = dict.fromkeys(
+    ("layernorm_fusion", "rope_fusion", "activation_fusion", "cross_entropy_fusion", "optimizer_fusion"), True
+)
 SIDES: Mapping[str, Make] = {
     "ours": ours,
+    "ours fused": lambda *where: ours(*where, **FUSED),
+    "ours compiled": lambda *where: ours(*where, **(FUSED if where[2].type == "cuda" else {}), compile=True),
+    "ours recorded": lambda *where: ours(*where, **FUSED, cuda_graphs=True),
     "deepspeed": through_deepspeed,
     "hf": hugging_face,
     "hf compiled": lambda *where: hugging_face(*where, compiled=True),

@@ -8,12 +8,20 @@ from typing import Any
 
 VOCABULARY = 50304
 ROTARY_SHARE = 0.25
+LESS_MEMORY = {
+    "moments_dtype": "bf16",
+    "checkpoint_activations": True,
+    "checkpoint_operations": ["norm", "activation"],
+}
 
 
 @dataclass(frozen=True)
 class Size:
-    """A model. rows, length: sequences of a step and their tokens. aim, published: tokens/s on one H200 that we aim at,
-    and that others published; 0 where there is none. settings: keys of ours that it needs there."""
+    """A model.
+
+    rows, length: sequences of a step and their tokens. aim, published: tokens/s on one H200 that we aim at, and that
+    others published; 0 where there is none. settings: keys of ours that it needs there.
+    """
 
     name: str
     layers: int
@@ -32,7 +40,7 @@ GPU_SIZES = (
     Size("350M", 24, 1024, 16, 24, 2048, 181e3, 163e3),
     Size("1.3B", 24, 2048, 16, 16, 2048, 60e3, 54.5e3),
     Size("2.7B", 32, 2560, 32, 8, 2048, 31e3, 25.4e3),
-    Size("6.9B", 32, 4096, 32, 2, 2048, 13.1e3, 11.0e3),
+    Size("6.9B", 32, 4096, 32, 4, 2048, 13.1e3, 11.0e3, LESS_MEMORY),
 )
 
 
