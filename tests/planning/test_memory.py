@@ -98,7 +98,6 @@ def test_activations_that_travel_leave_two_blocks(monkeypatch):
         return parcels[-1]
 
     monkeypatch.setattr(offload, "_Parcel", noted)
-    monkeypatch.setattr(attention, "_trains_on_cpu", lambda query: False)
     model = build_model(resolved, VOCAB, Mesh.single())
     data = batch(resolved)
     model(data.tokens, labels=data.labels, loss_mask=data.loss_mask)
