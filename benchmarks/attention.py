@@ -125,7 +125,7 @@ def on_a_gpu(shapes: list[Shape], device: torch.device) -> list[Row]:
             for name, backend in backends(kind, shape, device, torch.bfloat16):
                 try:
                     rows.append(measured(name, backend, kind, shape, sight, tensors, clock))
-                except (RuntimeError, torch.OutOfMemoryError) as error:
+                except Exception as error:  # of a compiler or an optional library: the others go on
                     print(f"{kind}, {shape}: not {name}: {' '.join(str(error).split())[:200]}", file=sys.stderr)
                     torch.cuda.empty_cache()
     return rows
@@ -225,7 +225,9 @@ def misses(rows: list[Row], device: torch.device) -> list[str]:
                 choose({operation.name: "auto"}, situation, {operation.name: operation}, fastest).choices[0].candidate
             )
         best = min(times, key=lambda name: times[name])
-        if times[taken] > WITHIN * times[best]:
+        if taken not in times:
+            missed.append(f"{kind}, {shape}: auto takes {taken}, which could not be measured")
+        elif times[taken] > WITHIN * times[best]:
             share = times[taken] / times[best]
             missed.append(f"{kind}, {shape}: auto takes {taken}, which needs {share:.2f} times the time of {best}")
     return missed

@@ -79,7 +79,7 @@ def require_agreement(function: Function, x: Tensor, weight: Tensor) -> None:
 def functions(situation: Situation) -> Iterator[tuple[str, Function]]:
     """Yield bf16 and everything that computes it in float8 here."""
     yield "bf16", linear
-    yield from candidates("float8_linear", situation)
+    yield from candidates("float8_linear", situation, compiled=False)
     if situation.device.type == "cuda":
         torch.compiler.reset()
         compiled: Callable[..., Any] = torch.compile(CATALOGUE["float8_linear"].candidates[0].load(), dynamic=False)

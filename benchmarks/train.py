@@ -14,9 +14,10 @@ compile and warm up. All sides begin from the same weights, and their first loss
     memory        GiB: on a GPU the allocator's peak; on a CPU the growth of the process
     launches, syncs   of one step: kernels (on a CPU operators), and waits of the host for a value of the device
 
---quick: the first size (GPU: three), ours beside Hugging Face's eager, fewer steps, and on a CPU 2 sequences. --enforce fails, a line for each miss, where ours is below 1.3 times the fastest other (CPU), takes
-more memory than another that keeps fp32 weights (CPU), or is below the aimed tokens/s (H200), or where DeepSpeed's
-engine takes over 1.1 times as long as ours. Run it on a quiet machine.
+--quick: the first size (GPU: three), ours beside Hugging Face's eager, fewer steps, and on a CPU 2 sequences.
+--enforce fails, a line for each miss, where ours is below 1.3 times the fastest other (CPU), takes more memory than
+another that keeps fp32 weights (CPU), or is below the aimed tokens/s (H200), or where DeepSpeed's engine takes over 1.1
+times as long as ours. Run it on a quiet machine.
 """
 
 from __future__ import annotations
@@ -92,9 +93,9 @@ def main() -> int:
     for size in _sizes(options):
         for precision, peak in peaks.items():
             rows += _measured(size, precision, _sides(options), options.quick, peak)
-    if options.json:
-        found = {"device": device, "peaks": peaks, "rows": [asdict(row) for row in rows]}
-        options.json.write_text(json.dumps(found, indent=1))
+            if options.json:  # after each, so that a run that is stopped keeps what it has
+                found = {"device": device, "peaks": peaks, "rows": [asdict(row) for row in rows]}
+                options.json.write_text(json.dumps(found, indent=1))
     missed = misses(rows, _sizes(options), device)
     for line in missed if options.enforce else ():
         print(line, file=sys.stderr)

@@ -61,12 +61,13 @@ def engine_can_run(d: Draft) -> Iterator[Problem]:
     """An engine that is asked for by name can do what the config needs."""
     values = _values(d)
     if d.engine == "local":
-        for reason in _needs_deepspeed(values):
+        for reason in (*_needs_deepspeed(values), *(_asks_deepspeed(values) if _stage(values) else ())):
             fix = "Set engine: auto, which takes DeepSpeed's where it is needed"
             yield d.problem("engine", d.engine, f"{reason}.", f"{fix}{'' if _stage(values) == 0 else _OR_STAGE}.")
     if d.cuda_graphs is True and not _is_local(values):
         why = "DeepSpeed's engine trains this config, and only the library's own records graphs."
-        yield d.problem("cuda_graphs", True, why, "Set cuda_graphs: auto, or zero_optimization.stage: 0.")
+        reason = next(_reasons(values), "engine: deepspeed asks for it")
+        yield d.problem("cuda_graphs", True, f"{why[:-1]}: {reason}.", "Set cuda_graphs: auto.")
     if d.engine == "deepspeed" and d.optimizer["type"] == "sm3":
         why = "optimizer sm3 needs whole tensors, and DeepSpeed gives it parts of them."
         yield d.problem("engine", d.engine, why, "Set engine: auto and zero_optimization.stage: 0.")

@@ -26,13 +26,13 @@ Model = Callable[..., Tensor]
 
 def obstacle(config: Config, mesh: Mesh) -> str:
     """Return why micro-batches of a run cannot be recorded, or ""."""
-    numerics, training = config.numerics, config.training
-    drops = numerics.hidden_dropout > 0 or numerics.attention_dropout > 0
+    training = config.training
+    reads_generator = training.checkpoint_operations is None or "attention" in training.checkpoint_operations
     if mesh.device.type != "cuda":
         return f"they need a CUDA device, and this is {mesh.device.type}."
     if mesh.tp.size > 1 or mesh.cp.size > 1:
         return "processes that share a layer or a sequence meet within a micro-batch."
-    if training.checkpoint_activations and drops:
+    if training.checkpoint_activations and reads_generator:
         return "recomputation reads the random generator's state, which a recording cannot."
     if training.offload_activations:
         return "offload_activations copies to the CPU within a micro-batch."

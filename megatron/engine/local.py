@@ -107,7 +107,9 @@ class LocalEngine(MicroBatchEngine):
         }
 
     def _is_direct(self) -> bool:
-        """Return whether autograd's own gradients are the step's sum: in fp32 on one rank."""
+        """Return whether autograd's own gradients are the step's sum: in fp32 on one rank, unless recorded."""
+        if self._config.kernels.cuda_graphs is True:
+            return False
         return self._config.numerics.weight_precision == "fp32" and self._mesh.replicas.size == self._mesh.tp.size == 1
 
     def _give_masters(self) -> None:

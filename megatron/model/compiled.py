@@ -38,8 +38,8 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> int:
     """
     compiler: Any = importlib.import_module("torch._dynamo")  # 0.7 s, so nobody else imports it
     compiler.config.disable = False  # the launcher switches it off for what others would compile
-    compiler.config.recompile_limit = max(compiler.config.recompile_limit, MOST_GRAPHS)
     found = blocks(model)
+    compiler.config.recompile_limit = max(compiler.config.recompile_limit, MOST_GRAPHS, 4 * len(found))
     for block in found:
         compiled = torch.compile(block.forward, backend=backend, fullgraph=True, dynamic=False)
         block.forward = partial(_forward, block, compiled)

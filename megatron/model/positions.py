@@ -118,15 +118,17 @@ class AttentionMask:
         segments: [b, s] document numbers; a token sees its own document only.
         """
         sight = self._sight
-        if sight is None or torch.compiler.is_compiling() or not self._is_of(sight, scale, span, segments):
+        if sight is None or torch.compiler.is_compiling() or not self._is_of(sight, span, segments):
             sight = Sight(scale, self.window, self.slopes, segments, span.padding)
+        elif sight.scale != scale:  # what a Sight has made does not depend on it
+            sight = replace(sight, scale=scale)
         if not torch.compiler.is_compiling():  # what a graph makes is its own
             self._sight = sight
         return sight if bias is None else replace(sight, bias=bias(_distance(span, device)))
 
     @staticmethod
-    def _is_of(sight: Sight, scale: float, span: Span, segments: Tensor | None) -> bool:
-        return sight.scale == scale and sight.segments is segments and sight.padding is span.padding
+    def _is_of(sight: Sight, span: Span, segments: Tensor | None) -> bool:
+        return sight.segments is segments and sight.padding is span.padding
 
 
 def make_slopes(num_heads: int, axis: Axis) -> Tensor:

@@ -11,6 +11,8 @@ import torch
 from apex.multi_tensor_apply import multi_tensor_applier
 from torch import Tensor
 
+from megatron.ops import adamw
+
 _DECOUPLED = 1  # weight decay, as in AdamW
 _CORRECTED = 1  # for the moments' start at zero
 
@@ -35,8 +37,14 @@ def adamw_update_(
     beta2: float,
     eps: float,
     weight_decay: float,
+    seed: int = 0,
+    first: int = 0,
 ) -> None:
-    """`megatron.ops.adamw.adamw_update_`, with the rounded weights as a copy of their own."""
+    """`megatron.ops.adamw.adamw_update_`, with the rounded weights as a copy of their own; moments in bf16 are its."""
+    if averages and averages[0].dtype != torch.float32:
+        numbers = (rate, beta1, beta2, eps, weight_decay, seed, first)
+        adamw.adamw_update_(gradients, masters, averages, squares, weights, coefficient, step, *numbers)
+        return
     multi_tensor_applier(
         amp_C.multi_tensor_adam_capturable,
         1 - torch.isfinite(coefficient).int().view(1),

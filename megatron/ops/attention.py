@@ -24,11 +24,12 @@ attention: Backend = SDPA
 def first_of(*backends: Attend) -> Attend:
     """Return attention by the first back end that can do what is asked for in a call, at last by PyTorch's SDPA.
 
-    A back end is chosen for training; the same layer decodes, evaluates and drops nothing.
+    A back end is chosen for training; the same layer decodes, evaluates and drops nothing. The last one was chosen for
+    rows of several documents, and comes first there.
     """
 
     def attend(query: Tensor, key: Tensor, value: Tensor, sight: Sight, dropout: float = 0.0) -> Tensor:
-        for backend in backends:
+        for backend in backends if sight.segments is None else reversed(backends):
             if not isinstance(backend, Backend) or not backend.lacks(query, key, sight, dropout):
                 return backend(query, key, value, sight, dropout)
         return SDPA(query, key, value, sight, dropout)

@@ -20,9 +20,9 @@ def dense_with(causal_softmax: Function, other_softmax: Function) -> Backend:
 
     def compute(query: Tensor, key: Tensor, value: Tensor, sight: Sight, dropout: float) -> Tensor:
         num_queries, num_keys = query.shape[2], key.shape[2]
-        grouped = query.unflatten(1, (key.shape[1], -1))
+        scaled, scale = (query * sight.scale, 1.0) if query.dtype == torch.float16 else (query, sight.scale)
+        grouped = scaled.unflatten(1, (key.shape[1], -1))  # fp16 scores could overflow before they are scaled
         scores = (grouped @ key.unsqueeze(2).transpose(-1, -2)).flatten(1, 2)
-        scale = sight.scale
         if sight.slopes is not None or sight.bias is not None:
             positions = torch.arange(num_keys, device=query.device)
             added = sight.distance_bias(positions[num_keys - num_queries :], positions)

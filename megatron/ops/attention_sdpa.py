@@ -80,6 +80,12 @@ def _flagged(query: Tensor, key: Tensor, sight: Sight, dropout: float) -> str:
     return reason
 
 
+def _by_cudnn(query: Tensor, key: Tensor, sight: Sight, dropout: float) -> str:
+    if key.shape[2] == 1 or (query.shape[2] == 1 and dropout):
+        return "takes neither a single key, nor dropout of a single query"
+    return _flagged(query, key, sight, dropout)
+
+
 def _on_a_gpu(query: Tensor, key: Tensor, sight: Sight, dropout: float) -> str:
     kind = query.device.type
     return "" if kind in ("cuda", "meta") else f"needs a CUDA device, and this is {kind}"
@@ -95,6 +101,6 @@ def _by(
 
 
 SDPA = Backend("sdpa", _sdpa, _everything)
-CUDNN = Backend("cudnn", partial(_by, SDPBackend.CUDNN_ATTENTION), _flagged)
+CUDNN = Backend("cudnn", partial(_by, SDPBackend.CUDNN_ATTENTION), _by_cudnn)
 FLASH = Backend("flash", partial(_by, SDPBackend.FLASH_ATTENTION), _flagged)
 EFFICIENT = Backend("efficient", partial(_by, SDPBackend.EFFICIENT_ATTENTION), _on_a_gpu)

@@ -53,7 +53,7 @@ class Sight:
     padding: Tensor | None = None
     bias: Tensor | None = None
     causal: bool = True
-    _kept: dict[str, tuple[tuple[object, ...], Any]] = field(default_factory=dict, init=False, repr=False)
+    _kept: dict[str, tuple[tuple[object, ...], Any]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         assert self.causal or (self.window is None and self.padding is None), "window and padding are causal"

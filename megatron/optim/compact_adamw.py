@@ -1,7 +1,8 @@
 """AdamW whose moments are kept in bf16: 4 bytes less for each parameter and moment than torch's, two of each.
 
 The update is `megatron.ops.adamw`'s, in fp32, and what is kept of the moments is rounded at random by bits that follow
-from (seed, number of the update, tensor, element). So a resumed run rounds as the run would have that went on.
+from (seed, number of the update, place of the tensor in its group, element). So a resumed run in the same layout rounds
+as the run would have that went on. Tensors at the same place of two groups, or of two ranks, share these bits.
 """
 
 from __future__ import annotations

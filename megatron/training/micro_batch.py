@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.checkpoint.load import CheckpointReader
+from megatron.config.engine import choose_engine
 from megatron.config.schema.config import Config
 from megatron.data.batch import Batch
 from megatron.engine.build import build_engine
@@ -95,7 +96,7 @@ def _found(config: Config, mesh: Mesh, vocab_size: int) -> tuple[int, str]:
 
 def _is_whole(config: Config) -> bool:
     """Return whether a step needs no other rank but for its sums, so that each rank can try by itself."""
-    return int(config.parallel.zero_optimization.get("stage", 0)) == 0
+    return choose_engine(config).is_local
 
 
 def _by_trying(config: Config, mesh: Mesh, vocab_size: int, sizes: list[int]) -> tuple[int, str]:

@@ -30,10 +30,10 @@ def mesh(device: str, **sizes: int) -> Mesh:
         ({}, mesh("cpu"), "they need a CUDA device, and this is cpu."),
         ({}, mesh("cuda", tp=2), "processes that share a layer or a sequence"),
         ({}, mesh("cuda", cp=2), "processes that share a layer or a sequence"),
-        ({"checkpoint_activations": True, "hidden_dropout": 0.1}, mesh("cuda"), "the random generator's state"),
+        ({"checkpoint_activations": True}, mesh("cuda"), "the random generator's state"),
         ({"offload_activations": True}, mesh("cuda"), "offload_activations copies to the CPU"),
         ({"optimizer_in_backward": True, "gradient_clipping": 0}, mesh("cuda"), "updates weights within"),
-        ({"checkpoint_activations": True}, mesh("cuda"), ""),
+        ({"checkpoint_activations": True, "checkpoint_operations": ["norm", "activation"]}, mesh("cuda"), ""),
         ({"hidden_dropout": 0.1}, mesh("cuda", dp=2), ""),
     ],
 )

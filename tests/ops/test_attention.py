@@ -8,6 +8,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from megatron.model.positions import AttentionMask, Span
 from megatron.ops import attention_cpu
 from megatron.ops.attention import attention, attention_reference, first_of, sight_reference
 from megatron.ops.attention_backend import Backend, UnservedError
@@ -166,3 +167,31 @@ def test_on_a_gpu(name: str, kind: str, queries: int, trains: bool, dim: int) ->
             ON_GPU[name](*tensors[:3], sight)
         return
     compare(ON_GPU[name], tensors, sight, trains)
+
+
+def test_rows_of_several_documents_go_to_the_back_end_that_was_chosen_for_them() -> None:
+    asked: list[str] = []
+
+    def named(name: str) -> Backend:
+        return Backend(name, lambda q, k, v, sight, p: (asked.append(name), SDPA(q, k, v, sight, p))[1], lambda *_: "")
+
+    attend, values = first_of(named("plain"), named("documents")), [torch.randn(1, 2, 4, 8) for _ in range(3)]
+    attend(*values, Sight(0.3))
+    attend(*values, Sight(0.3, segments=torch.tensor([[0, 0, 1, 1]])))
+    assert asked == ["plain", "documents"]
+
+
+def test_large_fp16_scores_do_not_overflow_before_they_are_scaled() -> None:
+    query, key, value = (35 * torch.randn(1, 1, 6, 128) for _ in range(3))
+    key = query.clone()
+    sight = Sight(128**-0.5)
+    found = DENSE(query.half(), key.half(), value.half(), sight)
+    expected = sight_reference(query.half().float(), key.half().float(), value.half().float(), sight)
+    torch.testing.assert_close(found.float(), expected, rtol=1e-2, atol=0.5)
+
+
+def test_what_a_sight_has_made_serves_layers_of_another_scale() -> None:
+    mask, span = AttentionMask(window=2), Span(0, 5)
+    first, second = (mask(scale, span, None, None, torch.device("cpu")) for scale in (0.5, 0.25))
+    assert (first.scale, second.scale) == (0.5, 0.25)
+    assert first.mask(5, 5, torch.device("cpu")) is second.mask(5, 5, torch.device("cpu"))

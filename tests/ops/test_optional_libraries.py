@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron.ops import choice
+from megatron.ops import adamw, choice
 from megatron.ops.catalogue import CATALOGUE
 from megatron.ops.choice import Situation
 
@@ -222,3 +222,17 @@ def test_apexs_update_does_nothing_where_the_gradient_is_not_finite() -> None:
     lists = [[torch.full((3,), float(value))] for value in (1, 2, 3, 4)]
     apex.adamw_update_(*lists, [], torch.tensor(float("nan")), torch.tensor(2.0), 0.1, 0.9, 0.99, 1e-8, 0.0)
     assert [each[0].tolist() for each in lists[1:]] == [[2.0] * 3, [3.0] * 3, [4.0] * 3]
+
+
+@pytest.mark.usefixtures("libraries")
+@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
+def test_apexs_update_takes_what_an_optimizer_gives(moments: torch.dtype) -> None:
+    apex = importlib.import_module("megatron.ops.apex_adam")
+    found, expected = (
+        [[torch.full((3,), value)] for value in (1.0, 2.0)] + [[torch.full((3,), v).to(moments)] for v in (3.0, 4.0)]
+        for _ in range(2)
+    )
+    numbers = (torch.tensor(1.0), torch.tensor(2.0), 0.1, 0.9, 0.99, 1e-8, 0.0, 7, 1)
+    for update, lists in ((apex.adamw_update_, found), (adamw.adamw_update_, expected)):
+        update(*lists, [], *numbers)
+    torch.testing.assert_close(found, expected)
