@@ -42,7 +42,7 @@ def test_a_failed_step_costs_only_itself(tmp_path: Path) -> None:
     assert "train        0 s  FAILED: exit code 3" in ran.stdout
     assert (out / "train.log").read_text() == "boom\n"
     assert (out / "kernels.log").read_text() == (
-        f"ran: benchmarks/kernels.py --limit 165 --json {out}/kernels.json --quick --write\n"
+        f"ran: benchmarks/kernels.py --limit 110 --json {out}/kernels.json --quick --write\n"
     )
     attention = f"ran: benchmarks/attention.py --json {out}/attention.json --quick --write\n"
     assert (out / "attention.log").read_text() == attention
