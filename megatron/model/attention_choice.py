@@ -63,7 +63,9 @@ def choose_attention(config: Config, device: torch.device, dtype: torch.dtype) -
 
 def attend(config: Config, kind: str, choices: Choices) -> Attend:
     """Return what computes attention of a layer type: what was chosen, where it can, and PyTorch's where not."""
-    return first_of(*_backends(config, kind, choices))
+    plain, documents = _backends(config, kind, choices)
+    was_chosen = choices.get(operations(config, True)[kind].name, plain) is not plain
+    return first_of(plain, documents) if was_chosen else first_of(plain)
 
 
 def part_kernels(config: Config, kind: str, choices: Choices) -> PartKernels:
