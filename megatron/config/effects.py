@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron.config import keys
 from megatron.config.draft import Draft, either
+from megatron.config.engine import is_local
 from megatron.config.float8 import layers_without_float8
 from megatron.config.values import choices
 
@@ -35,6 +36,7 @@ _EFFECT: dict[str, tuple[str, tuple[Any, ...]]] = {
     "fp8_fusion": ("precision", ("fp8",)),
     "allow_chopped": ("pack_impl", ("pack_until_overflow", "unpacked")),
 }
+_DEEPSPEEDS = ("wall_clock_breakdown", "dump_state")
 _MANY_THREADS = 64
 
 
@@ -55,6 +57,8 @@ def without_effect(draft: Draft) -> Iterator[str]:
     for key, size in _NEEDS_PROCESSES.items():
         if _is_set(draft, key) and draft.values[size] < 2:
             yield _sentence(draft, key, f"{size}: 2 or more")
+    if is_local(draft.values):
+        yield from (_sentence(draft, key, "engine: deepspeed") for key in _DEEPSPEEDS if _is_set(draft, key))
     yield from _beyond_the_end(draft)
     yield from _too_many_threads(draft)
     yield from layers_without_float8(draft)

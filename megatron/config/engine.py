@@ -34,14 +34,15 @@ def choose_engine(config: Config) -> EngineChoice:
     """Return what trains a config."""
     values = config.flat()
     asked, stage = values["engine"], _stage(values)
-    if _is_local(values):
+    if is_local(values):
         return EngineChoice(True, 0, _why_local(asked, stage))
     why = "engine: deepspeed asks for it" if asked == "deepspeed" else next(_reasons(values))
     served = "" if stage else "; stage 0 is served by stage 1, whose arithmetic is the same"
     return EngineChoice(False, max(1, stage), why + served)
 
 
-def _is_local(values: Mapping[str, Any]) -> bool:
+def is_local(values: Mapping[str, Any]) -> bool:
+    """Return whether the library's own engine trains a config, given as the values of its keys."""
     return values["engine"] == "local" or (values["engine"] == "auto" and not any(_reasons(values)))
 
 
@@ -64,7 +65,7 @@ def engine_can_run(d: Draft) -> Iterator[Problem]:
         for reason in (*_needs_deepspeed(values), *(_asks_deepspeed(values) if _stage(values) else ())):
             fix = "Set engine: auto, which takes DeepSpeed's where it is needed"
             yield d.problem("engine", d.engine, f"{reason}.", f"{fix}{'' if _stage(values) == 0 else _OR_STAGE}.")
-    if d.cuda_graphs is True and not _is_local(values):
+    if d.cuda_graphs is True and not is_local(values):
         why = "DeepSpeed's engine trains this config, and only the library's own records graphs."
         reason = next(_reasons(values), "engine: deepspeed asks for it")
         yield d.problem("cuda_graphs", True, f"{why[:-1]}: {reason}.", "Set cuda_graphs: auto.")
@@ -76,7 +77,7 @@ def engine_can_run(d: Draft) -> Iterator[Problem]:
 def compiled_blocks_are_whole(d: Draft) -> Iterator[Problem]:
     """DeepSpeed's ZeRO 3 lets weights go that the backward pass of a compiled block still reads."""
     values = _values(d)
-    if d.compile is True and _stage(values) == 3 and not _is_local(values):
+    if d.compile is True and _stage(values) == 3 and not is_local(values):
         why = "zero_optimization.stage = 3 lets weights go that the backward pass of a compiled block still reads."
         yield d.problem("compile", True, why, "Set compile: false, or zero_optimization.stage: 2.")
 

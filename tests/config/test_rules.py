@@ -271,8 +271,14 @@ def test_settings_without_effect_are_said() -> None:
 def test_ways_of_sharing_need_somebody_to_share_with(key: str, value: object, size: str) -> None:
     settings = {name: Setting(each) for name, each in {**SMALL, key: value}.items()}
     assert resolve_settings(settings).notices == (f"{key} has no effect without {size}: 2 or more.",)
-    settings[size] = Setting(2)
-    assert resolve_settings(settings, world_size=2).notices == ()
+
+
+@pytest.mark.parametrize("key", ["wall_clock_breakdown", "dump_state"])
+def test_what_is_said_to_deepspeed_has_no_effect_on_our_own_engine(key: str) -> None:
+    settings = {name: Setting(each) for name, each in {**SMALL, "zero_optimization": {"stage": 1}, key: True}.items()}
+    assert resolve_settings(settings).notices == (f"{key} has no effect without engine: deepspeed.",)
+    settings["engine"] = Setting("deepspeed")
+    assert resolve_settings(settings).notices == ()
 
 
 def test_ignored_keys_are_said_with_their_reason() -> None:
