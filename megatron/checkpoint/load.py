@@ -6,7 +6,6 @@ weight = reader.read("layers.0.mlp.linear1.weight", "weight")
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -189,7 +188,10 @@ class CheckpointReader:
         self._prove_header(path)
         dtype = DTYPES[entry.dtype]
         values = self._bytes(path, piece.offset, piece.length * dtype.itemsize)
-        if hashlib.sha256(values).hexdigest() != piece.sha256:
+        if (
+            len(values) < piece.length * dtype.itemsize
+            or self.manifest.hashing.wrong_block(values, piece.hashes) is not None
+        ):
             raise CheckpointError(_damaged(path, f"The values of {piece.key} do not match their hash."))
         return from_bytes(values, dtype)
 
@@ -198,7 +200,7 @@ class CheckpointReader:
         if path.name in self._proved:
             return
         entry = self.manifest.files[path.name]
-        if hashlib.sha256(self._bytes(path, 0, entry.header_size)).hexdigest() != entry.header_sha256:
+        if self.manifest.hashing.hash(self._bytes(path, 0, entry.header_size)) != entry.header_hash:
             raise CheckpointError(_damaged(path, "Its header does not match its hash."))
         self._proved.add(path.name)
 

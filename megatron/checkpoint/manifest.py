@@ -16,23 +16,27 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron.checkpoint.hashing import CURRENT, VERSION_1, Hashing
 from megatron.checkpoint.layout import MANIFEST, sync_folder
 from megatron.errors import CheckpointError, Problem
 
 FORMAT = "deepy checkpoint"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Elements [start, start + length) of the flat share `shard` of a tensor, at `offset` bytes of `file`."""
+    """Elements [start, start + length) of the flat share `shard` of a tensor, at `offset` bytes of `file`.
+
+    hashes: the proof of its bytes, as the manifest's `hashing` makes it.
+    """
 
     file: str
     key: str
     offset: int
     start: int
     length: int
-    sha256: str
+    hashes: str
     shard: tuple[int, int] = (0, 1)
 
 
@@ -49,11 +53,11 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class FileEntry:
-    """Size of a file in bytes and the sha256 of its header, the part that no piece covers."""
+    """Size of a file in bytes and the hash of its header, the part that no piece covers."""
 
     size: int
     header_size: int
-    header_sha256: str
+    header_hash: str
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ class Manifest:
     tokenizer: name, fingerprint and files of the tokenizer; {} where none was given.
     versions: of Python and of the libraries that wrote it.
     topology: sizes of the axes that wrote it, for information only.
+    hashing: how files and pieces are hashed.
     """
 
     iteration: int
@@ -77,6 +82,7 @@ class Manifest:
     versions: Mapping[str, str] = field(default_factory=dict)
     topology: Mapping[str, int] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
+    hashing: Hashing = CURRENT
 
     @property
     def size(self) -> int:
@@ -112,7 +118,7 @@ def read_manifest(folder: Path) -> Manifest:
     _require_version(path, body.get("version"))
     if body.pop("checksum", None) != _checksum(body):
         raise _damaged(path, "Its content does not match its checksum: it was changed after it was written.")
-    return _from_json(body)
+    return _from_json(path, body)
 
 
 def _checksum(body: Mapping[str, Any]) -> str:
@@ -142,20 +148,31 @@ def _damaged(path: Path, why: str) -> CheckpointError:
     )
 
 
-def _from_json(body: Mapping[str, Any]) -> Manifest:
+def _from_json(path: Path, body: Mapping[str, Any]) -> Manifest:
     """Build the manifest from checked JSON."""
+    hashing = Hashing(**body["hashing"]) if "hashing" in body else VERSION_1
+    if not hashing.is_known:
+        raise _damaged(path, f"Its hashes are of an unknown kind, {hashing.name}.")
     tensors = {
         kind: {name: _tensor_from_json(entry) for name, entry in entries.items()}
         for kind, entries in body["tensors"].items()
     }
     rest = {key: body[key] for key in ("progress", "config", "tokenizer", "versions", "topology", "extra")}
-    files = {name: FileEntry(**entry) for name, entry in body["files"].items()}
-    return Manifest(iteration=body["iteration"], tensors=tensors, files=files, **rest)
+    files = {name: FileEntry(**_renamed(entry)) for name, entry in body["files"].items()}
+    return Manifest(iteration=body["iteration"], tensors=tensors, files=files, hashing=hashing, **rest)
 
 
 def _tensor_from_json(entry: Mapping[str, Any]) -> TensorEntry:
-    pieces = tuple(Piece(**{**piece, "shard": tuple(piece["shard"])}) for piece in entry["pieces"])
+    pieces = tuple(Piece(**{**_renamed(piece), "shard": tuple(piece["shard"])}) for piece in entry["pieces"])
     return TensorEntry(tuple(entry["shape"]), entry["dtype"], pieces, entry["dim"], entry["blocks"])
+
+
+_OLD_NAMES = {"sha256": "hashes", "header_sha256": "header_hash"}  # of version 1
+
+
+def _renamed(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an entry with the names of this version."""
+    return {_OLD_NAMES.get(key, key): value for key, value in entry.items()}
 
 
 def merge_tensors(

@@ -20,6 +20,7 @@ from typing import Any
 
 from megatron import logs
 from megatron.checkpoint import contents, layout
+from megatron.checkpoint.hashing import CURRENT
 from megatron.checkpoint.manifest import (
     FileEntry,
     Manifest,
@@ -29,7 +30,7 @@ from megatron.checkpoint.manifest import (
     write_manifest,
 )
 from megatron.checkpoint.retention import keep_earlier, prune
-from megatron.checkpoint.tensor_file import NAMES, WrittenFile, hash_range, write_tensor_file
+from megatron.checkpoint.tensor_file import NAMES, WrittenFile, hash_range, read_range, write_tensor_file
 from megatron.checkpoint.together import together
 from megatron.config.schema.config import Config
 from megatron.errors import CheckpointError, Problem
@@ -167,7 +168,7 @@ class _Writer:
         manifest = Manifest(
             iteration=self.iteration,
             tensors=merge_tensors(table for table, _ in parts),
-            files={file.name: FileEntry(file.size, file.header_size, file.header_sha256) for file in written},
+            files={file.name: FileEntry(file.size, file.header_size, file.header_hash) for file in written},
             progress=dict(progress),
             config=config.model_dump(mode="json"),
             tokenizer=tokenizer,
@@ -221,7 +222,7 @@ def _table(owned: Sequence[StatePiece], written: WrittenFile) -> _Table:
         shape = list(piece.shape)
         if piece.spec.dim is not None:
             shape[piece.spec.dim] *= piece.shard[1]
-        place = Piece(written.name, span.key, span.offset, piece.start, piece.data.numel(), span.sha256, piece.shard)
+        place = Piece(written.name, span.key, span.offset, piece.start, piece.data.numel(), span.hashes, piece.shard)
         entry = TensorEntry(tuple(shape), NAMES[piece.data.dtype], (place,), piece.spec.dim, piece.spec.blocks)
         parts.append({piece.kind: {piece.name: entry}})
     return merge_tensors(parts, whole=False)
@@ -229,11 +230,11 @@ def _table(owned: Sequence[StatePiece], written: WrittenFile) -> _Table:
 
 def _verify(path: Path, written: WrittenFile) -> None:
     """Read the file back and compare it with the hashes of what was to be written."""
-    header = hash_range(path, 0, written.header_size)
+    header = CURRENT.hash(read_range(path, 0, written.header_size))
     with ThreadPoolExecutor(_HASH_THREADS) as pool:
         found = pool.map(lambda span: hash_range(path, span.offset, span.size), written.ranges)
-        wrong = [span.key for span, digest in zip(written.ranges, found, strict=True) if digest != span.sha256]
-    if wrong or header != written.header_sha256:
+        wrong = [span.key for span, digest in zip(written.ranges, found, strict=True) if digest != span.hashes]
+    if wrong or header != written.header_hash:
         why = f"Reading it back gave other values than were written ({', '.join(wrong[:3]) or 'header'})."
         raise CheckpointError(Problem(f"checkpoint file {path}", why, "Set save to a disk that works."))
 

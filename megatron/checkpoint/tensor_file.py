@@ -1,22 +1,23 @@
-"""A safetensors file written as a stream: one tensor in memory at a time, hashed while it is written.
+"""A safetensors file written as a stream: one tensor on the host at a time, hashed block by block while it is written.
 
 Format (https://huggingface.co/docs/safetensors): 8 bytes little-endian header length, a JSON header padded with
 spaces so that the data begins at a multiple of 8, then the raw values. Any safetensors reader opens the file; ours
-reads single ranges by offset, so that a hash of each range is all the proof it needs.
+reads single ranges by offset, so that the hashes of a range's blocks are all the proof it needs.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
+
+from megatron.checkpoint.hashing import CURRENT
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -32,49 +33,63 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_BLOCK = 8 << 20  # bytes
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class WrittenRange:
-    """Where one tensor's bytes lie in a file, and the sha256 of them."""
+    """Where one tensor's bytes lie in a file, and their proof (see `megatron.checkpoint.hashing`)."""
 
     key: str
     offset: int
     size: int
-    sha256: str
+    hashes: str
 
 
 @dataclass(frozen=True)
 class WrittenFile:
-    """A whole file: its size in bytes, the sha256 of all bytes before the data, and the ranges in order."""
+    """A whole file: its size in bytes, the hash of all bytes before the data, and the ranges in order."""
 
     name: str
     size: int
     header_size: int
-    header_sha256: str
+    header_hash: str
     ranges: tuple[WrittenRange, ...]
 
 
-def write_tensor_file(path: Path, tensors: Sequence[tuple[str, Tensor]]) -> WrittenFile:
-    """Write `tensors` (key, values of any shape, on any device) to a new file and sync it to the disk.
+def write_tensors(file: BinaryIO, name: str, tensors: Iterable[tuple[str, Tensor]]) -> WrittenFile:
+    """Write `tensors` (key, values of any shape, on any device) to a buffered binary stream, in order, once.
 
-    Returns the place and hash of every tensor. Raises OSError as the file system does (full, read-only ...).
+    name: what the file is called, for the result. The stream is neither synced nor closed.
+    Returns the place and the proof of every tensor. Raises OSError as the stream does (full, read-only ...).
     """
-    header = _header(tensors)
+    listed = list(tensors)
+    header = _header(listed)
+    file.write(header)
     ranges, offset = [], len(header)
-    with ThreadPoolExecutor(max_workers=1) as hasher, open(path, "xb") as file:
-        file.write(header)
-        for key, tensor in tensors:
-            values = as_bytes(tensor)
-            digest = hasher.submit(lambda data: hashlib.sha256(data).hexdigest(), values)
-            file.write(values)
-            ranges.append(WrittenRange(key, offset, len(values), digest.result()))
-            offset += len(values)
+    for key, tensor in listed:
+        values = as_bytes(tensor)
+        ranges.append(WrittenRange(key, offset, len(values), _write_hashed(file, values)))
+        offset += len(values)
+    return WrittenFile(name, offset, len(header), CURRENT.hash(header), tuple(ranges))
+
+
+def _write_hashed(file: BinaryIO, values: memoryview) -> str:
+    """Write a range block by block, each from the cache into which its hash has just brought it; return the proof."""
+    hashes = []
+    for start, stop in CURRENT.blocks(len(values)):
+        hashes.append(CURRENT.hash(values[start:stop]))
+        file.write(values[start:stop])
+    return "".join(hashes)
+
+
+def write_tensor_file(path: Path, tensors: Sequence[tuple[str, Tensor]]) -> WrittenFile:
+    """Write `tensors` to a new file as `write_tensors` does, and sync it to the disk."""
+    with open(path, "xb") as file:
+        written = write_tensors(file, path.name, tensors)
         file.flush()
         os.fsync(file.fileno())
-    return WrittenFile(path.name, offset, len(header), hashlib.sha256(header).hexdigest(), tuple(ranges))
+    return written
 
 
 def _header(tensors: Sequence[tuple[str, Tensor]]) -> bytes:
@@ -108,14 +123,13 @@ def read_range(path: Path, offset: int, size: int) -> bytearray:
 
 
 def hash_range(path: Path, offset: int, size: int) -> str:
-    """Return the sha256 of `size` bytes at `offset`, or of those that are there, in constant memory."""
-    digest = hashlib.sha256()
+    """Return the proof of `size` bytes at `offset`, or of those that are there, in constant memory."""
+    hashes = []
     with open(path, "rb") as file:
         file.seek(offset)
-        while size > 0 and (block := file.read(min(size, _BLOCK))):
-            digest.update(block)
-            size -= len(block)
-    return digest.hexdigest()
+        for start, stop in CURRENT.blocks(size):
+            hashes.append(CURRENT.hash(file.read(stop - start)))
+    return "".join(hashes)
 
 
 def from_bytes(values: bytearray, dtype: torch.dtype) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from megatron.checkpoint.load import CheckpointReader, find_checkpoint
 from megatron.checkpoint.save import save_checkpoint
 from megatron.errors import CheckpointError
 from megatron.parallel.mesh import Mesh
-from tests.checkpoint.states import make_state, small_config, whole
+from tests.checkpoint.states import make_state, same_bits, small_config, whole
 
 MESH = Mesh.single()
 
@@ -123,10 +125,10 @@ def test_reading_a_damaged_tensor_fails_and_others_are_read(root):
 
 
 def test_a_manifest_of_a_later_version(root, monkeypatch):
-    monkeypatch.setattr(manifest_module, "VERSION", 2)
+    monkeypatch.setattr(manifest_module, "VERSION", 3)
     save_checkpoint(root, 12, whole(make_state()), {}, small_config(), {}, MESH)
     monkeypatch.undo()
-    with pytest.raises(CheckpointError, match=r"version = 2: This installation reads checkpoint versions 1 to 1"):
+    with pytest.raises(CheckpointError, match=r"version = 3: This installation reads checkpoint versions 1 to 2"):
         CheckpointReader(find_checkpoint(root))
 
 
@@ -203,3 +205,21 @@ def test_a_stored_key_that_is_not_known_any_more_is_named(root):
 
 def test_dtype_is_known_without_reading(root):
     assert CheckpointReader(find_checkpoint(root)).dtype("scale") is torch.bfloat16
+
+
+def test_a_checkpoint_of_version_1_is_read_and_proved(tmp_path):
+    """The folder was written by two ranks with the code of version 1: one sha256 for each piece."""
+    root = tmp_path / "version1"
+    shutil.copytree(Path(__file__).with_name("version1"), root)
+    reader = CheckpointReader(find_checkpoint(root))
+    reader.verify()
+    for (name, kind), tensor in make_state(11).items():
+        assert same_bits(reader.read(name, kind), tensor)
+    gated = torch.arange(32, dtype=torch.float32).reshape(8, 4)
+    assert same_bits(reader.read("layers.0.mlp.linear1.weight"), gated)
+    path = reader.folder / "rank_00001.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 16
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"rank_00001\.safetensors: damaged checkpoint: The values of"):
+        CheckpointReader(find_checkpoint(root)).verify()

@@ -135,5 +135,5 @@ def test_leftovers_of_a_killed_save_are_removed(tmp_path):
 
 def test_the_manifest_is_json_without_pickles(tmp_path):
     folder = save(tmp_path, make_state())
-    assert json.loads((folder / "manifest.json").read_text())["version"] == 1
+    assert json.loads((folder / "manifest.json").read_text())["version"] == 2
     assert sorted(path.name for path in folder.iterdir()) == ["config.yml", "manifest.json", "rank_00000.safetensors"]
