@@ -1,8 +1,8 @@
 """Messages to a person: `info` from rank 0 only, warnings and errors from every rank with its coordinates.
 
 Use `logger = logs.get_logger(__name__)`; `logs.setup(rank, coordinates)` is called once per process by
-the launcher. Before that (in a REPL, in tools) the process counts as rank 0. The training loop calls
-`logs.set_step(iteration)`, so that warnings and failures say where in the run they happened.
+the launcher. Before that (in a REPL, in tools) the process counts as rank 0. Warnings name the step that
+`whereabouts` knows of.
 """
 
 from __future__ import annotations
@@ -10,22 +10,11 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TextIO
 
+from megatron import whereabouts
+
 _ROOT = "deepy"
-
-
-@dataclass
-class _Step:
-    """Where in the run this process is: the iteration under way, and who else wants to know."""
-
-    iteration: int | None = None
-    listener: Callable[[int], None] | None = None
-
-
-_STEP = _Step()
 
 
 class _RankFilter(logging.Filter):
@@ -63,22 +52,17 @@ class _Formatter(logging.Formatter):
             message = f"{message}\n{self.formatException(record.exc_info)}"
         if record.levelno < logging.WARNING:
             return message
-        step = "" if _STEP.iteration is None else f"step {_STEP.iteration}"
+        iteration = whereabouts.current().step
+        step = "" if iteration is None else f"step {iteration}"
         return f"[{' '.join(filter(None, (record.levelname.lower(), self.coordinates, step)))}] {message}"
 
 
-def setup(
-    rank: int = 0,
-    coordinates: str = "",
-    level: str | None = None,
-    on_step: Callable[[int], None] | None = None,
-) -> None:
+def setup(rank: int = 0, coordinates: str = "", level: str | None = None) -> None:
     """Route all messages of this process to stderr.
 
     rank: global rank; only rank 0 prints information.
     coordinates: shown before warnings and errors, such as "rank 3 host n1"; "" for a single process.
     level: a logging level's name; None takes the environment's LOGLEVEL, or INFO.
-    on_step: called with every iteration given to `set_step`; None leaves the present one in place.
     """
     handler = _StderrHandler()
     handler.addFilter(_RankFilter(rank))
@@ -88,8 +72,6 @@ def setup(
     root.propagate = False
     wanted = (level or os.environ.get("LOGLEVEL") or "INFO").upper()
     root.setLevel(wanted if wanted in logging.getLevelNamesMapping() else "INFO")
-    if on_step is not None:
-        _STEP.listener = on_step
 
 
 def get_logger(name: str) -> logging.Logger:
@@ -98,15 +80,3 @@ def get_logger(name: str) -> logging.Logger:
     if not root.handlers:
         setup()
     return root.getChild(name.removeprefix("megatron."))
-
-
-def set_step(iteration: int) -> None:
-    """Say that the optimizer step `iteration` (counted from 1) begins; warnings and failures will name it."""
-    _STEP.iteration = iteration
-    if _STEP.listener is not None:
-        _STEP.listener(iteration)
-
-
-def current_step() -> int | None:
-    """Return the iteration last given to `set_step`, or None before the first step."""
-    return _STEP.iteration

@@ -4,13 +4,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from megatron import logs
+from megatron import logs, whereabouts
 
 
 @pytest.fixture(autouse=True)
 def restored() -> Iterator[None]:
     yield
-    logs._STEP.iteration, logs._STEP.listener = None, None
+    whereabouts.reset()
     logs.setup()
 
 
@@ -26,19 +26,9 @@ def test_warnings_name_rank_and_step(capsys: pytest.CaptureFixture[str]) -> None
     logs.setup(3, "rank 3 dp1 tp1")
     logger = logs.get_logger("megatron.data")
     logger.warning("slow disk")
-    logs.set_step(12)
+    whereabouts.begin_step(12)
     logger.error("no disk")
     assert capsys.readouterr().err == "[warning rank 3 dp1 tp1] slow disk\n[error rank 3 dp1 tp1 step 12] no disk\n"
-
-
-def test_steps_are_told_to_the_listener() -> None:
-    told: list[int] = []
-    logs.setup(on_step=told.append)
-    logs.set_step(1)
-    logs.setup(0, "rank 0")  # a second call keeps the listener
-    logs.set_step(2)
-    assert told == [1, 2]
-    assert logs.current_step() == 2
 
 
 def test_a_level_that_is_none_is_the_usual_one(

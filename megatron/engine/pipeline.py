@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from megatron.config.schema.config import Config
 from megatron.data.batch import Batch
 from megatron.engine import state, zero
+from megatron.engine.instructions import Instructions
 from megatron.engine.live import LiveEngine
 from megatron.engine.stage import Feed, PipelineStage, is_copy
 from megatron.engine.step import Update, diverged
@@ -48,7 +49,8 @@ class PipelineEngine(LiveEngine):
         self._shape: tuple[int, ...] | None = None
         self._take_model_step, live._take_model_step = live._take_model_step, self._show_and_step
         instead = {ReduceTiedGrads: lambda live: _sum_shared_gradients(live, mesh)}
-        live._INSTRUCTION_MAP = {**live._INSTRUCTION_MAP, **instead}
+        self._instructions = Instructions()
+        live._INSTRUCTION_MAP = self._instructions.told({**live._INSTRUCTION_MAP, **instead})
         _require_same_layout(live.grid, mesh)
         _announce(stage.model, self._num_micro_batches)
 
@@ -106,6 +108,7 @@ class PipelineEngine(LiveEngine):
             self._live.reset_activation_shape()
             self._shape = shape
         self._stage.feed = feed
+        self._instructions.start()
         return ((batch.tokens, batch.labels) for batch in batches)
 
     def _from_last_stage(self, losses: Tensor) -> Tensor:

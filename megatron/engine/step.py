@@ -30,6 +30,7 @@ from megatron.objectives.build import Objective
 from megatron.optim.schedules import learning_rate
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.rng import RngStreams
+from megatron.whereabouts import Phase, enter
 
 
 @dataclass(frozen=True)
@@ -113,10 +114,13 @@ class StepEngine(ABC):
         self._require_accumulation(batches)
         batches = self._parts(batches)
         rate = learning_rate(self._config.optimizer, self._train_iters, iteration)
+        enter(Phase.TOKEN_COUNT)
         loss_scale = self._start(rate)
         num_tokens = self._sum(_count_tokens(batches))
         loss_sum = self._accumulate(batches, iteration, num_tokens.clamp(min=1))
+        enter(Phase.LOSS_SUM)
         loss_sum, stops = self._total(loss_sum, stop())
+        enter(Phase.UPDATE)
         update = self._update()
         numbers = {
             "loss_sum": loss_sum,
@@ -150,6 +154,7 @@ class StepEngine(ABC):
         """Return the summed loss and the trained tokens of all ranks; see `Engine.evaluate`."""
         batches = self._parts(batches)
         totals = torch.stack((self._losses(batches), _count_tokens(batches)))
+        enter(Phase.LOSS_SUM)
         self._sum(totals)
         return float(totals[0]), int(totals[1])
 
@@ -201,7 +206,9 @@ class MicroBatchEngine(StepEngine):
         model = self._callable(training=True)
         for micro_batch, batch in enumerate(batches):
             self._rng.start_micro_batch(iteration, micro_batch)
+            enter(Phase.FORWARD, micro_batch)
             micro_sum, _ = self._objective(model, batch)
+            enter(Phase.BACKWARD, micro_batch)
             self._backward(micro_sum, num_tokens)
             loss_sum += micro_sum.detach()
         return loss_sum
@@ -209,7 +216,8 @@ class MicroBatchEngine(StepEngine):
     def _losses(self, batches: Sequence[Batch]) -> Tensor:
         loss_sum = torch.zeros((), dtype=torch.float64, device=self._mesh.device)
         model = self._callable(training=False)
-        for batch in batches:
+        for micro_batch, batch in enumerate(batches):
+            enter(Phase.FORWARD, micro_batch)
             micro_sum, _ = self._objective(model, batch)
             loss_sum += micro_sum
         self._callable(training=True)

@@ -1,7 +1,7 @@
-"""The notice board of the ranks on one machine: each rank's step, and the report of each that failed.
+"""The notice board of the ranks on one machine: where each rank is, and the report of each that failed.
 
 It is a temporary folder made by the launcher; a rank finds it by the environment variable DEEPY_BOARD. The
-steps lie in one mapped file of int64, so that a step is known even of a rank that was killed.
+positions (`megatron.whereabouts`) lie in one mapped file, so that they are known even of a rank that was killed.
 """
 
 from __future__ import annotations
@@ -9,44 +9,43 @@ from __future__ import annotations
 import mmap
 import os
 import shutil
-import struct
 import tempfile
 from pathlib import Path
 
+from megatron import whereabouts
 from megatron.launch.failure import Failure
+from megatron.whereabouts import RECORD_BYTES, Position
 
 VARIABLE = "DEEPY_BOARD"
-_STEP = struct.Struct("<q")
 
 
 class Board:
-    """`folder` holds `steps` (an int64 per local rank, -1 before the first step) and `failure-<local rank>.json`."""
+    """`folder` holds `positions` (a record for each local rank) and `failure-<local rank>.json`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        with (folder / "steps").open("r+b") as file:
-            self._steps = mmap.mmap(file.fileno(), 0)
+        with (folder / "positions").open("r+b") as file:
+            self._positions = mmap.mmap(file.fileno(), 0)
 
     @classmethod
     def create(cls, ranks: int) -> Board:
         """Make the board of `ranks` local ranks; call `remove` in the end."""
         folder = Path(tempfile.mkdtemp(prefix="deepy-"))
-        (folder / "steps").write_bytes(_STEP.pack(-1) * ranks)
+        (folder / "positions").write_bytes(bytes(RECORD_BYTES * ranks))
         return cls(folder)
 
     def remove(self) -> None:
         """Delete the folder."""
-        self._steps.close()
+        self._positions.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def set_step(self, local_rank: int, iteration: int) -> None:
-        """Write down the step that a rank has begun."""
-        _STEP.pack_into(self._steps, local_rank * _STEP.size, iteration)
+    def hold_position(self, local_rank: int) -> None:
+        """Keep this process's position here, as that of `local_rank`."""
+        whereabouts.keep_in(self._positions, local_rank * RECORD_BYTES)
 
-    def step(self, local_rank: int) -> int | None:
-        """Return the step a rank has begun, or None before the first."""
-        value = _STEP.unpack_from(self._steps, local_rank * _STEP.size)[0]
-        return None if value < 0 else int(value)
+    def position(self, local_rank: int) -> Position | None:
+        """Return where a rank is, or was when it ended; None where it has not come so far as to say it."""
+        return whereabouts.read(self._positions, local_rank * RECORD_BYTES)
 
     def post(self, local_rank: int, failure: Failure) -> None:
         """Leave the report of a failed rank, whole or not at all."""

@@ -18,6 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 
+from megatron import whereabouts
 from megatron.config.places import locate_error
 from megatron.config.schema.config import Config
 from megatron.config.transport import unpack, unpack_files
@@ -31,7 +32,7 @@ from megatron.launch.place import Place, find_place
 from megatron.launch.prelude import PAYLOAD_FLAG
 from megatron.launch.read_config import read_settings, resolve_for
 from megatron.launch.worker import Worker, decoding_worker, find_board, report, start_worker
-from megatron.logs import current_step, get_logger
+from megatron.logs import get_logger
 from megatron.parallel.mesh import Mesh
 
 Work = Callable[[Config, Mesh, Mapping[str, str]], object]
@@ -50,6 +51,7 @@ def run_worker(work: Work, argv: list[str], decoding: bool = False) -> int:
     gc.enable()
     gc.freeze()
     defer_compiler()
+    whereabouts.reset()
     place, worker = Place(), None
     try:
         place = find_place(os.environ)
@@ -60,6 +62,8 @@ def run_worker(work: Work, argv: list[str], decoding: bool = False) -> int:
             if place.rank >= place.world_size:
                 return 0
         board = find_board(os.environ)
+        if board is not None:
+            board.hold_position(place.local_rank)
         worker = decoding_worker(config, place, board) if decoding else start_worker(config, place, board)
         try:
             if not decoding:
@@ -87,7 +91,7 @@ def _read(argv: list[str], world_size: int | None) -> tuple[Config, Mapping[str,
 
 def _fail(error: Exception, place: Place, worker: Worker | None) -> int:
     """Report the end of this rank and return its exit code."""
-    failure = from_exception(error, place.rank, place.world_size, place.host, current_step())
+    failure = from_exception(error, place.rank, place.world_size, place.host, whereabouts.current())
     board, watch = find_board(os.environ), worker.watch if worker else None
     if watch is None and board is None and place.rank > 0:
         # Before the ranks have met, all are likely to fail for the same reason: rank 0 is given the time to say it.

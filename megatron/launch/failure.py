@@ -17,6 +17,7 @@ from pathlib import Path
 
 from megatron.errors import DeepyError
 from megatron.planning.machine import total_memory
+from megatron.whereabouts import Position
 
 GIBIBYTE = 2**30
 # Words by which gloo, NCCL and TCPStore tell that a peer is gone.
@@ -42,6 +43,7 @@ class Failure:
 
     step: the iteration under way, None before the first. when: seconds since the epoch.
     text: what a person reads: the traceback, or the message of a DeepyError.
+    doing: where in the step it was, such as `micro-batch 3, in backward`; "" where that is not known.
     is_mistake: True for a DeepyError, whose text stands by itself.
     is_echo: True where the error only tells that another rank is gone.
     """
@@ -55,6 +57,7 @@ class Failure:
     is_mistake: bool = False
     is_echo: bool = False
     when: float = 0.0
+    doing: str = ""
 
     def to_json(self) -> str:
         """Return the failure as one line of JSON."""
@@ -68,7 +71,8 @@ class Failure:
     def __str__(self) -> str:
         if self.is_mistake:
             return self.text
-        at = "before its first step" if self.step is None else f"at step {self.step}"
+        at = ("before its first step" if self.step is None else f"at step {self.step}") + self.doing.join((", ", ""))
+        at = at.removesuffix(", ")
         rank = f"rank {self.rank} of {self.world_size}" if self.world_size > 1 else f"rank {self.rank}"
         if self.is_echo and any(word in self.text.lower() for word in _BETWEEN_RANKS):
             saw = self.text.rstrip().splitlines()[-1].split(". ")[0]
@@ -81,13 +85,20 @@ class Failure:
         return f"{self.text.rstrip()}\n\n{rank} on host {self.host} failed {at}, exit code {self.exit_code}.{others}"
 
 
-def from_exception(error: BaseException, rank: int, world_size: int, host: str, step: int | None) -> Failure:
-    """Return the report of an exception that ended a rank."""
+def from_exception(
+    error: BaseException, rank: int, world_size: int, host: str, position: Position | None = None
+) -> Failure:
+    """Return the report of an exception that ended a rank. position: where it was then."""
     is_mistake = isinstance(error, DeepyError)
     text = str(error) if is_mistake else _traceback(error)
     exit_code = error.exit_code if isinstance(error, DeepyError) else 1
     is_echo = not is_mistake and any(echo in str(error).lower() for echo in _ECHOES)
-    return Failure(rank, world_size, host, step, exit_code, text, is_mistake, is_echo, time.time())
+    step, doing = _place(position)
+    return Failure(rank, world_size, host, step, exit_code, text, is_mistake, is_echo, time.time(), doing)
+
+
+def _place(position: Position | None) -> tuple[int | None, str]:
+    return (None, "") if position is None else (position.step, position.doing())
 
 
 def _traceback(error: BaseException) -> str:
@@ -102,14 +113,18 @@ def _is_ours(filename: str) -> bool:
     return filename == "<frozen runpy>" or Path(filename).parent == Path(__file__).parent
 
 
-def from_exit(status: int, peak_bytes: int, rank: int, world_size: int, host: str, step: int | None) -> Failure:
+def from_exit(
+    status: int, peak_bytes: int, rank: int, world_size: int, host: str, position: Position | None = None
+) -> Failure:
     """Return the report of a process that ended without one.
 
     status: the exit code, or minus the number of the signal that ended it. peak_bytes: its largest resident memory.
+    position: where it was then.
     """
     text = explain_signal(-status, peak_bytes) if status < 0 else "The process ended without a message of its own."
     exit_code = 128 - status if status < 0 else status
-    return Failure(rank, world_size, host, step, exit_code, text, when=time.time())
+    step, doing = _place(position)
+    return Failure(rank, world_size, host, step, exit_code, text, when=time.time(), doing=doing)
 
 
 def first_cause(failures: list[Failure]) -> Failure:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn
 
+from megatron import whereabouts
 from megatron.launch.board import VARIABLE, Board
 from megatron.launch.failure import Failure, first_cause, from_exception, from_exit
 
@@ -74,8 +75,8 @@ class _Ranks:
         report = self.board.failure(local_rank)
         if report is None and signal.SIGINT in self.signalled:
             return
-        host, step = socket.gethostname(), self.board.step(local_rank)
-        self.failures.append(report or from_exit(status, peak_bytes, local_rank, self.world_size, host, step))
+        host, position = socket.gethostname(), self.board.position(local_rank)
+        self.failures.append(report or from_exit(status, peak_bytes, local_rank, self.world_size, host, position))
 
 
 def run_ranks(
@@ -103,7 +104,8 @@ def run_ranks(
                 _become_rank(body, local_rank, board, launcher)
             ranks.alive[pid] = local_rank
         asked = _watch(ranks, patience or Patience())
-        steps = [step for rank in range(len(environments)) if (step := board.step(rank)) is not None]
+        positions = [board.position(rank) for rank in range(len(environments))]
+        steps = [position.step for position in positions if position is not None and position.step is not None]
     finally:
         ranks.send(signal.SIGKILL)
         signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
@@ -158,6 +160,8 @@ def _become_rank(body: Callable[[int], int], local_rank: int, board: Board, laun
         ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGTERM)
         if os.getppid() != launcher:
             os._exit(1)
+        whereabouts.reset()
+        board.hold_position(local_rank)
         exit_code = body(local_rank)
     except SystemExit as leaving:
         exit_code = _exit_code_of(leaving)
@@ -165,7 +169,7 @@ def _become_rank(body: Callable[[int], int], local_rank: int, board: Board, laun
         exit_code = 130
     except BaseException as error:
         world_size, host = int(os.environ.get("WORLD_SIZE", "1")), socket.gethostname()
-        failure = from_exception(error, local_rank, world_size, host, board.step(local_rank))
+        failure = from_exception(error, local_rank, world_size, host, whereabouts.current())
         board.post(local_rank, failure)
         exit_code = failure.exit_code
     finally:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron import logs
+from megatron import logs, whereabouts
 from megatron.config.schema.config import Config
 from megatron.launch.board import VARIABLE, Board
 from megatron.launch.devices import usable_cores
@@ -21,6 +21,7 @@ from megatron.launch.failure import Failure
 from megatron.launch.peers import PeerWatch, check_in, open_store
 from megatron.launch.place import Place
 from megatron.parallel.mesh import Mesh
+from megatron.whereabouts import Phase
 
 # Long, because one rank may build a data index while the others wait; a failed rank is noticed in a second anyway.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -38,6 +39,7 @@ class Worker:
 
     def finish(self) -> None:
         """Part from the other ranks in good order."""
+        whereabouts.enter(Phase.END)
         if self.watch is not None:
             self.watch.stop()
         if dist.is_initialized():
@@ -72,7 +74,7 @@ def decoding_worker(config: Config, place: Place, board: Board | None = None) ->
         if place.rank > 0:  # they do the same as rank 0, and would say the same
             logs.setup(place.rank, level="ERROR")
         return worker
-    device = _prepare(place, board)
+    device = _prepare(place)
     logger.info(f"1 process on {place.host}: {_device_name(device)}")
     return Worker(place, Mesh.single(device), board)
 
@@ -82,7 +84,7 @@ def _join(config: Config, place: Place, board: Board | None, sizes: tuple[int, i
     os.environ.update(place.environment())
     if config.kernels.compile is True:
         _keep_compiled_code()
-    device = _prepare(place, board)
+    device = _prepare(place)
     watch = _connect(config, place, device, supervised=board is not None)
     try:
         mesh = Mesh.create(*sizes, device)
@@ -102,10 +104,9 @@ def _keep_compiled_code() -> None:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
 
 
-def _prepare(place: Place, board: Board | None) -> torch.device:
+def _prepare(place: Place) -> torch.device:
     """Settle logs, warnings, device and threads."""
-    on_step = (lambda step: board.set_step(place.local_rank, step)) if board else None
-    logs.setup(place.rank, place.describe(), on_step=on_step)
+    logs.setup(place.rank, place.describe())
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|deepspeed)\b")
     device = _choose_device(place)
     if "OMP_NUM_THREADS" not in os.environ and device.type == "cpu":
@@ -137,6 +138,7 @@ def _connect(config: Config, place: Place, device: torch.device, supervised: boo
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         logger.info(f"1 process on {place.host}: {name}")
         return None
+    whereabouts.enter(Phase.MEETING)
     store = open_store(place)
     check_in(store, place, config, name)
     store.set_timeout(COLLECTIVE_TIMEOUT)

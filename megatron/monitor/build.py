@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self
 
-from megatron import logs
+from megatron import logs, whereabouts
 from megatron.config.schema.config import Config
 from megatron.monitor import comet_sink, plot, tensorboard_sink, wandb_sink
 from megatron.monitor.display import Display, Shown, Silent, build_display
@@ -97,7 +97,7 @@ class Monitor:
 
     def start_step(self, iteration: int) -> None:
         """Say that an optimizer step begins, which messages then name."""
-        logs.set_step(iteration)
+        whereabouts.begin_step(iteration)
         if self._step_begin is None and self._record is not None:
             self._record.metrics.write("first_step", iteration, seconds_since_launch=_seconds_since_launch())
         self._step_begin = time.perf_counter()

@@ -19,6 +19,7 @@ from megatron.training.persistence import Keeper
 from megatron.training.progress import Progress
 from megatron.training.results import Results
 from megatron.training.stop import StopRequest
+from megatron.whereabouts import Phase, inside
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ def _train(run: Run, progress: Progress, results: Results, collector: Collector)
         progress = results.add(pending, progress, everything=pauses)
         collector.after_step(pauses)
         if is_due(progress, run.training.check_replicas_interval or None):
-            run.engine.check_replicas()
+            with inside(Phase.CHECK):
+                run.engine.check_replicas()
         if is_due(progress, run.training.eval_interval) or progress.iteration == run.train_iters:
             validate(run, progress)
         save_if_due(run, progress)
@@ -107,7 +109,8 @@ def is_due(progress: Progress, interval: int | None) -> bool:
 def validate(run: Run, progress: Progress) -> None:
     """Evaluate the validation set, where there is one, and show the result."""
     if run.valid is not None:
-        evaluation = run.valid.evaluate(run.engine, run.valid.window(progress.iteration))
+        with inside(Phase.VALIDATION):
+            evaluation = run.valid.evaluate(run.engine, run.valid.window(progress.iteration))
         run.monitor.log_validation(
             progress.iteration, evaluation.loss, character_perplexity=evaluation.character_perplexity
         )

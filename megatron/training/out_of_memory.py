@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron import whereabouts
 from megatron.config.schema.config import Config
 from megatron.engine.base import Engine
 from megatron.engine.memory import Held, held
 from megatron.engine.step import StepEngine
 from megatron.errors import MemoryShortageError, Problem
-from megatron.logs import current_step
 from megatron.model.accounting import num_parameters
 from megatron.parallel.mesh import Mesh
 from megatron.planning.layout import Layout
@@ -70,7 +70,7 @@ def _problem(error: Exception, scene: Scene, config: Config, mesh: Mesh, vocab_s
     planner, layout = make_planner(config, vocab_size, mesh.device), Layout.of(config)
     found = held(scene.engine, mesh.device) if isinstance(scene.engine, StepEngine) else None
     memory = room(mesh.device)
-    step, rank = current_step(), f" of rank {mesh.world.rank}" if mesh.world.size > 1 else ""
+    step, rank = whereabouts.current().step, f" of rank {mesh.world.rank}" if mesh.world.size > 1 else ""
     when = "before the first step" if step is None else f"at step {step}"
     said = str(error).strip().splitlines() or [type(error).__name__]
     table = _table(found, scene.before, memory, planner.memory(layout)[mesh.pp.rank])

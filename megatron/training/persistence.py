@@ -27,6 +27,7 @@ from megatron.logs import get_logger
 from megatron.parallel.mesh import Mesh
 from megatron.tokenizer.base import Tokenizer
 from megatron.training.progress import Progress
+from megatron.whereabouts import Phase, inside
 
 logger = get_logger(__name__)
 
@@ -208,14 +209,15 @@ class Keeper:
             "fingerprint": self._tokenizer.fingerprint(),
             "vocab_size": self._tokenizer.vocab_size,
         }
-        folder = save_checkpoint(
-            Path(settings.save),
-            progress.iteration,
-            engine.state_pieces(),
-            progress.as_dict(),
-            self._config,
-            {"tokenizer": tokenizer, **self._extra},
-            self._mesh,
-        )
+        with inside(Phase.SAVE):
+            folder = save_checkpoint(
+                Path(settings.save),
+                progress.iteration,
+                engine.state_pieces(),
+                progress.as_dict(),
+                self._config,
+                {"tokenizer": tokenizer, **self._extra},
+                self._mesh,
+            )
         self._last_saved = progress.iteration
         return folder

@@ -13,6 +13,7 @@ the same steps at the same moment, since what they say may end the run.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import deque
 from types import TracebackType
@@ -24,6 +25,7 @@ from megatron.engine.base import Pending, StepResult
 from megatron.logs import get_logger
 from megatron.monitor.build import Monitor
 from megatron.training.progress import Progress
+from megatron.whereabouts import Phase, enter
 
 logger = get_logger(__name__)
 
@@ -74,9 +76,12 @@ class Results:
         try:
             while len(self._queued) > left:
                 iteration, pending = self._queued.popleft()
+                enter(Phase.RESULT)
                 found.append((iteration, pending.read()))
         finally:
             self._untold += time.perf_counter() - self._begin
+            if sys.exception() is None:
+                enter(Phase.LOGGING)
             for iteration, result in found:
                 self._monitor.log_step(iteration, result, self._untold / len(found))
                 progress = progress.after_result(result.num_tokens, result.skipped)

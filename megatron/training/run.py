@@ -36,6 +36,7 @@ from megatron.training.persistence import Keeper
 from megatron.training.progress import Progress
 from megatron.training.results import steps_late
 from megatron.training.stop import StopRequest
+from megatron.whereabouts import Phase, enter, inside
 
 logger = get_logger(__name__)
 
@@ -47,12 +48,16 @@ def train(config: Config, mesh: Mesh, config_files: Mapping[str, str] | None = N
     Raises DeepyError for what the user can mend: data, tokenizer, checkpoint, combinations of settings.
     """
     require_ready(config)
+    enter(Phase.TOKENIZER)
     tokenizer = build_tokenizer(config.tokenizer)
     tensor_parallel_size = config.parallel.model_parallel_size
     new_size = padded_vocab_size(tokenizer.vocab_size, config.model.make_vocab_size_divisible_by, tensor_parallel_size)
+    enter(Phase.TRIAL)
     config = with_micro_batch(config, mesh, new_size)
+    enter(Phase.DATA_INDEX)
     data = _open_data(config, mesh, tokenizer)
     config = _with_length(config, data.train_iters)
+    enter(Phase.CHECKPOINT_SEARCH)
     with ExitStack() as stack:
         keeper = Keeper(config, mesh, tokenizer, {"train_order": data.train_order, "config_files": config_files})
         stack.callback(keeper.close)
@@ -79,7 +84,8 @@ def train(config: Config, mesh: Mesh, config_files: Mapping[str, str] | None = N
         progress = run_loop(run, progress)
         test = assembly.evaluator(data.test)
         if test is not None and progress.iteration == data.train_iters:
-            found = test.evaluate(engine, 0)
+            with inside(Phase.VALIDATION):
+                found = test.evaluate(engine, 0)
             monitor.log_validation(progress.iteration, found.loss, "test", found.character_perplexity)
         return progress
 
@@ -95,10 +101,13 @@ class _Assembly:
 
     def engine(self, vocab_size: int, keeper: Keeper) -> tuple[Engine, Progress]:
         """Return the engine with the weights and the state that the run begins with, and its progress."""
+        enter(Phase.MODEL)
         model = build_model(self.config, vocab_size, self.mesh, initialized=keeper.is_fresh)
         shapes = model.full_shapes()
+        enter(Phase.ENGINE)
         engine = build_engine(self.config, self.mesh, model, build_objective())
-        return engine, keeper.restore(engine, shapes)
+        with inside(Phase.LOAD):
+            return engine, keeper.restore(engine, shapes)
 
     def monitor(self, vocab_size: int, progress: Progress) -> Monitor:
         """Return the monitor, which shows and writes on rank 0 only."""

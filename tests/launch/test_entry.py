@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron import logs
+from megatron import whereabouts
 from megatron.config.resolve import resolve
 from megatron.config.schema.config import Config
 from megatron.config.transport import pack
@@ -66,7 +66,7 @@ def test_two_ranks_with_plain_variables_and_files(tmp_path: Path) -> None:
 
 def test_a_failed_rank_ends_the_others_without_a_launcher_of_ours(tmp_path: Path) -> None:
     def work(config: Config, mesh: Mesh, files: Mapping[str, str]) -> None:
-        logs.set_step(12)
+        whereabouts.begin_step(12)
         if mesh.world.rank == 1:
             raise ZeroDivisionError("the cause")
         dist.barrier()
@@ -75,14 +75,14 @@ def test_a_failed_rank_ends_the_others_without_a_launcher_of_ours(tmp_path: Path
     assert (code0, code1) == (1, 1)
     assert "ZeroDivisionError: the cause" in output1
     assert output1.strip().splitlines()[-1].startswith("rank 1 of 2 on host ")
-    assert "failed at step 12, exit code 1" in output1
+    assert "failed at step 12, in batch, exit code 1" in output1
     assert "Traceback" not in output0
     assert "ends because rank 1 on host" in output0 or "failed as well" in output0
 
 
 def test_a_killed_rank_is_not_blamed_on_the_survivor(tmp_path: Path) -> None:
     def work(config: Config, mesh: Mesh, files: Mapping[str, str]) -> None:
-        logs.set_step(9)
+        whereabouts.begin_step(9)
         if mesh.world.rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         dist.all_reduce(torch.ones(()))
@@ -91,7 +91,7 @@ def test_a_killed_rank_is_not_blamed_on_the_survivor(tmp_path: Path) -> None:
     assert (code0, code1) == (1, -signal.SIGKILL)
     last = output0.strip().splitlines()[-1]
     assert last.startswith("rank 0 of 2 on host ")
-    assert "lost another rank at step 9, which ended without a word (killed?)." in last
+    assert "lost another rank at step 9, in batch, which ended without a word (killed?)." in last
     assert "Traceback" not in output0
 
 
@@ -124,18 +124,19 @@ def test_a_mistake_has_its_own_exit_code_and_no_traceback(tmp_path: Path) -> Non
 
 def test_under_our_launcher_the_report_goes_to_the_board(tmp_path: Path) -> None:
     def work(config: Config, mesh: Mesh, files: Mapping[str, str]) -> None:
-        logs.set_step(3)
+        whereabouts.begin_step(3)
         raise ZeroDivisionError("the cause")
 
     board = Board.create(1)
     environment = {"DEEPY_BOARD": str(board.folder)}
     code, output = fork(lambda: run_worker(work, payload(tmp_path)), tmp_path / "output", environment).end()
-    failure, step = board.failure(0), board.step(0)
+    failure, position = board.failure(0), board.position(0)
     board.remove()
     assert code == 1
     assert "the cause" not in output
     assert failure is not None
-    assert (failure.step, step) == (3, 3)
+    assert position is not None
+    assert (failure.step, position.step) == (3, 3)
     assert "ZeroDivisionError: the cause" in failure.text
 
 

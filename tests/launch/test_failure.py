@@ -26,10 +26,10 @@ def test_words_for_a_bug() -> None:
 
 def test_a_mistake_stands_by_itself() -> None:
     error = ConfigError(Problem("x = 1", "is bad.", "Write 2.", "a.yml:3"))
-    found = from_exception(error, 1, 2, "n1", 5)
+    found = from_exception(error, 1, 2, "n1")
     assert str(found) == "a.yml:3: x = 1: is bad. Write 2."
     assert found.exit_code == 2
-    assert from_exception(LaunchError(Problem("a", "b", "c")), 0, 1, "n1", None).exit_code == 1
+    assert from_exception(LaunchError(Problem("a", "b", "c")), 0, 1, "n1").exit_code == 1
 
 
 def test_the_traceback_names_the_place_and_the_notes() -> None:
@@ -37,7 +37,7 @@ def test_the_traceback_names_the_place_and_the_notes() -> None:
         raise ValueError("bad loss")
     except ValueError as error:
         error.add_note("micro-batch 3")
-        found = from_exception(error, 0, 1, "n1", 5)
+        found = from_exception(error, 0, 1, "n1")
     assert "test_failure.py" in found.text
     assert found.text.endswith("ValueError: bad loss\nmicro-batch 3\n")
 
@@ -52,7 +52,7 @@ def test_the_traceback_names_the_place_and_the_notes() -> None:
     ],
 )
 def test_the_end_of_a_peer_is_an_echo(text: str) -> None:
-    assert from_exception(RuntimeError(text), 0, 2, "n1", 5).is_echo
+    assert from_exception(RuntimeError(text), 0, 2, "n1").is_echo
 
 
 def test_an_echo_alone_names_the_loss_and_not_its_own_traceback() -> None:
@@ -73,5 +73,5 @@ def test_first_cause() -> None:
 def test_signals_have_reasons() -> None:
     assert "It had used up to 3.0 GiB of this machine's" in explain_signal(9, 3 * 2**30)
     assert explain_signal(64, 0).startswith("The process was ended by SIGRTMAX (-64)")
-    assert from_exit(-9, 0, 0, 1, "n1", None).exit_code == 137
-    assert from_exit(3, 0, 0, 1, "n1", None).exit_code == 3
+    assert from_exit(-9, 0, 0, 1, "n1").exit_code == 137
+    assert from_exit(3, 0, 0, 1, "n1").exit_code == 3

@@ -17,7 +17,7 @@ PREAMBLE = """
 import os, signal, sys, time
 from pathlib import Path
 from megatron.errors import DataError, Problem
-from megatron.launch.board import Board
+from megatron import whereabouts
 from megatron.launch.supervise import Patience, run_ranks
 meet = Path(sys.argv[1])
 def wait_for(name, seconds=10):
@@ -26,7 +26,7 @@ def wait_for(name, seconds=10):
         assert time.time() < deadline, name
         time.sleep(0.01)
 def at_step(rank, step):
-    Board(Path(os.environ["DEEPY_BOARD"])).set_step(rank, step)
+    whereabouts.begin_step(step)
 def run(body, ranks, **patience):
     sys.exit(run_ranks(body, [{"WORLD_SIZE": str(ranks), "RANK": str(rank)} for rank in range(ranks)],
                        Patience(**patience)))
@@ -86,7 +86,7 @@ run(body, 3)
     assert stderr.count("Traceback") == 1
     last = stderr.strip().splitlines()[-1]
     assert last.startswith("rank 1 of 3 on host ")
-    assert last.endswith("failed at step 12, exit code 1. The other ranks were stopped.")
+    assert last.endswith("failed at step 12, in batch, exit code 1. The other ranks were stopped.")
     assert stderr.index("noise of another rank") < stderr.index("Traceback")
 
 
@@ -158,7 +158,7 @@ def test_an_exit_code_without_a_message_is_a_failure(tmp_path: Path) -> None:
     assert code == 3
     assert "ended without a message of its own" in stderr
     assert "rank 0 on host" in stderr
-    assert "before its first step, exit code 3." in stderr
+    assert "before its first step, in start-up, exit code 3." in stderr
 
 
 def test_a_rank_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
