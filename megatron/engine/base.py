@@ -5,6 +5,7 @@ Nobody above this package asks which engine runs, whether parameters are sharded
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -22,17 +23,33 @@ WatchGradient = Callable[[str, Tensor], None]
 
 
 @dataclass(frozen=True)
+class Limits:
+    """What a step may have and still be applied. loss: mean over its trained tokens, nats. grad_norm: global L2 norm
+    before clipping. Equal values are applied; what is not finite never is."""
+
+    loss: float = math.inf
+    grad_norm: float = math.inf
+
+
+NO_LIMITS = Limits()
+NOTHING = Limits(-math.inf, -math.inf)
+"""Limits under which no step changes anything."""
+
+
+@dataclass(frozen=True)
 class StepResult:
     """What one optimizer step did; numbers are of the whole step, over all micro-batches and data-parallel ranks.
 
     loss: mean over the trained tokens, in nats, of the weights before the update.
     num_tokens: trained tokens, those whose loss mask is not 0.
     learning_rate: what this update used.
-    grad_norm: global L2 norm of the gradient before clipping; inf where the step was skipped.
+    grad_norm: global L2 norm of the gradient before clipping; inf where it is not finite.
     clipped_grad_norm: the norm of the gradient that the optimizer got; equal to grad_norm where nothing was clipped.
     loss_scale: what the loss was multiplied by for fp16, else 1.
-    skipped: the gradient was not finite, so the weights are unchanged. The iteration counts all the same: data and
+    skipped: the update was left out, so the weights are unchanged. The iteration counts all the same: data and
         schedule move on.
+    not_finite: it was left out because the loss or the gradient is not finite, and no smaller loss scale mends that.
+    spiked: it was left out because the loss or the norm is finite, and above its limit.
     stop: a rank was asked to stop before the step was queued; alike on all ranks.
     """
 
@@ -43,6 +60,8 @@ class StepResult:
     clipped_grad_norm: float
     loss_scale: float = 1.0
     skipped: bool = False
+    not_finite: bool = False
+    spiked: bool = False
     stop: bool = False
 
 
@@ -75,11 +94,17 @@ class Engine(Protocol):
         """
         ...
 
-    def queue_step(self, batches: Sequence[Batch], iteration: int, stop: Callable[[], bool] = never) -> Pending:
+    def queue_step(
+        self,
+        batches: Sequence[Batch],
+        iteration: int,
+        stop: Callable[[], bool] = never,
+        limits: Limits = NO_LIMITS,
+    ) -> Pending:
         """Do `train_step` without waiting for the device where the engine can, and say later what it did.
 
         stop: whether this rank is asked to stop; `StepResult.stop` says it of all ranks, by a sum that the step makes
-        anyway.
+        anyway. limits: beyond which the update is left out, the same on every rank.
         """
         ...
 

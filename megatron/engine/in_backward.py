@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from megatron.config.schema.config import Config
 from megatron.engine.local import LocalEngine
 from megatron.engine.step import Update
+from megatron.engine.verdict import Verdict
 from megatron.errors import EngineError, Problem
 from megatron.objectives.build import Objective
 from megatron.ops.adamw import sum_of_squares
@@ -89,7 +90,7 @@ class InBackwardEngine(LocalEngine):
             if parameter is not master:
                 parameter.copy_(master)
 
-    def _update(self) -> Update:
+    def _update(self, verdict: Verdict) -> Update:
         """Give weights that had no gradient a zero one, and return the norm of what has been applied.
 
         Raises EngineError where a gradient was not finite: other weights have changed by then."""

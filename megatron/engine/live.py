@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
+
+import torch
 
 from megatron.config.schema.config import Config
 from megatron.engine import state, zero
 from megatron.engine.base import ReadTensor
 from megatron.engine.fragments import Holdings
-from megatron.engine.step import StepEngine
+from megatron.engine.judged import judged
+from megatron.engine.step import StepEngine, Update, diverged
+from megatron.engine.verdict import Verdict
 from megatron.objectives.build import Objective
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.sharding import StatePiece
@@ -38,6 +42,19 @@ class LiveEngine(StepEngine):
     def read_back(self) -> dict[str, Any]:
         """Return what the live engine does, under the names of the keys that asked for it; all ranks must call it."""
         return zero.read_back(self._live, self._holdings(), self.model, self._mesh)
+
+    @torch.no_grad()
+    def _step(self, verdict: Verdict, step: Callable[[], Any]) -> Update:
+        """Let DeepSpeed apply the gradient, if the verdict allows. step: its step."""
+        try:
+            with judged(self._live.optimizer, verdict) as found:
+                step()
+        except Exception as error:
+            if "loss scale already at minimum" in str(error):
+                raise diverged() from error
+            raise
+        norm = self._live.get_global_grad_norm() if found.norm is None else found.norm
+        return Update(norm, not self._live.was_step_applied())
 
     def _holdings(self) -> Holdings:
         return zero.holdings(self._live.optimizer, self.model)

@@ -29,6 +29,7 @@ from megatron.engine.graphs import RecordedModel, require_recordable
 from megatron.engine.loss_scale import LossScale
 from megatron.engine.pending import Number
 from megatron.engine.step import MicroBatchEngine, Update
+from megatron.engine.verdict import Verdict
 from megatron.objectives.build import Objective
 from megatron.ops.adamw import sum_of_squares
 from megatron.ops.choice import Function, Situation
@@ -145,22 +146,22 @@ class LocalEngine(MicroBatchEngine):
         (loss_sum * scale.to(loss_sum.dtype)).backward()
 
     @torch.no_grad()
-    def _update(self) -> Update:
+    def _update(self, verdict: Verdict) -> Update:
         gradients = self._reduced()
         scale = self._loss_scale()
         self._show_gradients(((n, m.grad) for n, m in self._masters.items() if m.grad is not None), scale)
         operation = sum_of_squares if self._one_pass is None else self._one_pass.squares
         squares = operation(gradients) if self._gradients is None else self._gradients.squares(operation)
+        norm = squares.sqrt() / scale
+        refused = verdict.refuses(norm)
         if self._one_pass is not None:
-            norm = self._one_pass.step(squares, scale, self._clip)
+            self._one_pass.step(squares, scale, self._clip, refused)
         else:
-            norm = squares.sqrt() / scale
-            self._step(gradients, float(norm), float(scale))
-        skipped = ~torch.isfinite(norm)
-        return Update(norm, skipped, self._scaler.update(skipped) if self._scaler else 0.0)
+            self._step(gradients, float(torch.where(refused, math.nan, norm)), float(scale))
+        return Update(norm, refused, self._scaler.update(~torch.isfinite(norm)) if self._scaler else 0.0)
 
     def _step(self, gradients: list[Tensor], norm: float, scale: float) -> None:
-        """Apply the gradients, which are `scale` times too large, clipped; unless their norm is not finite."""
+        """Apply the gradients, which are `scale` times too large, clipped; a norm that is not finite leaves it out."""
         if not math.isfinite(norm):
             return
         divisor = scale * (max(1.0, (norm + 1e-6) / self._clip) if self._clip > 0 else 1.0)

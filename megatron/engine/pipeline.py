@@ -25,7 +25,8 @@ from megatron.engine import state, zero
 from megatron.engine.instructions import Instructions
 from megatron.engine.live import LiveEngine
 from megatron.engine.stage import Feed, PipelineStage, is_copy
-from megatron.engine.step import Update, diverged
+from megatron.engine.step import Update
+from megatron.engine.verdict import Verdict
 from megatron.errors import EngineError, Problem
 from megatron.logs import get_logger
 from megatron.model.stage import StageModel
@@ -47,7 +48,7 @@ class PipelineEngine(LiveEngine):
         self._stage = stage
         super().__init__(config, mesh, live, objective)
         self._shape: tuple[int, ...] | None = None
-        self._take_model_step, live._take_model_step = live._take_model_step, self._show_and_step
+        self._take_model_step, live._take_model_step = live._take_model_step, _later
         instead = {ReduceTiedGrads: lambda live: _sum_shared_gradients(live, mesh)}
         self._instructions = Instructions()
         live._INSTRUCTION_MAP = self._instructions.told({**live._INSTRUCTION_MAP, **instead})
@@ -68,19 +69,16 @@ class PipelineEngine(LiveEngine):
         return state.pieces(replace(found, owned=owned), self._mesh)
 
     def _accumulate(self, batches: Sequence[Batch], iteration: int, num_tokens: Tensor) -> Tensor:
-        """Run the whole schedule; the optimizer's step is its last instruction."""
+        """Run the whole schedule but for its last instruction, the optimizer's step, which waits for the verdict."""
         feed = Feed(
             batches,
             scale=self._num_micro_batches * self._mesh.replicas.size / num_tokens,
             before=lambda micro_batch: self._rng.start_micro_batch(iteration, micro_batch),
             device=self._mesh.device,
         )
-        try:
-            self._live.train_batch(self._iterate(feed, batches))
-        except Exception as error:
-            if "loss scale already at minimum" in str(error):
-                raise diverged() from error
-            raise
+        self._live.global_steps += 1  # as it is after a step: DeepSpeed prints in the step of number 0
+        self._live.train_batch(self._iterate(feed, batches))
+        self._live.global_steps -= 1
         return self._from_last_stage(feed.losses)
 
     def _losses(self, batches: Sequence[Batch]) -> Tensor:
@@ -93,13 +91,13 @@ class PipelineEngine(LiveEngine):
         live.module.train()
         return self._from_last_stage(feed.losses)
 
-    def _show_and_step(self, settings: Any) -> None:
-        """Show the reduced gradients before the optimizer's step, which is the last instruction of the schedule."""
-        self._show_gradients(zero.gradients(self.model), self._loss_scale())
-        self._take_model_step(settings)
-
-    def _update(self) -> Update:
-        return Update(self._live.get_global_grad_norm(), not self._live.was_step_applied())
+    def _update(self, verdict: Verdict) -> Update:
+        self._live._force_grad_boundary = True
+        try:
+            self._show_gradients(zero.gradients(self.model), self._loss_scale())
+            return self._step(verdict, lambda: self._take_model_step(None))
+        finally:
+            self._live._force_grad_boundary = False
 
     def _iterate(self, feed: Feed, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
         """Hand the stage its feed, and return what DeepSpeed loads itself: the tokens of the first stage."""
@@ -133,6 +131,10 @@ def _sum_shared_gradients(live: Any, mesh: Mesh) -> None:
         dist.all_reduce(gradient, group=group)
         if mesh.replicas.size > 2 and mesh.replicas.rank > 0:
             gradient.zero_()
+
+
+def _later(settings: Any) -> None:
+    """In the place of the optimizer's step within the schedule: it is taken after it, when the loss is known."""
 
 
 def _require_same_layout(grid: Any, mesh: Mesh) -> None:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 from megatron.engine import zero
 from megatron.engine.live import LiveEngine
-from megatron.engine.step import MicroBatchEngine, Update, diverged
+from megatron.engine.step import MicroBatchEngine, Update
+from megatron.engine.verdict import Verdict
 
 
 class DeepSpeedEngine(LiveEngine, MicroBatchEngine):
@@ -40,13 +40,6 @@ class DeepSpeedEngine(LiveEngine, MicroBatchEngine):
         if not self._live.is_gradient_accumulation_boundary():
             self._live.step()  # only counts the micro-batch
 
-    @torch.no_grad()
-    def _update(self) -> Update:
+    def _update(self, verdict: Verdict) -> Update:
         self._show_gradients(zero.gradients(self.model), self._loss_scale())
-        try:
-            self._live.step()
-        except Exception as error:
-            if "loss scale already at minimum" in str(error):
-                raise diverged() from error
-            raise
-        return Update(self._live.get_global_grad_norm(), not self._live.was_step_applied())
+        return self._step(verdict, self._live.step)

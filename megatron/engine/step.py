@@ -11,6 +11,7 @@ Nothing here waits for the device: counts, losses and norms stay there until som
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -22,9 +23,10 @@ from torch import Tensor, nn
 from megatron.config.schema.config import Config
 from megatron.data.batch import Batch, shard_sequence
 from megatron.engine import replicas, verify
-from megatron.engine.base import StepResult, WatchGradient, never
+from megatron.engine.base import NO_LIMITS, Limits, StepResult, WatchGradient, never
 from megatron.engine.fragments import Holdings
 from megatron.engine.pending import Number, PendingStep
+from megatron.engine.verdict import Verdict
 from megatron.errors import EngineError, Problem
 from megatron.objectives.build import Objective
 from megatron.optim.schedules import learning_rate
@@ -35,8 +37,8 @@ from megatron.whereabouts import Phase, enter
 
 @dataclass(frozen=True)
 class Update:
-    """What applying the gradient found: its global norm before clipping, whether it was not finite and so the step
-    was skipped, and whether an fp16 run has no smaller loss scale left. Numbers, or scalars on the device."""
+    """What applying the gradient found: its global norm before clipping, whether the update was left out, and whether
+    an fp16 run has no smaller loss scale left. Numbers, or scalars on the device."""
 
     grad_norm: Number
     skipped: Number
@@ -54,6 +56,7 @@ class StepEngine(ABC):
         self._num_micro_batches = config.batch.gradient_accumulation_steps
         self._train_iters = config.training.train_iters or 0
         self._watcher: WatchGradient | None = None
+        self._last_refused: Number = 0.0
 
     @property
     @abstractmethod
@@ -73,8 +76,8 @@ class StepEngine(ABC):
         """Make the gradient of (sum of all losses) / num_tokens, and return this rank's sum of losses, fp64 scalar."""
 
     @abstractmethod
-    def _update(self) -> Update:
-        """Sum the gradient over the ranks, clip it and apply it."""
+    def _update(self, verdict: Verdict) -> Update:
+        """Sum the gradient over the ranks, clip it, and apply it if the verdict allows."""
 
     @abstractmethod
     def _losses(self, batches: Sequence[Batch]) -> Tensor:
@@ -109,7 +112,13 @@ class StepEngine(ABC):
         """
         return self.queue_step(batches, iteration).read()
 
-    def queue_step(self, batches: Sequence[Batch], iteration: int, stop: Callable[[], bool] = never) -> PendingStep:
+    def queue_step(
+        self,
+        batches: Sequence[Batch],
+        iteration: int,
+        stop: Callable[[], bool] = never,
+        limits: Limits = NO_LIMITS,
+    ) -> PendingStep:
         """Queue one optimizer step; see `Engine.queue_step`. Raises EngineError for a wrong number of micro-batches."""
         self._require_accumulation(batches)
         batches = self._parts(batches)
@@ -117,15 +126,18 @@ class StepEngine(ABC):
         enter(Phase.TOKEN_COUNT)
         loss_scale = self._start(rate)
         num_tokens = self._sum(_count_tokens(batches))
-        loss_sum = self._accumulate(batches, iteration, num_tokens.clamp(min=1))
+        trained = num_tokens.clamp(min=1)
+        loss_sum = self._accumulate(batches, iteration, trained)
         enter(Phase.LOSS_SUM)
-        loss_sum, stops = self._total(loss_sum, stop())
+        loss_sum, stops, refused_before = self._total(loss_sum, stop())
         enter(Phase.UPDATE)
-        update = self._update()
+        update = self._update(Verdict(loss_sum / trained, limits))
+        self._last_refused = update.skipped
         numbers = {
             "loss_sum": loss_sum,
             "num_tokens": num_tokens,
             "stops": stops,
+            "refused_before": refused_before,
             "loss_scale": loss_scale,
             "grad_norm": update.grad_norm,
             "skipped": update.skipped,
@@ -137,15 +149,22 @@ class StepEngine(ABC):
         """Return what a step did. found: its numbers, now that they are known."""
         if found["diverged"]:
             raise diverged()
-        norm = float("inf") if found["skipped"] else found["grad_norm"]
+        if 0 < found["refused_before"] < self._mesh.world.size:
+            raise _disagreement(int(found["refused_before"]), self._mesh.world.size)
+        loss = found["loss_sum"] / max(1, found["num_tokens"])
+        skipped = bool(found["skipped"])
+        norm = found["grad_norm"] if math.isfinite(found["grad_norm"]) else math.inf
+        is_bad = skipped and not (math.isfinite(loss) and (self._mends_overflow() or math.isfinite(norm)))
         return StepResult(
-            loss=found["loss_sum"] / max(1, found["num_tokens"]),
+            loss=loss,
             num_tokens=int(found["num_tokens"]),
             learning_rate=rate,
             grad_norm=norm,
             clipped_grad_norm=clipped(norm, self._config.optimizer.gradient_clipping),
             loss_scale=found["loss_scale"],
-            skipped=bool(found["skipped"]),
+            skipped=skipped,
+            not_finite=is_bad,
+            spiked=skipped and math.isfinite(loss) and math.isfinite(norm),
             stop=found["stops"] > 0,
         )
 
@@ -157,6 +176,11 @@ class StepEngine(ABC):
         enter(Phase.LOSS_SUM)
         self._sum(totals)
         return float(totals[0]), int(totals[1])
+
+    def _mends_overflow(self) -> bool:
+        """Say whether a gradient that is not finite is followed by a smaller loss scale, as fp16 has it."""
+        settings = self._config.deepspeed.fp16 or {}
+        return self._config.numerics.precision == "fp16" and not settings.get("loss_scale")
 
     def _require_accumulation(self, batches: Sequence[Batch]) -> None:
         if len(batches) != self._num_micro_batches:
@@ -172,16 +196,19 @@ class StepEngine(ABC):
         """Return what this rank computes of each batch, on its device; ranks of the context axis are given the same."""
         return [shard_sequence(batch.to(self._mesh.device), self._mesh.cp) for batch in batches]
 
-    def _total(self, loss_sum: Tensor, stop: bool) -> tuple[Tensor, Number]:
-        """Return the losses' sum over the replicas, and how many ranks are asked to stop, by one sum over all ranks.
+    def _total(self, loss_sum: Tensor, stop: bool) -> tuple[Tensor, Number, Number]:
+        """Return, by one sum over all ranks: the losses' sum over the replicas, how many ranks are asked to stop, and
+        how many left out the update before this one.
 
         Ranks that share a sequence's computation hold the same sum of losses, so each is counted once for all of them.
         """
         if self._mesh.world.size == 1:
-            return self._sum(loss_sum), float(stop)
-        both = torch.stack((loss_sum, torch.full_like(loss_sum, float(stop))))
-        dist.all_reduce(both, group=self._mesh.world.group)
-        return both[0] / (self._mesh.world.size // self._mesh.replicas.size), both[1]
+            return self._sum(loss_sum), float(stop), 0.0
+        refused = self._last_refused
+        number = refused.double() if isinstance(refused, Tensor) else torch.full_like(loss_sum, float(refused))
+        all_three = torch.stack((loss_sum, torch.full_like(loss_sum, float(stop)), number))
+        dist.all_reduce(all_three, group=self._mesh.world.group)
+        return all_three[0] / (self._mesh.world.size // self._mesh.replicas.size), all_three[1], all_three[2]
 
     def _sum(self, value: Tensor) -> Tensor:
         """Sum `value` in place over the ranks that share the step."""
@@ -232,6 +259,19 @@ def _count_tokens(batches: Sequence[Batch]) -> Tensor:
 def clipped(norm: float, limit: float) -> float:
     """Return what clipping leaves of a gradient of this norm: it is divided by max(1, (norm + 1e-6) / limit)."""
     return norm / max(1.0, (norm + 1e-6) / limit) if limit > 0 else norm
+
+
+def _disagreement(refused: int, world_size: int) -> EngineError:
+    """Return the error of ranks that did not all decide alike on a step."""
+    return EngineError(
+        Problem(
+            what="the last update",
+            why=f"{refused} of {world_size} ranks left it out, and the others applied it, so their weights differ: a "
+            "rank computed another loss or gradient norm from the same sums.",
+            fix="Go on from the last checkpoint. If it happens again, look for a device that computes wrongly "
+            "(check_replicas_interval: 1 names the tensors that differ).",
+        )
+    )
 
 
 def diverged() -> EngineError:

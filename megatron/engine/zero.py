@@ -42,6 +42,7 @@ def skip_by_norm(optimizer: Any) -> None:
     It would look through every gradient before, and wait for the device to say what it found."""
     if getattr(optimizer, "dtype", None) == torch.bfloat16 and isinstance(optimizer, DeepSpeedZeroOptimizer):
         optimizer.check_overflow = lambda partition_gradients=True: None
+        optimizer.check_grad_overflow = True  # without it the norm would not be looked at
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ the same.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -41,15 +42,16 @@ class OnePassAdamW:
         self.squares = squares
 
     @torch.no_grad()
-    def step(self, squares: Tensor, loss_scale: float | Tensor, clip: float) -> Tensor:
+    def step(self, squares: Tensor, loss_scale: float | Tensor, clip: float, refused: Tensor | None = None) -> Tensor:
         """Do one update and return the gradient's norm before clipping, an fp64 scalar on the device.
 
         squares: sum of the squares of all gradients, which are `loss_scale` times the loss's. Where it is not finite
-        nothing changes.
+        nothing changes, nor where `refused` is true, bool scalar on the device.
         """
         norm = squares.sqrt() / loss_scale
-        coefficient = coefficient_of(norm, loss_scale, clip)
-        counted = torch.isfinite(norm).float()
+        allowed = norm if refused is None else torch.where(refused, math.nan, norm)
+        coefficient = coefficient_of(allowed, loss_scale, clip)
+        counted = torch.isfinite(allowed).float()
         for group in self._optimizer.param_groups:
             masters, states = group["params"], [self._optimizer.state[master] for master in group["params"]]
             steps = [state["step"] for state in states]

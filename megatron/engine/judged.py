@@ -1,0 +1,56 @@
+"""DeepSpeed's optimizers under our verdict: a step that they would apply is left out as they leave out an overflow.
+
+All of them ask one function whether the gradient's norm is valid, once in a step, with the norm that is summed over
+all ranks, before anything changes (DeepSpeed 0.19). Within the step that function asks the verdict as well. A step
+that is left out for its limits, or for its loss, is no overflow to the fp16 loss scale.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.engine.verdict import Verdict
+
+_ASKED = "is_invalid_grad_norm"
+
+
+@dataclass
+class Judgement:
+    """What a judged step was told. norm: of the unscaled gradient, where the optimizer left it out for the verdict.
+    is_allowed: it goes on, and may ask again."""
+
+    norm: float | None = None
+    is_allowed: bool = False
+
+
+@contextmanager
+def judged(optimizer: Any, verdict: Verdict) -> Iterator[Judgement]:
+    """Within the block, which is one step of a ZeRO optimizer or BF16_Optimizer, the verdict decides too."""
+    module = sys.modules[type(optimizer).__module__]
+    is_invalid, found = getattr(module, _ASKED), Judgement()
+    scale = float(getattr(optimizer, "loss_scale", 1.0))
+
+    def is_refused(norm: Any) -> bool:
+        if is_invalid(norm):
+            return True
+        if not found.is_allowed:
+            value = float(norm) / scale
+            found.is_allowed = verdict.allows(value)
+            found.norm = None if found.is_allowed else value
+        return not found.is_allowed
+
+    def update_scale(has_overflow: bool = False) -> None:
+        type(optimizer)._update_scale(optimizer, has_overflow and found.norm is None)
+
+    setattr(module, _ASKED, is_refused)
+    if hasattr(optimizer, "_update_scale"):
+        optimizer._update_scale = update_scale
+    try:
+        yield found
+    finally:
+        setattr(module, _ASKED, is_invalid)
+        vars(optimizer).pop("_update_scale", None)
