@@ -59,6 +59,10 @@ class CheckpointError(DeepyError):
     """A checkpoint that is missing, damaged, or of another model, or that could not be written."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint whose files are not as they were written, so that an earlier one may stand in for it."""
+
+
 class EngineError(DeepyError):
     """The live engine differs from the config, or a combination that the engine cannot run."""
 

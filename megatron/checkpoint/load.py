@@ -6,8 +6,9 @@ weight = reader.read("layers.0.mlp.linear1.weight", "weight")
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import cached_property
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -15,18 +16,11 @@ from torch import Tensor
 
 from megatron import logs
 from megatron.checkpoint import layout
-from megatron.checkpoint.manifest import (
-    Manifest,
-    Piece,
-    TensorEntry,
-    pieces_of_shard,
-    read_manifest,
-    shards_of,
-    share_shape,
-)
-from megatron.checkpoint.tensor_file import DTYPES, from_bytes, read_range
-from megatron.errors import CheckpointError, DeepyError, Problem
-from megatron.parallel.sharding import ShardSpec, merge
+from megatron.checkpoint.manifest import Manifest, read_manifest
+from megatron.checkpoint.piece_reader import PieceReader, damaged
+from megatron.checkpoint.tensor_file import DTYPES
+from megatron.errors import CheckpointError, DamagedCheckpointError, DeepyError, Problem
+from megatron.parallel.sharding import StateRequest
 
 logger = logs.get_logger(__name__)
 
@@ -95,10 +89,10 @@ class CheckpointReader:
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
-        self._proved: set[str] = set()
         try:
             self.manifest: Manifest = read_manifest(self.folder)
             self._check_sizes()
+            self._pieces = PieceReader(self.folder, self.manifest)
         except CheckpointError as error:
             raise self._with_alternative(error) from error
 
@@ -120,95 +114,75 @@ class CheckpointReader:
         """Return the stored dtype of a tensor that is there."""
         return DTYPES[self.manifest.tensors[kind][name].dtype]
 
+    def shape(self, name: str, kind: str = "weight") -> tuple[int, ...] | None:
+        """Return the full shape of a tensor, or None where the checkpoint does not have it."""
+        entry = self.manifest.tensors.get(kind, {}).get(name)
+        return entry.shape if entry else None
+
+    def fill(self, requests: Iterable[StateRequest]) -> None:
+        """Fill every request's target with its range of a tensor that is there, reading just what that needs.
+
+        Raises DamagedCheckpointError where bytes are not those that were written; targets are then undefined.
+        """
+        try:
+            self._pieces.fill(requests)
+        except DamagedCheckpointError as error:
+            raise self._with_alternative(error) from error
+
     def read(self, name: str, kind: str = "weight") -> Tensor | None:
         """Return the full tensor on the CPU in its stored dtype, or None where the checkpoint does not have it.
 
-        Only this tensor is in memory. Raises CheckpointError where its bytes are not those that were written.
+        Only this tensor is in memory. Raises DamagedCheckpointError where its bytes are not those that were written.
         """
-        entry = self.manifest.tensors.get(kind, {}).get(name)
-        if entry is None:
+        if self.shape(name, kind) is None:
             return None
         try:
-            return self._assemble(entry)
-        except CheckpointError as error:
+            return self._assemble(name, kind)
+        except DamagedCheckpointError as error:
             raise self._with_alternative(error) from error
 
-    def verify(self) -> None:
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of tensor files that this process has read so far."""
+        return self._pieces.bytes_read
+
+    def verify(self, on_progress: Callable[[int], None] = lambda size: None) -> None:
         """Read everything and compare every hash; also that each fp32 master rounds to its weight.
 
-        Raises CheckpointError with all damaged tensors.
+        on_progress: called with the bytes of each tensor that has been read.
+        Raises DamagedCheckpointError with all that is damaged.
         """
         problems: list[Problem] = []
+        for name in self.manifest.files:
+            problems.extend(_problems(partial(self._pieces.prove_header, name)))
         for kind, name in self._all():
-            try:
-                tensor = self._assemble(self.manifest.tensors[kind][name])
-            except CheckpointError as error:
-                problems.extend(error.problems)
-                continue
-            if kind == "master":
-                problems.extend(self._compare_master(name, tensor))
+            found = _problems(partial(self._compare, kind, name))
+            problems.extend(found)
+            entry = self.manifest.tensors[kind][name]
+            on_progress(math.prod(entry.shape) * DTYPES[entry.dtype].itemsize)
         if problems:
-            raise self._with_alternative(CheckpointError(*dict.fromkeys(problems)))
+            raise self._with_alternative(DamagedCheckpointError(*dict.fromkeys(problems)))
 
     def _all(self) -> Iterator[tuple[str, str]]:
         for kind, entries in self.manifest.tensors.items():
             for name in entries:
                 yield kind, name
 
-    def _compare_master(self, name: str, master: Tensor) -> Iterator[Problem]:
-        """Yield a problem where the weight is not its master, rounded."""
-        entry = self.manifest.tensors.get("weight", {}).get(name)
-        if entry is None or torch.equal(master.to(DTYPES[entry.dtype]), self._assemble(entry)):
+    def _compare(self, kind: str, name: str) -> None:
+        """Read one tensor; raise where it is damaged, or where it is a master and its weight is not it, rounded."""
+        tensor = self._assemble(name, kind)
+        if kind != "master" or self.shape(name) is None:
             return
-        yield Problem(
-            where=str(self.folder),
-            what=f"master of {name}",
-            why="Rounded to the weight's dtype it is not the stored weight.",
-            fix="Load with no_load_optim: true to continue from the weights, or load another checkpoint.",
-        )
-
-    def _assemble(self, entry: TensorEntry) -> Tensor:
-        """Return the full tensor of its pieces."""
-        size = shards_of(entry)
-        shares = [self._share(entry, rank, share_shape(entry, size)) for rank in range(size)]
-        return merge(shares, ShardSpec(dim=entry.dim, blocks=entry.blocks)).reshape(entry.shape)
-
-    def _share(self, entry: TensorEntry, rank: int, shape: tuple[int, ...]) -> Tensor:
-        pieces = pieces_of_shard(entry, rank)
-        if len(pieces) == 1:
-            return self._piece(pieces[0], entry).reshape(shape)
-        share = torch.empty(shape, dtype=DTYPES[entry.dtype]).reshape(-1)
-        for piece in pieces:
-            share[piece.start : piece.start + piece.length] = self._piece(piece, entry)
-        return share.reshape(shape)
-
-    def _piece(self, piece: Piece, entry: TensorEntry) -> Tensor:
-        """Read one piece and prove it by its hash."""
-        path = self.folder / piece.file
-        self._prove_header(path)
-        dtype = DTYPES[entry.dtype]
-        values = self._bytes(path, piece.offset, piece.length * dtype.itemsize)
-        if (
-            len(values) < piece.length * dtype.itemsize
-            or self.manifest.hashing.wrong_block(values, piece.hashes) is not None
-        ):
-            raise CheckpointError(_damaged(path, f"The values of {piece.key} do not match their hash."))
-        return from_bytes(values, dtype)
-
-    def _prove_header(self, path: Path) -> None:
-        """Compare the header of a file with its hash, once for each file."""
-        if path.name in self._proved:
+        if torch.equal(tensor.to(self.dtype(name)), self._assemble(name, "weight")):
             return
-        entry = self.manifest.files[path.name]
-        if self.manifest.hashing.hash(self._bytes(path, 0, entry.header_size)) != entry.header_hash:
-            raise CheckpointError(_damaged(path, "Its header does not match its hash."))
-        self._proved.add(path.name)
+        why = "Rounded to the weight's dtype it is not the stored weight."
+        fix = "Load with no_load_optim: true to continue from the weights, or load another checkpoint."
+        raise DamagedCheckpointError(Problem(f"master of {name}", why, fix, str(self.folder)))
 
-    def _bytes(self, path: Path, offset: int, size: int) -> bytearray:
-        try:
-            return read_range(path, offset, size)
-        except OSError as error:
-            raise CheckpointError(_damaged(path, f"It cannot be read ({error.strerror}).")) from error
+    def _assemble(self, name: str, kind: str) -> Tensor:
+        tensor = torch.empty(self.manifest.tensors[kind][name].shape, dtype=self.dtype(name, kind))
+        self._pieces.fill([StateRequest(name, kind, 0, tensor.view(-1))])
+        return tensor
 
     def _check_sizes(self) -> None:
         """Compare the size of every file with the manifest."""
@@ -217,19 +191,19 @@ class CheckpointReader:
             path = self.folder / name
             size = path.stat().st_size if path.is_file() else None
             if size is None:
-                problems.append(_damaged(path, "The file is missing."))
+                problems.append(damaged(path, "The file is missing."))
             elif size != entry.size:
                 state = "truncated" if size < entry.size else "longer than it was written"
-                problems.append(_damaged(path, f"The file is {state}: {size} bytes of {entry.size}."))
+                problems.append(damaged(path, f"The file is {state}: {size} bytes of {entry.size}."))
         if problems:
-            raise CheckpointError(*problems)
+            raise DamagedCheckpointError(*problems)
 
     def _with_alternative(self, error: CheckpointError) -> CheckpointError:
         """Return the error with the newest other checkpoint of this run that looks whole, and how to load it."""
         for iteration, folder in reversed(layout.loadable_steps(self.folder.parent).items()):
             if folder.name != self.folder.name and _looks_whole(folder):
                 fix = f"{folder} is complete. Load it with load: {self.folder.parent} and --iteration {iteration}."
-                return CheckpointError(*(Problem(p.what, p.why, fix, p.where) for p in error.problems))
+                return type(error)(*(Problem(p.what, p.why, fix, p.where) for p in error.problems))
         return error
 
 
@@ -242,6 +216,10 @@ def _looks_whole(folder: Path) -> bool:
         return False
 
 
-def _damaged(path: Path, why: str) -> Problem:
-    fix = "No other complete checkpoint lies beside it: restore the file from a copy."
-    return Problem(where=str(path), what="damaged checkpoint", why=why, fix=fix)
+def _problems(action: Callable[[], None]) -> Sequence[Problem]:
+    """Return what an action finds damaged."""
+    try:
+        action()
+    except DamagedCheckpointError as error:
+        return error.problems
+    return ()

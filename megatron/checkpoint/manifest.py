@@ -18,7 +18,7 @@ from typing import Any
 
 from megatron.checkpoint.hashing import CURRENT, VERSION_1, Hashing
 from megatron.checkpoint.layout import MANIFEST, sync_folder
-from megatron.errors import CheckpointError, Problem
+from megatron.errors import CheckpointError, DamagedCheckpointError, Problem
 
 FORMAT = "deepy checkpoint"
 VERSION = 2
@@ -141,7 +141,7 @@ def _require_version(path: Path, version: object) -> None:
 
 
 def _damaged(path: Path, why: str) -> CheckpointError:
-    return CheckpointError(
+    return DamagedCheckpointError(
         Problem(
             where=str(path), what="damaged manifest", why=why, fix="Load another checkpoint, or restore it from a copy."
         )

@@ -18,7 +18,7 @@ from megatron.config.schema.data import TokenizerConfig
 from megatron.model.build import build_model
 from megatron.model.sequential import SequentialModel
 from megatron.parallel.mesh import Axis, Mesh
-from megatron.parallel.sharding import get_spec, split
+from megatron.parallel.sharding import StateRequest, get_spec, split
 
 WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
 
@@ -45,7 +45,10 @@ def load_model(
     model = build_model(_decoding(config), rows, mesh, initialized=False)
     assert isinstance(model, SequentialModel), "a mesh with a pipeline trains only"
     require_shapes(reader, model.full_shapes())
-    fill_parameters(model, read or reader.read, mesh.tp)
+    if read is None:
+        fill_from(reader, model, mesh.tp)
+    else:
+        fill_parameters(model, read, mesh.tp)
     return model.eval().requires_grad_(False)
 
 
@@ -53,6 +56,14 @@ def _decoding(config: Config) -> Config:
     """Return the config without sequence parallelism, which needs more tokens at once than decoding has."""
     parallel = config.parallel.model_copy(update={"sequence_parallel": False})
     return config.model_copy(update={"parallel": parallel})
+
+
+def fill_from(reader: CheckpointReader, model: nn.Module, axis: Axis) -> None:
+    """Read this rank's share of every weight of the checkpoint straight into the model."""
+    reader.fill(
+        StateRequest(name, "weight", 0, parameter.data.view(-1), (axis.rank, axis.size), get_spec(parameter))
+        for name, parameter in model.named_parameters()
+    )
 
 
 def fill_parameters(model: nn.Module, read: Callable[[str], Tensor | None], axis: Axis) -> None:

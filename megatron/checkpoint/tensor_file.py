@@ -113,12 +113,20 @@ def as_bytes(tensor: Tensor) -> memoryview:
     return values
 
 
+def read_into(path: Path, offset: int, buffer: memoryview) -> int:
+    """Fill a buffer with the bytes at `offset`; return how many there were, fewer where the file ends before that."""
+    filled = 0
+    with open(path, "rb", buffering=0) as file:
+        file.seek(offset)
+        while filled < len(buffer) and (count := file.readinto(buffer[filled:])):
+            filled += count
+    return filled
+
+
 def read_range(path: Path, offset: int, size: int) -> bytearray:
     """Return `size` bytes at `offset`; fewer where the file ends before that."""
     values = bytearray(size)
-    with open(path, "rb") as file:
-        file.seek(offset)
-        filled = file.readinto(values)
+    filled = read_into(path, offset, memoryview(values))
     return values if filled == size else values[:filled]
 
 
@@ -130,8 +138,3 @@ def hash_range(path: Path, offset: int, size: int) -> str:
         for start, stop in CURRENT.blocks(size):
             hashes.append(CURRENT.hash(file.read(stop - start)))
     return "".join(hashes)
-
-
-def from_bytes(values: bytearray, dtype: torch.dtype) -> Tensor:
-    """Return a flat tensor over `values`, which it shares."""
-    return torch.frombuffer(values, dtype=dtype) if values else torch.empty(0, dtype=dtype)

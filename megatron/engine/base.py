@@ -10,13 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from megatron.data.batch import Batch
-from megatron.parallel.sharding import StatePiece
-
-ReadTensor = Callable[[str, str], Tensor | None]
-"""(canonical name, kind) -> the full tensor on CPU, or None where the checkpoint has none."""
+from megatron.parallel.sharding import StatePiece, StateRequest
 
 WatchGradient = Callable[[str, Tensor], None]
 """(canonical name, this rank's share on the tensor axis of the unclipped gradient, fp32, without loss scale)."""
@@ -63,6 +61,25 @@ class StepResult:
     not_finite: bool = False
     spiked: bool = False
     stop: bool = False
+
+
+class StateSource(Protocol):
+    """Where an engine's state comes from; `megatron.checkpoint.load.CheckpointReader` is one."""
+
+    def shape(self, name: str, kind: str) -> tuple[int, ...] | None:
+        """Return the full shape of a tensor, or None where there is none of this name and kind."""
+        ...
+
+    def dtype(self, name: str, kind: str) -> torch.dtype:
+        """Return the dtype of a tensor that is there."""
+        ...
+
+    def fill(self, requests: Sequence[StateRequest]) -> None:
+        """Fill the targets of all requests, of tensors that are there, each with no more reading than it needs.
+
+        Raises DamagedCheckpointError where the bytes are not those that were written.
+        """
+        ...
 
 
 class Pending(Protocol):
@@ -118,11 +135,13 @@ class Engine(Protocol):
         """Yield what this rank owns of weights, masters and optimizer state; every element has one owner."""
         ...
 
-    def load_state(self, read: ReadTensor, with_optimizer: bool) -> None:
+    def load_state(self, source: StateSource, with_optimizer: bool) -> None:
         """Fill the weights, and masters and optimizer state where `with_optimizer`; every rank must call it.
 
-        Without the optimizer, masters are made from the weights and its state starts afresh.
-        Raises CheckpointError with every tensor that is missing or of another shape.
+        Without the optimizer, masters are made from the weights and its state starts afresh. Each rank reads what it
+        owns; what several ranks hold alike one of them reads for all.
+        Raises CheckpointError on every rank with every tensor that is missing or of another shape on any, and
+        DamagedCheckpointError where one cannot be read: the next call starts anew.
         """
         ...
 

@@ -67,6 +67,11 @@ class Holdings:
     owned: Sequence[Fragment]
     scaler: Any | None = None
 
+    @property
+    def is_replicated(self) -> bool:
+        """Whether all replicas hold the same fragments, of which each owns a part."""
+        return self.held is not self.owned
+
     def state(self, buffer: Tensor) -> State:
         """Return the optimizer's state of a buffer."""
         state: State = self.optimizer.state[buffer]

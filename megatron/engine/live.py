@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from megatron.config.schema.config import Config
-from megatron.engine import state, zero
-from megatron.engine.base import ReadTensor
+from megatron.engine import restore, state, zero
+from megatron.engine.base import StateSource
 from megatron.engine.fragments import Holdings
 from megatron.engine.judged import judged
 from megatron.engine.step import StepEngine, Update, diverged
@@ -32,10 +32,9 @@ class LiveEngine(StepEngine):
         """Yield what this rank owns, as views of the live tensors; save or copy them before the next step."""
         return state.pieces(self._holdings(), self._mesh)
 
-    def load_state(self, read: ReadTensor, with_optimizer: bool) -> None:
+    def load_state(self, source: StateSource, with_optimizer: bool) -> None:
         """Fill masters and optimizer state, then the weights from the masters; see `Engine.load_state`."""
-        problems = state.fill(self._holdings(), self._mesh, read, with_optimizer)
-        state.agree(problems, self._mesh)
+        restore.load(self._holdings(), self._mesh, source, with_optimizer)
         zero.publish_masters(self._live.optimizer)
         self.check_masters()
 

@@ -22,8 +22,8 @@ from torch.optim import Optimizer
 
 from megatron.config.schema.config import Config
 from megatron.data.batch import Batch
-from megatron.engine import state, verify
-from megatron.engine.base import ReadTensor
+from megatron.engine import restore, state, verify
+from megatron.engine.base import StateSource
 from megatron.engine.fragments import Fragment, Holdings
 from megatron.engine.graphs import RecordedModel, require_recordable
 from megatron.engine.loss_scale import LossScale
@@ -79,10 +79,9 @@ class LocalEngine(MicroBatchEngine):
         """Yield this rank's share of the state, as views of the live tensors; save or copy them before a step."""
         return state.pieces(self._holdings(), self._mesh)
 
-    def load_state(self, read: ReadTensor, with_optimizer: bool) -> None:
+    def load_state(self, source: StateSource, with_optimizer: bool) -> None:
         """Fill masters and optimizer state, then the weights from the masters; see `Engine.load_state`."""
-        problems = state.fill(self._holdings(), self._mesh, read, with_optimizer)
-        state.agree(problems, self._mesh)
+        restore.load(self._holdings(), self._mesh, source, with_optimizer)
         self._publish()
         self.check_masters()
 

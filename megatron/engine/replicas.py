@@ -68,7 +68,7 @@ def copies(module: nn.Module, holdings: Holdings) -> Iterator[Copy]:
         if fragment.name not in whole:
             yield Copy(fragment.name, "weight", fragment.weight, False, over_tensor)
         if fragment.master.data_ptr() != fragment.weight.data_ptr():
-            has_all = fragment.numel == fragment.parameter.numel() and holdings.held is not holdings.owned
+            has_all = fragment.numel == fragment.parameter.numel() and holdings.is_replicated
             yield Copy(fragment.name, "master", fragment.master, has_all, over_tensor)
 
 

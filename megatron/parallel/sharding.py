@@ -106,3 +106,22 @@ class StatePiece:
     data: Tensor
     shard: tuple[int, int] = (0, 1)
     spec: ShardSpec = REPLICATED
+
+
+@dataclass(frozen=True)
+class StateRequest:
+    """A contiguous flat range of one tensor of the training state, and where it is to be written: StatePiece, back.
+
+    name, kind: as in StatePiece.
+    start: first element of the range in the flat share `shard` of the full tensor.
+    target: flat, of any dtype, on any device; it is filled with elements [start, start + target.numel()).
+    shard: (rank, size) on the tensor axis; (0, 1) asks for a range of the full tensor.
+    spec: how the full tensor is split over that axis.
+    """
+
+    name: str
+    kind: str
+    start: int
+    target: Tensor
+    shard: tuple[int, int] = (0, 1)
+    spec: ShardSpec = REPLICATED

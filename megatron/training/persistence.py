@@ -145,7 +145,7 @@ class Keeper:
         finetune = settings.finetune and not self._source.is_own
         with_optimizer = not (settings.no_load_optim or finetune)
         require_shapes(self._reader, shapes)
-        engine.load_state(self._reader.read, with_optimizer)
+        engine.load_state(self._reader, with_optimizer)
         progress = Progress() if finetune else Progress.from_dict(self._reader.manifest.progress)
         logger.info(
             "loaded %s: %d tensors, %s, masters equal to the weights on every rank; continuing after iteration %d",

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from megatron.ops import adamw
 from megatron.ops.choice import Choices
@@ -14,6 +13,7 @@ from tests.ranks import preload, run_ranks
 
 preload()
 from tests.engine import tiny  # noqa: E402
+from tests.engine.sources import Tensors  # noqa: E402
 
 COMPACT = {"moments_dtype": "bf16"}
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -57,10 +57,6 @@ def test_one_pass_rounds_as_separate_passes_do(monkeypatch: pytest.MonkeyPatch) 
         torch.testing.assert_close(ours[-1], theirs[-1], rtol=2**-7, atol=1e-7)
 
 
-def reader(state: dict[tuple[str, str], Tensor]) -> Any:
-    return lambda name, kind: state.get((name, kind))
-
-
 def resume(keys: dict[str, Any]) -> bool:
     """Run inside a rank: does a run that resumes end where the run does that went on?"""
     config = tiny.config(1, **keys, **COMPACT)
@@ -68,7 +64,7 @@ def resume(keys: dict[str, Any]) -> bool:
     tiny.train(whole, config, 0, 3)
     saved = tiny.merge([tiny.full_state(whole)])
     resumed = tiny.make_engine(config)
-    resumed.load_state(reader(saved), with_optimizer=True)
+    resumed.load_state(Tensors(saved), with_optimizer=True)
     for engine in (whole, resumed):
         tiny.train(engine, config, 3, 6)
     one, other = (tiny.merge([tiny.full_state(engine)]) for engine in (whole, resumed))
@@ -87,7 +83,7 @@ def resume_in_another_type(before: str, after: str) -> None:
     saved = tiny.merge([tiny.full_state(engine)])
     changed = tiny.config(1, moments_dtype=after)
     resumed = tiny.make_engine(changed)
-    resumed.load_state(reader(saved), with_optimizer=True)
+    resumed.load_state(Tensors(saved), with_optimizer=True)
     state = tiny.merge([tiny.full_state(resumed)])
     for (name, kind), tensor in saved.items():
         dtype = (torch.bfloat16 if after == "bf16" else torch.float32) if kind in MOMENTS else tensor.dtype

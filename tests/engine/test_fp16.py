@@ -17,6 +17,7 @@ from deepspeed.accelerator import get_accelerator  # noqa: E402
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler  # noqa: E402
 
 from tests.engine import tiny  # noqa: E402
+from tests.engine.sources import Tensors  # noqa: E402
 
 
 def fp16_engine(world_size: int, stage: int, **fp16):
@@ -72,7 +73,7 @@ def test_an_overflow_skips_the_step_and_lowers_the_scale(stage):
 
     def resume() -> list:
         engine, config = fp16_engine(2, stage, initial_scale_power=24, hysteresis=1, loss_scale_window=2)
-        engine.load_state(lambda name, kind: saved.get((name, kind)), with_optimizer=True)
+        engine.load_state(Tensors(saved), with_optimizer=True)
         return tiny.train(engine, config, 14, 16)
 
     assert run_ranks(2, resume)[0] == through

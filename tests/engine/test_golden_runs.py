@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from tests.engine.sources import Tensors
 from tests.ranks import preload, run_ranks
 
 preload()
@@ -53,7 +54,7 @@ def follow(
     mesh = make_mesh(config)
     model = build_model(config, _VOCAB, mesh)
     engine = build_engine(config, mesh, model, build_objective())
-    engine.load_state(lambda name, kind: weights[name] if kind == "weight" else None, with_optimizer=False)
+    engine.load_state(Tensors({(name, "weight"): tensor for name, tensor in weights.items()}), with_optimizer=False)
     train = build_datasets(config).train
     loader = build_loader(config, train, dp_rank=mesh.dp.rank, dp_size=mesh.dp.size, eod_token=0)
     results = [engine.train_step(next(loader), iteration) for iteration in range(config.training.train_iters)]

@@ -39,7 +39,7 @@ def train(root: Path, flat: dict[str, Any], world_size: int, first: int, last: i
     if first:
         reader = CheckpointReader(find_checkpoint(root))
         reader.verify()
-        engine.load_state(reader.read, with_optimizer=True)
+        engine.load_state(reader, with_optimizer=True)
     for step in range(first, last):
         engine.train_step(micro_batches(config, make_batches(config)[step], mesh), step)
         if step + 1 == SAVED_AT:
