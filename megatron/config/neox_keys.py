@@ -13,9 +13,9 @@ OWN_KEYS = frozenset(
     {
         "activation_fusion", "attention_backend", "check_replicas_interval", "checkpoint_first_layers",
         "checkpoint_operations", "compile", "context_parallel_method", "context_parallel_size", "cross_entropy_fusion",
-        "cuda_graphs", "data_index_dir", "engine", "find_micro_batch_size", "fp8_fusion", "moments_dtype",
-        "neox_compat", "offload_activations", "optimizer_fusion", "optimizer_in_backward", "resume", "run_name",
-        "runs_dir", "wsd_decay_fraction", "wsd_decay_shape",
+        "cuda_graphs", "data_index_dir", "engine", "find_micro_batch_size", "fp8_fusion", "hang_timeout_minutes",
+        "moments_dtype", "neox_compat", "offload_activations", "optimizer_fusion", "optimizer_in_backward", "resume",
+        "run_name", "runs_dir", "wsd_decay_fraction", "wsd_decay_shape",
     }
 )  # fmt: skip
 """Keys of the schema that GPT-NeoX does not have; every other key is one of its names."""

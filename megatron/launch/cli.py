@@ -123,7 +123,9 @@ def _run(script: str, arguments: Arguments) -> int:
         )
     with hold_port(launcher.master_port) as held:
         environments = local_environments(layout, launcher, os.environ, held)
-        return run_ranks(lambda local_rank: _run_script(script, payload), environments)
+        minutes = None if Path(script).name in DECODING else launcher.hang_timeout_minutes
+        hang_seconds = None if minutes is None else 60 * minutes
+        return run_ranks(lambda local_rank: _run_script(script, payload), environments, hang_seconds=hang_seconds)
 
 
 def _decoding_layout(config: Config) -> Layout:

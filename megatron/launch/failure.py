@@ -127,6 +127,11 @@ def from_exit(
     return Failure(rank, world_size, host, step, exit_code, text, when=time.time(), doing=doing)
 
 
+def from_hang(text: str, rank: int, world_size: int, host: str) -> Failure:
+    """Return the failure of a run that hangs, which `text` reports. rank: of those that are waited for."""
+    return Failure(rank, world_size, host, None, 1, text, is_mistake=True, when=time.time())
+
+
 def first_cause(failures: list[Failure]) -> Failure:
     """Return the failure to show: the earliest that is not an echo of another."""
     return min(failures, key=lambda failure: (failure.is_echo, failure.when, failure.rank))

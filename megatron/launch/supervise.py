@@ -20,8 +20,11 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from megatron import whereabouts
+from megatron.launch import stacks
 from megatron.launch.board import VARIABLE, Board
-from megatron.launch.failure import Failure, first_cause, from_exception, from_exit
+from megatron.launch.failure import Failure, first_cause, from_exception, from_exit, from_hang
+from megatron.launch.hang import Seen, Stillness, missing, report, warning
+from megatron.launch.stacks import Doing
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _WATCHED = {*FORWARDED, signal.SIGCHLD}
@@ -54,6 +57,8 @@ class _Ranks:
     alive: dict[int, int] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
     signalled: set[int] = field(default_factory=set)
+    finished: list[int] = field(default_factory=list)
+    stillness: Stillness = field(default_factory=lambda: Stillness(None))
 
     def send(self, number: int) -> None:
         """Send a signal to every rank that lives."""
@@ -69,29 +74,56 @@ class _Ranks:
                 del self.alive[pid]
                 self._note_end(local_rank, os.waitstatus_to_exitcode(status), usage.ru_maxrss * 1024)
 
+    def look(self, now: float) -> None:
+        """Warn of a run that seems to hang, and note a failure where it does."""
+        if self.failures or not self.alive or self.stillness.limit is None:
+            return
+        positions = {rank: self.board.position(rank) for rank in self.alive.values()}
+        found = self.stillness.look(positions, now)
+        if not found:
+            return
+        host = socket.gethostname()
+        doing = {
+            rank: self.board.ask(rank, pid) if found == "hang" else stacks.glance(pid)
+            for pid, rank in self.alive.items()
+        }
+        seen = [Seen(rank, host, positions[rank], doing[rank]) for rank in positions]
+        seen += [Seen(rank, host, self.board.position(rank), Doing("gone")) for rank in self.finished]
+        if found == "warning":
+            print(f"\n{warning(seen, self.stillness)}", file=sys.stderr, flush=True)
+            return
+        rank = min(one.rank for one in missing(seen) or seen)
+        self.failures.append(from_hang(report(seen, self.stillness.idle), rank, self.world_size, host))
+
     def _note_end(self, local_rank: int, status: int, peak_bytes: int) -> None:
+        if status == 0:
+            self.finished.append(local_rank)
         if status == 0 or -status in self.signalled or status - 128 in self.signalled:
             return
-        report = self.board.failure(local_rank)
-        if report is None and signal.SIGINT in self.signalled:
+        posted = self.board.failure(local_rank)
+        if posted is None and signal.SIGINT in self.signalled:
             return
         host, position = socket.gethostname(), self.board.position(local_rank)
-        self.failures.append(report or from_exit(status, peak_bytes, local_rank, self.world_size, host, position))
+        self.failures.append(posted or from_exit(status, peak_bytes, local_rank, self.world_size, host, position))
 
 
 def run_ranks(
-    body: Callable[[int], int], environments: Sequence[Mapping[str, str]], patience: Patience | None = None
+    body: Callable[[int], int],
+    environments: Sequence[Mapping[str, str]],
+    patience: Patience | None = None,
+    hang_seconds: float | None = None,
 ) -> int:
     """Run `body(local_rank)` in a process of its own for each environment; return the exit code of the run.
 
     body: its return value is the rank's exit code; an exception is reported.
     environments: variables set in each rank, on top of ours. One machine only: the local rank is the global rank.
+    hang_seconds: after which a run whose ranks do not move is ended, with a report; None: never.
 
     Returns 0 when all ranks returned 0; the failed rank's code (128 + n for signal n); 130 or 143 after Ctrl-C or
     SIGTERM.
     """
     board = Board.create(len(environments))
-    ranks = _Ranks(board, len(environments))
+    ranks = _Ranks(board, len(environments), stillness=Stillness(hang_seconds))
     launcher = os.getpid()
     old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)
     try:
@@ -119,7 +151,7 @@ def _watch(ranks: _Ranks, patience: Patience) -> int | None:
     schedule: list[tuple[float, int]] = []
     while ranks.alive:
         wait = max(0.0, schedule[0][0] - time.monotonic()) if schedule else 1.0
-        info = signal.sigtimedwait(_WATCHED, min(wait, 1.0))
+        info = signal.sigtimedwait(_WATCHED, min(wait, ranks.stillness.interval))
         now = time.monotonic()
         if info is not None and info.si_signo in FORWARDED:
             asked = asked or info.si_signo
@@ -133,6 +165,8 @@ def _watch(ranks: _Ranks, patience: Patience) -> int | None:
             ranks.send(schedule.pop(0)[1])
         had_failed = bool(ranks.failures)
         ranks.reap()
+        if asked is None:
+            ranks.look(now)
         if ranks.failures and not had_failed:
             first = now + patience.echo
             schedule = [(first, signal.SIGTERM), (first + patience.failed, signal.SIGKILL)]
@@ -162,6 +196,7 @@ def _become_rank(body: Callable[[int], int], local_rank: int, board: Board, laun
             os._exit(1)
         whereabouts.reset()
         board.hold_position(local_rank)
+        board.answer(local_rank)
         exit_code = body(local_rank)
     except SystemExit as leaving:
         exit_code = _exit_code_of(leaving)

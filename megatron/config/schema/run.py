@@ -106,6 +106,14 @@ class LauncherConfig(Section):
     launcher: Literal["pdsh", "openmpi", "mvapich", "slurm"] = setting(
         "pdsh", "What starts workers on several machines."
     )
+    hang_timeout_minutes: float | None = setting(
+        10.0,
+        "A run in which no rank moves for so long is ended, with a report of who waits for whom. Twice as long before "
+        "and in the first step of a process, and in saves and loads; collectives fail after three times as long. Set "
+        "it higher where one rank works longer while the others wait, as for an index of many files. null: never.",
+        unit="minutes",
+        gt=0,
+    )
     force_multi: bool = setting(False, "Use that launcher for one machine too.")
     no_ssh_check: bool = setting(False, "Do not try ssh before starting.")
     comment: str | None = setting(None, "Slurm comment of the job.")
