@@ -24,7 +24,7 @@ $(VENV)/.installed: requirements/requirements.txt requirements/lock.txt pyprojec
 	@$(PIP) install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed requirements/dev.txt requirements/wandb.txt requirements/tensorboard.txt
+$(VENV)/.installed-dev: $(VENV)/.installed requirements/dev.txt requirements/wandb.txt requirements/tensorboard.txt requirements/s3.txt
 	@$(PIP) install --quiet $(LOCK) -r requirements/dev.txt
 	@touch $@
 

@@ -38,6 +38,7 @@ OPTIONAL = (
     ("wandb", "Weights & Biases", "pip install -r requirements/wandb.txt", True),
     ("tensorboard", "TensorBoard", "pip install -r requirements/tensorboard.txt", True),
     ("comet_ml", "Comet", "pip install -r requirements/comet.txt", True),
+    ("s3fs", "checkpoints on S3", "pip install -r requirements/s3.txt", True),
     ("lm_eval", "evaluation", "pip install -r requirements/eval.txt", False),
 )
 GIBIBYTE = 2**30
