@@ -67,6 +67,10 @@ class EngineError(DeepyError):
     """The live engine differs from the config, or a combination that the engine cannot run."""
 
 
+class DivergedError(EngineError):
+    """A run whose numbers are not finite any more, and which nothing that the engine can do will mend."""
+
+
 class MemoryShortageError(DeepyError):
     """A run that does not fit into the memory of its device, with what it held and what would help."""
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.data.batch import Batch
+from megatron.engine.examination import Examination
 from megatron.parallel.sharding import StatePiece, StateRequest
 
 WatchGradient = Callable[[str, Tensor], None]
@@ -158,6 +159,12 @@ class Engine(Protocol):
 
     def watch_gradients(self, watcher: WatchGradient) -> None:
         """Call `watcher` once for each parameter in each further step, after reduction and before clipping."""
+        ...
+
+    def examine(self, batches: Sequence[Batch], iteration: int) -> Examination:
+        """Do a step again without changing anything, and return where a value is not finite; every rank calls it.
+
+        batches, iteration: of the step, as `train_step` had them; the weights are those of now."""
         ...
 
     def read_back(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from megatron.config.schema.config import Config
 from megatron.engine.local import LocalEngine
 from megatron.engine.step import Update
 from megatron.engine.verdict import Verdict
-from megatron.errors import EngineError, Problem
+from megatron.errors import DivergedError, Problem
 from megatron.objectives.build import Objective
 from megatron.ops.adamw import sum_of_squares
 from megatron.parallel.collectives import TensorRegion
@@ -83,6 +83,8 @@ class InBackwardEngine(LocalEngine):
 
     def _step_one(self, parameter: Tensor, master: Tensor, squares: Tensor) -> None:
         """Step the optimizer, whose only parameter has a gradient now; one that is not finite changes nothing."""
+        if self._examiner is not None:
+            return
         if self._one_pass is not None:
             self._one_pass.step(squares, 1.0, 0.0)
         elif math.isfinite(float(squares)):
@@ -93,22 +95,26 @@ class InBackwardEngine(LocalEngine):
     def _update(self, verdict: Verdict) -> Update:
         """Give weights that had no gradient a zero one, and return the norm of what has been applied.
 
-        Raises EngineError where a gradient was not finite: other weights have changed by then."""
+        A gradient that was not finite is the end of the run: other weights have changed by then."""
         for name, master in self._masters.items():
             if name not in self._squares:
                 self._apply(name, torch.zeros_like(master))
         norm = math.sqrt(float(self._sum_of_squares()))
-        if not math.isfinite(norm):
-            raise EngineError(
-                Problem(
-                    what="optimizer_in_backward = true",
-                    why="the gradient of a weight is not finite, and other weights are updated already, so that the "
-                    "step cannot be skipped.",
-                    fix="Go on from the last checkpoint without optimizer_in_backward, which skips such steps, or with "
-                    "a smaller learning rate.",
-                )
+        if self._examiner is not None:
+            return Update(norm, skipped=True)
+        is_finite = math.isfinite(norm) and math.isfinite(float(verdict.loss))
+        return Update(norm, skipped=False, diverged=float(not is_finite))
+
+    def _diverged(self) -> DivergedError:
+        return DivergedError(
+            Problem(
+                what="optimizer_in_backward = true",
+                why="the loss or the gradient of a weight is not finite, and other weights are updated already, so "
+                "that the step cannot be skipped.",
+                fix="Go on from the last checkpoint without optimizer_in_backward, which skips such steps, or with "
+                "a smaller learning rate.",
             )
-        return Update(norm, skipped=False)
+        )
 
     def _sum_of_squares(self) -> Tensor:
         """Return the sum over the whole model, in which replicated parameters count once, fp64 scalar."""

@@ -21,15 +21,18 @@ _ASKED = "is_invalid_grad_norm"
 @dataclass
 class Judgement:
     """What a judged step was told. norm: of the unscaled gradient, where the optimizer left it out for the verdict.
-    is_allowed: it goes on, and may ask again."""
+    is_allowed: it goes on, and may ask again. is_end_of_scale: it overflowed, and fp16 has no smaller loss scale."""
 
     norm: float | None = None
     is_allowed: bool = False
+    is_end_of_scale: bool = False
 
 
 @contextmanager
-def judged(optimizer: Any, verdict: Verdict) -> Iterator[Judgement]:
-    """Within the block, which is one step of a ZeRO optimizer or BF16_Optimizer, the verdict decides too."""
+def judged(optimizer: Any, verdict: Verdict, keep_scale: bool = False) -> Iterator[Judgement]:
+    """Within the block, which is one step of a ZeRO optimizer or BF16_Optimizer, the verdict decides too.
+
+    keep_scale: leave the fp16 loss scale as it is."""
     module = sys.modules[type(optimizer).__module__]
     is_invalid, found = getattr(module, _ASKED), Judgement()
     scale = float(getattr(optimizer, "loss_scale", 1.0))
@@ -44,7 +47,14 @@ def judged(optimizer: Any, verdict: Verdict) -> Iterator[Judgement]:
         return not found.is_allowed
 
     def update_scale(has_overflow: bool = False) -> None:
-        type(optimizer)._update_scale(optimizer, has_overflow and found.norm is None)
+        if keep_scale:
+            return
+        try:
+            type(optimizer)._update_scale(optimizer, has_overflow and found.norm is None)
+        except Exception as error:
+            if "loss scale already at minimum" not in str(error):
+                raise
+            found.is_end_of_scale = True
 
     setattr(module, _ASKED, is_refused)
     if hasattr(optimizer, "_update_scale"):

@@ -12,7 +12,7 @@ from megatron.engine import restore, state, zero
 from megatron.engine.base import StateSource
 from megatron.engine.fragments import Holdings
 from megatron.engine.judged import judged
-from megatron.engine.step import StepEngine, Update, diverged
+from megatron.engine.step import StepEngine, Update
 from megatron.engine.verdict import Verdict
 from megatron.objectives.build import Objective
 from megatron.parallel.mesh import Mesh
@@ -45,15 +45,10 @@ class LiveEngine(StepEngine):
     @torch.no_grad()
     def _step(self, verdict: Verdict, step: Callable[[], Any]) -> Update:
         """Let DeepSpeed apply the gradient, if the verdict allows. step: its step."""
-        try:
-            with judged(self._live.optimizer, verdict) as found:
-                step()
-        except Exception as error:
-            if "loss scale already at minimum" in str(error):
-                raise diverged() from error
-            raise
+        with judged(self._live.optimizer, verdict, keep_scale=self._examiner is not None) as found:
+            step()
         norm = self._live.get_global_grad_norm() if found.norm is None else found.norm
-        return Update(norm, not self._live.was_step_applied())
+        return Update(norm, not self._live.was_step_applied(), float(found.is_end_of_scale))
 
     def _holdings(self) -> Holdings:
         return zero.holdings(self._live.optimizer, self.model)

@@ -119,7 +119,8 @@ class LocalEngine(MicroBatchEngine):
 
     def _callable(self, training: bool) -> Callable[..., Tensor]:
         model = self._model.train(training)
-        return self._recorded if training and self._recorded is not None else model
+        is_recorded = training and self._recorded is not None and self._examiner is None
+        return self._recorded if is_recorded and self._recorded is not None else model
 
     def _accumulate(self, batches: Sequence[Batch], iteration: int, num_tokens: Tensor) -> Tensor:
         if self._recorded is not None:
@@ -157,7 +158,9 @@ class LocalEngine(MicroBatchEngine):
             self._one_pass.step(squares, scale, self._clip, refused)
         else:
             self._step(gradients, float(torch.where(refused, math.nan, norm)), float(scale))
-        return Update(norm, refused, self._scaler.update(~torch.isfinite(norm)) if self._scaler else 0.0)
+        if self._scaler is None or self._examiner is not None:
+            return Update(norm, refused)
+        return Update(norm, refused, self._scaler.update(~torch.isfinite(norm)))
 
     def _step(self, gradients: list[Tensor], norm: float, scale: float) -> None:
         """Apply the gradients, which are `scale` times too large, clipped; a norm that is not finite leaves it out."""

@@ -75,6 +75,7 @@ class PipelineEngine(LiveEngine):
             scale=self._num_micro_batches * self._mesh.replicas.size / num_tokens,
             before=lambda micro_batch: self._rng.start_micro_batch(iteration, micro_batch),
             device=self._mesh.device,
+            tell=self._tell_loss,
         )
         self._live.global_steps += 1  # as it is after a step: DeepSpeed prints in the step of number 0
         self._live.train_batch(self._iterate(feed, batches))

@@ -32,11 +32,20 @@ class Feed:
     """The micro-batches of a step, taken one by one as the schedule runs their forward passes.
 
     scale: what a micro-batch's loss is multiplied by before its backward pass. before: called with the number of
-    the micro-batch before each forward pass.
+    the micro-batch before each forward pass. tell: called with its number, the sum of its losses, and itself, on the
+    last stage.
     """
 
-    def __init__(self, batches: Sequence[Batch], scale: Tensor, before: Callable[[int], None], device: torch.device):
+    def __init__(
+        self,
+        batches: Sequence[Batch],
+        scale: Tensor,
+        before: Callable[[int], None],
+        device: torch.device,
+        tell: Callable[[int, Tensor, Batch], None] | None = None,
+    ):
         self.scale = scale
+        self._tell = tell
         self.losses = torch.zeros((), dtype=torch.float64, device=device)
         self._batches = batches
         self._before = before
@@ -48,6 +57,12 @@ class Feed:
         self._before(self._next)
         self._next += 1
         return self._batches[self._next - 1].to(self._device)
+
+    def take_loss(self, loss_sum: Tensor) -> None:
+        """Add the losses of the micro-batch that was taken last."""
+        self.losses += loss_sum
+        if self._tell is not None:
+            self._tell(self._next - 1, loss_sum, self._batches[self._next - 1])
 
 
 class PipelineStage(PipelineModule):
@@ -87,7 +102,7 @@ class PipelineStage(PipelineModule):
             return self.model.finish(stream, labels, loss_mask)
 
         loss, _ = self._objective(head, self._batch)
-        self.feed.losses += loss.detach()
+        self.feed.take_loss(loss.detach())
         return loss * self.feed.scale.to(loss.dtype)
 
     def _partition_layers(self, method: str = "") -> None:

@@ -23,11 +23,13 @@ from torch import Tensor, nn
 from megatron.config.schema.config import Config
 from megatron.data.batch import Batch, shard_sequence
 from megatron.engine import replicas, verify
-from megatron.engine.base import NO_LIMITS, Limits, StepResult, WatchGradient, never
+from megatron.engine.base import NO_LIMITS, NOTHING, Limits, StepResult, WatchGradient, never
+from megatron.engine.examination import Examination
+from megatron.engine.examine import Examiner
 from megatron.engine.fragments import Holdings
 from megatron.engine.pending import Number, PendingStep
 from megatron.engine.verdict import Verdict
-from megatron.errors import EngineError, Problem
+from megatron.errors import DivergedError, EngineError, Problem
 from megatron.objectives.build import Objective
 from megatron.optim.schedules import learning_rate
 from megatron.parallel.mesh import Mesh
@@ -38,7 +40,7 @@ from megatron.whereabouts import Phase, enter
 @dataclass(frozen=True)
 class Update:
     """What applying the gradient found: its global norm before clipping, whether the update was left out, and whether
-    an fp16 run has no smaller loss scale left. Numbers, or scalars on the device."""
+    the run cannot go on (an fp16 run has no smaller loss scale left). Numbers, or scalars on the device."""
 
     grad_norm: Number
     skipped: Number
@@ -57,6 +59,7 @@ class StepEngine(ABC):
         self._train_iters = config.training.train_iters or 0
         self._watcher: WatchGradient | None = None
         self._last_refused: Number = 0.0
+        self._examiner: Examiner | None = None
 
     @property
     @abstractmethod
@@ -95,6 +98,23 @@ class StepEngine(ABC):
     def watch_gradients(self, watcher: WatchGradient) -> None:
         """Show every gradient of every further step; see `Engine`."""
         self._watcher = watcher
+
+    def examine(self, batches: Sequence[Batch], iteration: int) -> Examination:
+        """Do a step again, changing nothing, and say where a value is not finite; see `Engine.examine`."""
+        examiner, watcher = Examiner(self.model, self._mesh), self._watcher
+        examiner.look_at_weights(self._holdings().held)
+        self._examiner, self._watcher = examiner, examiner.take_gradient
+        try:
+            with examiner.hooked():
+                self.queue_step(batches, iteration, limits=NOTHING).read()
+        finally:
+            self._examiner, self._watcher = None, watcher
+        return examiner.conclude()
+
+    def _tell_loss(self, micro_batch: int, loss_sum: Tensor, batch: Batch) -> None:
+        """Show the loss of a micro-batch to whoever examines the step; an engine calls it for each."""
+        if self._examiner is not None:
+            self._examiner.take_loss(micro_batch, loss_sum.detach(), batch.loss_mask.sum())
 
     def _show_gradients(self, gradients: Iterable[tuple[str, Tensor]], loss_scale: Number) -> None:
         """Show the reduced gradients, before they are clipped, to whoever watches; an engine calls it in each step.
@@ -148,7 +168,7 @@ class StepEngine(ABC):
     def _result(self, rate: float, found: dict[str, float]) -> StepResult:
         """Return what a step did. found: its numbers, now that they are known."""
         if found["diverged"]:
-            raise diverged()
+            raise self._diverged()
         if 0 < found["refused_before"] < self._mesh.world.size:
             raise _disagreement(int(found["refused_before"]), self._mesh.world.size)
         loss = found["loss_sum"] / max(1, found["num_tokens"])
@@ -181,6 +201,16 @@ class StepEngine(ABC):
         """Say whether a gradient that is not finite is followed by a smaller loss scale, as fp16 has it."""
         settings = self._config.deepspeed.fp16 or {}
         return self._config.numerics.precision == "fp16" and not settings.get("loss_scale")
+
+    def _diverged(self) -> DivergedError:
+        """Return the error of a run that cannot go on."""
+        return DivergedError(
+            Problem(
+                what="fp16 loss scale",
+                why="the gradient overflows even at fp16.min_loss_scale: the run has diverged.",
+                fix="Load an earlier checkpoint with a smaller learning rate, or use precision: bf16.",
+            )
+        )
 
     def _require_accumulation(self, batches: Sequence[Batch]) -> None:
         if len(batches) != self._num_micro_batches:
@@ -238,6 +268,7 @@ class MicroBatchEngine(StepEngine):
             enter(Phase.BACKWARD, micro_batch)
             self._backward(micro_sum, num_tokens)
             loss_sum += micro_sum.detach()
+            self._tell_loss(micro_batch, micro_sum, batch)
         return loss_sum
 
     def _losses(self, batches: Sequence[Batch]) -> Tensor:
@@ -270,16 +301,5 @@ def _disagreement(refused: int, world_size: int) -> EngineError:
             "rank computed another loss or gradient norm from the same sums.",
             fix="Go on from the last checkpoint. If it happens again, look for a device that computes wrongly "
             "(check_replicas_interval: 1 names the tensors that differ).",
-        )
-    )
-
-
-def diverged() -> EngineError:
-    """Return the error of an fp16 run whose loss scale cannot become smaller."""
-    return EngineError(
-        Problem(
-            what="fp16 loss scale",
-            why="the gradient overflows even at fp16.min_loss_scale: the run has diverged.",
-            fix="Load an earlier checkpoint with a smaller learning rate, or use precision: bf16.",
         )
     )
