@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Mapping
 from importlib import metadata
@@ -10,23 +9,24 @@ from pathlib import Path
 
 import yaml
 
+from megatron.checkpoint.storage import Storage
 from megatron.config.schema.config import Config
 
 _COMPANIONS = ("special_tokens_map.json", "tokenizer_config.json")  # which tokens end and pad, beside a tokenizer.json
 _TOKENIZER_LIMIT = 256 << 20  # bytes; a larger file is not a tokenizer's
 
 
-def write_yaml(folder: Path, config: Config, given: Mapping[str, str]) -> None:
+def write_yaml(folder: Storage, config: Config, given: Mapping[str, str]) -> None:
     """Write the resolved config to config.yml, and under configs/ the files `given` (name -> text) by the user."""
     sections = config.model_dump(mode="json").values()
     flat = {key: value for section in sections for key, value in section.items() if value is not None}
     text = "# The resolved config of this checkpoint.\n" + yaml.safe_dump(flat, sort_keys=True)
-    _write(folder / "config.yml", text.encode())
+    folder.write("config.yml", text.encode())
     for name, content in given.items():
-        _write(folder / "configs" / Path(name).name, content.encode())
+        folder.write(f"configs/{Path(name).name}", content.encode())
 
 
-def copy_tokenizer(config: Config, folder: Path) -> dict[str, str]:
+def copy_tokenizer(config: Config, folder: Storage) -> dict[str, str]:
     """Copy the tokenizer's files into the checkpoint; return config key -> path relative to `folder`."""
     copied: dict[str, str] = {}
     for key in ("vocab_file", "merge_file"):
@@ -35,21 +35,12 @@ def copy_tokenizer(config: Config, folder: Path) -> dict[str, str]:
             target = Path("tokenizer") / source.name
             if str(target) in copied.values():
                 target = target.with_name(f"{key}_{source.name}")
-            _write(folder / target, source.read_bytes())
+            folder.write(str(target), source.read_bytes())
             copied[key] = str(target)
             for companion in (source.with_name(name) for name in _COMPANIONS):
                 if companion.is_file():
-                    _write(folder / "tokenizer" / companion.name, companion.read_bytes())
+                    folder.write(f"tokenizer/{companion.name}", companion.read_bytes())
     return copied
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file durably."""
-    path.parent.mkdir(exist_ok=True)
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def versions() -> dict[str, str]:

@@ -9,6 +9,9 @@
 <save>/.replaced_global_step<N>        the earlier checkpoint of this iteration while its successor takes its place
 <save>/.deleted_global_step<N>         a checkpoint that retention is removing
 <save>/.lock                           held by the run that saves here
+
+An object store has no rename: there a save writes to global_step<N>/ at once, first of all the object `.writing`, which
+says whose it is, and manifest.json last. What has no manifest is no checkpoint; a `.writing` beside none is a leftover.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from pathlib import Path
 MANIFEST = "manifest.json"
 LATEST = "latest"
 LOCK = ".lock"
+MARK = ".writing"
 WRITING, REPLACED, DELETED = ".writing_", ".replaced_", ".deleted_"
 _NEOX = (
     "This looks like a checkpoint of GPT-NeoX or DeepSpeed, whose pickled .pt files are not opened here. Convert it "

@@ -10,14 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.hashing import CURRENT, VERSION_1, Hashing
-from megatron.checkpoint.layout import MANIFEST, sync_folder
+from megatron.checkpoint.layout import MANIFEST
 from megatron.errors import CheckpointError, DamagedCheckpointError, Problem
 
 FORMAT = "deepy checkpoint"
@@ -90,15 +89,11 @@ class Manifest:
         return sum(entry.size for entry in self.files.values())
 
 
-def write_manifest(manifest: Manifest, folder: Path) -> None:
-    """Write `manifest.json` into `folder` and sync both. Raises OSError as the file system does."""
+def to_bytes(manifest: Manifest) -> bytes:
+    """Return the content of `manifest.json`."""
     body = {"format": FORMAT, "version": VERSION, **asdict(manifest)}
     body["checksum"] = _checksum(body)
-    with open(folder / MANIFEST, "x", encoding="utf-8") as file:
-        json.dump(body, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    sync_folder(folder)
+    return json.dumps(body, indent=1).encode()
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from pathlib import Path
-
 from megatron import logs
-from megatron.checkpoint import layout
+from megatron.checkpoint.steps import delete_step, whole_steps
+from megatron.checkpoint.storage import Storage
 from megatron.config.schema.run import CheckpointConfig
 
 logger = logs.get_logger(__name__)
@@ -36,13 +33,13 @@ def _step(scale: str, factor: float, index: int) -> int:
     return round(factor**index) if scale == "log" else round(factor * (index + 1))
 
 
-def prune(root: Path, saved: int, keep_last: int | None) -> None:
+def prune(root: Storage, saved: int, keep_last: int | None) -> None:
     """Delete the oldest checkpoints before `saved` so that `keep_last` remain; None keeps all.
 
     Checkpoints of later iterations belong to another run in the same folder; they are named and left alone.
     A checkpoint that cannot be deleted is a warning: the save itself has succeeded.
     """
-    steps = layout.list_steps(root)
+    steps = whole_steps(root)
     later = [step for step in steps if step > saved]
     if later:
         logger.warning(
@@ -56,14 +53,12 @@ def prune(root: Path, saved: int, keep_last: int | None) -> None:
         keep_earlier(root, saved, keep_last - 1)
 
 
-def keep_earlier(root: Path, iteration: int, number: int) -> None:
+def keep_earlier(root: Storage, iteration: int, number: int) -> None:
     """Delete the oldest checkpoints before `iteration` so that at most `number` of them remain."""
-    steps = layout.list_steps(root)
+    steps = whole_steps(root)
     earlier = [step for step in steps if step < iteration]
     for step in earlier[: max(0, len(earlier) - number)]:
-        doomed = root / f"{layout.DELETED}{layout.step_name(step)}"
         try:
-            os.rename(steps[step], doomed)
-            shutil.rmtree(doomed)
+            delete_step(root, steps[step])
         except OSError as error:
             logger.warning("the old checkpoint %s could not be deleted: %s", steps[step], error)

@@ -13,8 +13,9 @@ import time
 import pytest
 import torch
 
-from megatron.checkpoint import save as save_module
+from megatron.checkpoint import rank_file, writer
 from megatron.checkpoint.load import CheckpointReader, find_checkpoint
+from megatron.checkpoint.local_storage import LocalStorage
 from megatron.checkpoint.save import save_checkpoint
 from megatron.errors import CheckpointError
 from megatron.parallel.mesh import Mesh
@@ -92,7 +93,7 @@ def test_too_little_room_is_seen_before_anything_is_written(small_disk):
 
 
 def test_keeping_fewer_makes_room_for_the_next(small_disk, monkeypatch):
-    monkeypatch.setattr(save_module, "_SLACK", 1 << 20)
+    monkeypatch.setattr(writer, "_SLACK", 1 << 20)
     mid = {("w", "weight"): torch.zeros(5 << 18)}
     for iteration in (1, 2, 3, 4):
         save(small_disk, iteration, mid)
@@ -105,7 +106,7 @@ def test_keeping_fewer_makes_room_for_the_next(small_disk, monkeypatch):
 
 def test_a_disk_that_becomes_full_while_writing(small_disk, monkeypatch):
     save(small_disk, 1)
-    monkeypatch.setattr(save_module, "_SLACK", -(1 << 30))  # as if someone else filled the disk after the check
+    monkeypatch.setattr(writer, "_SLACK", -(1 << 30))  # as if someone else filled the disk after the check
     big = {("w", "weight"): torch.zeros(8 << 20)}
     with pytest.raises(CheckpointError, match=r"The disk became full while it was written.*the last is global_step1"):
         save(small_disk, 2, big)
@@ -129,7 +130,7 @@ def test_errors_of_the_file_system_are_explained(tmp_path, monkeypatch, number, 
     def fail(*_):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(save_module, "write_tensor_file", fail)
+    monkeypatch.setattr(rank_file, "write_tensors", fail)
     with pytest.raises(CheckpointError, match=message):
         save(tmp_path, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["global_step1", "latest"]
@@ -137,20 +138,18 @@ def test_errors_of_the_file_system_are_explained(tmp_path, monkeypatch, number, 
 
 def test_a_disk_that_returns_other_bytes_is_noticed(tmp_path, monkeypatch):
     save(tmp_path, 1)
-    write = save_module.write_tensor_file
+    read = LocalStorage.read
 
-    def write_badly(path, tensors):
-        written = write(path, tensors)
-        with open(path, "r+b") as file:
-            file.seek(-1, os.SEEK_END)
-            last = file.read(1)
-            file.seek(-1, os.SEEK_END)
-            file.write(bytes([last[0] ^ 4]))
-        return written
+    def read_badly(storage, name, offset=0, size=None):
+        values = read(storage, name, offset, size)
+        if name.startswith("rank_"):
+            values[-1] ^= 4
+        return values
 
-    monkeypatch.setattr(save_module, "write_tensor_file", write_badly)
+    monkeypatch.setattr(LocalStorage, "read", read_badly)
     with pytest.raises(CheckpointError, match="Reading it back gave other values"):
         save(tmp_path, 2)
+    monkeypatch.undo()
     assert_good(tmp_path, 1)
 
 
@@ -167,7 +166,7 @@ def test_one_failing_rank_fails_the_save_on_all_and_costs_nothing(tmp_path):
             def fail(*_):
                 raise OSError(errno.ENOSPC, "No space left on device")
 
-            save_module.write_tensor_file = fail
+            rank_file.write_tensors = fail
         try:
             save_checkpoint(tmp_path, 2, owned[rank], {}, small_config(), {}, mesh)
         except CheckpointError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from megatron.checkpoint.layout import list_steps
 from megatron.checkpoint.retention import prune, save_iterations
 from megatron.checkpoint.save import save_checkpoint
+from megatron.checkpoint.storage import storage_of
 from megatron.config.schema.run import CheckpointConfig
 from megatron.parallel.mesh import Mesh
 from tests.checkpoint.states import make_state, small_config, whole
@@ -57,6 +58,6 @@ def test_what_cannot_be_deleted_is_a_warning(tmp_path, monkeypatch):
     def fail(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("megatron.checkpoint.retention.shutil.rmtree", fail)
-    prune(tmp_path, 2, 1)
+    monkeypatch.setattr("megatron.checkpoint.local_storage.shutil.rmtree", fail)
+    prune(storage_of(tmp_path), 2, 1)
     assert list(list_steps(tmp_path)) == [2]
