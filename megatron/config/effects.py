@@ -59,6 +59,8 @@ def without_effect(draft: Draft) -> Iterator[str]:
             yield _sentence(draft, key, f"{size}: 2 or more")
     if is_local(draft.values):
         yield from (_sentence(draft, key, "engine: deepspeed") for key in _DEEPSPEEDS if _is_set(draft, key))
+    if _is_set(draft, "checkpoint_interval_minutes") and not draft.values["save"]:
+        yield _sentence(draft, "checkpoint_interval_minutes", "save")
     yield from _beyond_the_end(draft)
     yield from _too_many_threads(draft)
     yield from layers_without_float8(draft)

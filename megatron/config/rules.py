@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from megatron.config import combinations, keys
 from megatron.config.attention import expand_attention
 from megatron.config.draft import Draft, either
+from megatron.config.duration import wall_time_is_a_duration
 from megatron.config.engine import compiled_blocks_are_whole, engine_can_run
 from megatron.config.float8 import float8_reaches_a_layer
 from megatron.config.split import split_shares
@@ -321,7 +322,7 @@ def engine_decides_alone(d: Draft) -> Iterator[Problem]:
 
 def saving_needs_a_time(d: Draft) -> Iterator[Problem]:
     """`save` without a time to save loses the run."""
-    if d.save and d.checkpoint_factor is None and not d.extra_save_iters:
+    if d.save and not (d.checkpoint_factor or d.extra_save_iters or d.checkpoint_interval_minutes):
         yield d.problem("save", d.save, "nothing says when to save.", "Add checkpoint_factor: 1000")
     if d.checkpoint_factor is None:
         return
@@ -355,5 +356,5 @@ RULES: tuple[Rule, ...] = (
     one_source_of_data, lists_match, one_length_of_training, learning_rate_is_a_range,
     optimizer_params_are_in_range, moments_are_adams, backward_updates_at_once, combinations_are_allowed,
     engine_decides_alone, saving_needs_a_time, steps_are_not_negative, addresses_hold_no_password,
-    float8_reaches_a_layer, engine_can_run, compiled_blocks_are_whole,
+    float8_reaches_a_layer, engine_can_run, compiled_blocks_are_whole, wall_time_is_a_duration,
 )  # fmt: skip

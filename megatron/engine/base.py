@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from megatron.data.batch import Batch
 from megatron.engine.examination import Examination
+from megatron.engine.wishes import NONE, Ask, Wishes, nothing
 from megatron.parallel.sharding import StatePiece, StateRequest
 
 WatchGradient = Callable[[str, Tensor], None]
@@ -49,7 +50,7 @@ class StepResult:
         schedule move on.
     not_finite: it was left out because the loss or the gradient is not finite, and no smaller loss scale mends that.
     spiked: it was left out because the loss or the norm is finite, and above its limit.
-    stop: a rank was asked to stop before the step was queued; alike on all ranks.
+    wishes: what at least one rank wished when the step was queued; alike on all ranks.
     """
 
     loss: float
@@ -61,7 +62,15 @@ class StepResult:
     skipped: bool = False
     not_finite: bool = False
     spiked: bool = False
-    stop: bool = False
+    wishes: Wishes = NONE
+
+
+class Evaluated(NamedTuple):
+    """loss_sum: of all ranks' batches, nats. num_tokens: their trained tokens. wishes: as in StepResult."""
+
+    loss_sum: float
+    num_tokens: int
+    wishes: Wishes = NONE
 
 
 class StateSource(Protocol):
@@ -91,11 +100,6 @@ class Pending(Protocol):
         ...
 
 
-def never() -> bool:
-    """Say that nobody asks to stop."""
-    return False
-
-
 class Engine(Protocol):
     """The owner of the model's weights and the optimizer's state while training."""
 
@@ -116,20 +120,20 @@ class Engine(Protocol):
         self,
         batches: Sequence[Batch],
         iteration: int,
-        stop: Callable[[], bool] = never,
+        wishes: Ask = nothing,
         limits: Limits = NO_LIMITS,
     ) -> Pending:
         """Do `train_step` without waiting for the device where the engine can, and say later what it did.
 
-        stop: whether this rank is asked to stop; `StepResult.stop` says it of all ranks, by a sum that the step makes
-        anyway. limits: beyond which the update is left out, the same on every rank.
+        wishes: what this rank wishes; `StepResult.wishes` says it of all ranks, by a sum that the step makes anyway.
+        limits: beyond which the update is left out, the same on every rank.
         """
         ...
 
-    def evaluate(self, batches: Sequence[Batch]) -> tuple[float, int]:
+    def evaluate(self, batches: Sequence[Batch], wishes: Ask = nothing) -> Evaluated:
         """Return the sum of the losses (nats) and the trained tokens of all ranks' `batches`, without dropout.
 
-        Every rank must bring the same number of batches."""
+        Every rank must bring the same number of batches. wishes: as in `queue_step`."""
         ...
 
     def state_pieces(self) -> Iterator[StatePiece]:

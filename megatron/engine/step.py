@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from megatron.config.schema.config import Config
 from megatron.data.batch import Batch, shard_sequence
 from megatron.engine import replicas, verify
-from megatron.engine.base import NO_LIMITS, NOTHING, Limits, StepResult, WatchGradient, never
+from megatron.engine.base import NO_LIMITS, NOTHING, Evaluated, Limits, StepResult, WatchGradient
 from megatron.engine.examination import Examination
 from megatron.engine.examine import Examiner
 from megatron.engine.fragments import Holdings
 from megatron.engine.pending import Number, PendingStep
 from megatron.engine.verdict import Verdict
+from megatron.engine.wishes import Ask, Wish, counts, heard, message, nothing, own_counts
 from megatron.errors import DivergedError, EngineError, Problem
 from megatron.objectives.build import Objective
 from megatron.optim.schedules import learning_rate
@@ -136,7 +137,7 @@ class StepEngine(ABC):
         self,
         batches: Sequence[Batch],
         iteration: int,
-        stop: Callable[[], bool] = never,
+        wishes: Ask = nothing,
         limits: Limits = NO_LIMITS,
     ) -> PendingStep:
         """Queue one optimizer step; see `Engine.queue_step`. Raises EngineError for a wrong number of micro-batches."""
@@ -149,15 +150,15 @@ class StepEngine(ABC):
         trained = num_tokens.clamp(min=1)
         loss_sum = self._accumulate(batches, iteration, trained)
         enter(Phase.LOSS_SUM)
-        loss_sum, stops, refused_before = self._total(loss_sum, stop())
+        (loss_sum,), refused_before, told = self._total((loss_sum,), wishes(), self._last_refused)
         enter(Phase.UPDATE)
         update = self._update(Verdict(loss_sum / trained, limits))
         self._last_refused = update.skipped
         numbers = {
             "loss_sum": loss_sum,
             "num_tokens": num_tokens,
-            "stops": stops,
             "refused_before": refused_before,
+            **told,
             "loss_scale": loss_scale,
             "grad_norm": update.grad_norm,
             "skipped": update.skipped,
@@ -185,17 +186,17 @@ class StepEngine(ABC):
             skipped=skipped,
             not_finite=is_bad,
             spiked=skipped and math.isfinite(loss) and math.isfinite(norm),
-            stop=found["stops"] > 0,
+            wishes=heard(found),
         )
 
     @torch.no_grad()
-    def evaluate(self, batches: Sequence[Batch]) -> tuple[float, int]:
+    def evaluate(self, batches: Sequence[Batch], wishes: Ask = nothing) -> Evaluated:
         """Return the summed loss and the trained tokens of all ranks; see `Engine.evaluate`."""
         batches = self._parts(batches)
-        totals = torch.stack((self._losses(batches), _count_tokens(batches)))
+        sums = (self._losses(batches), _count_tokens(batches))
         enter(Phase.LOSS_SUM)
-        self._sum(totals)
-        return float(totals[0]), int(totals[1])
+        (loss_sum, num_tokens), _, told = self._total(sums, wishes())
+        return Evaluated(float(loss_sum), int(num_tokens), heard({name: float(count) for name, count in told.items()}))
 
     def _mends_overflow(self) -> bool:
         """Say whether a gradient that is not finite is followed by a smaller loss scale, as fp16 has it."""
@@ -226,19 +227,20 @@ class StepEngine(ABC):
         """Return what this rank computes of each batch, on its device; ranks of the context axis are given the same."""
         return [shard_sequence(batch.to(self._mesh.device), self._mesh.cp) for batch in batches]
 
-    def _total(self, loss_sum: Tensor, stop: bool) -> tuple[Tensor, Number, Number]:
-        """Return, by one sum over all ranks: the losses' sum over the replicas, how many ranks are asked to stop, and
-        how many left out the update before this one.
+    def _total(
+        self, sums: Sequence[Tensor], wishes: Collection[Wish], refused: Number = 0.0
+    ) -> tuple[list[Tensor], Number, dict[str, Number]]:
+        """Return, by one sum over all ranks: `sums` (fp64 scalars) over the replicas, how many ranks left out the
+        update before this one, and how many wish what.
 
-        Ranks that share a sequence's computation hold the same sum of losses, so each is counted once for all of them.
+        Ranks that share a sequence's computation hold the same sums, so each is counted once for all of them.
         """
         if self._mesh.world.size == 1:
-            return self._sum(loss_sum), float(stop), 0.0
-        refused = self._last_refused
-        number = refused.double() if isinstance(refused, Tensor) else torch.full_like(loss_sum, float(refused))
-        all_three = torch.stack((loss_sum, torch.full_like(loss_sum, float(stop)), number))
-        dist.all_reduce(all_three, group=self._mesh.world.group)
-        return all_three[0] / (self._mesh.world.size // self._mesh.replicas.size), all_three[1], all_three[2]
+            return [self._sum(value) for value in sums], 0.0, {**own_counts(wishes)}
+        vector = message((*sums, refused), wishes)
+        dist.all_reduce(vector, group=self._mesh.world.group)
+        totals = vector[: len(sums)] / (self._mesh.world.size // self._mesh.replicas.size)
+        return list(totals), vector[len(sums)], {**counts(vector)}
 
     def _sum(self, value: Tensor) -> Tensor:
         """Sum `value` in place over the ranks that share the step."""

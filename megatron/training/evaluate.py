@@ -14,6 +14,7 @@ from megatron.data.loaders import BatchLoader
 from megatron.engine.base import Engine
 from megatron.parallel.mesh import Mesh
 from megatron.tokenizer.base import Tokenizer
+from megatron.training.stop import Agreement
 
 
 @dataclass(frozen=True)
@@ -43,16 +44,21 @@ class Evaluator:
         """Return the number of the window that is read after `iteration` optimizer steps."""
         return max(0, math.ceil(iteration / self._training.eval_interval) - 1)
 
-    def evaluate(self, engine: Engine, window: int) -> Evaluation:
-        """Return the mean over all data-parallel ranks of window number `window`; every rank must call it."""
+    def evaluate(self, engine: Engine, window: int, stop: Agreement) -> Evaluation | None:
+        """Return the mean over all data-parallel ranks of window number `window`; every rank must call it.
+
+        None where the ranks agree between two batches to stop; `stop` hears of it with each batch."""
         size = self._training.eval_iters
         loss_sum, num_tokens, num_characters = 0.0, 0, 0
-        for batches in self._loader.window(window * size, size):
-            step_loss, step_tokens = engine.evaluate(batches)
-            loss_sum += step_loss
-            num_tokens += step_tokens
+        for number, batches in enumerate(self._loader.window(window * size, size), start=1):
+            found = engine.evaluate(batches, stop.wishes)
+            loss_sum += found.loss_sum
+            num_tokens += found.num_tokens
             if self._training.char_level_ppl:
                 num_characters += self._count_characters(batches)
+            stop.hear(found.wishes)
+            if stop.reason is not None and number < size:
+                return None
         loss = loss_sum / num_tokens if num_tokens else math.nan
         characters = self._sum(num_characters)
         by_character = math.exp(loss_sum / characters) if characters else None

@@ -6,7 +6,9 @@ the end, all that was queued is read.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron.config.schema.training import TrainingConfig
@@ -18,7 +20,7 @@ from megatron.training.evaluate import Evaluator
 from megatron.training.persistence import Keeper
 from megatron.training.progress import Progress
 from megatron.training.results import Results
-from megatron.training.stop import StopRequest
+from megatron.training.stop import Agreement
 from megatron.whereabouts import Phase, inside
 
 
@@ -34,23 +36,29 @@ class Run:
     valid: Evaluator | None
     keeper: Keeper
     monitor: Monitor
-    stop: StopRequest
+    stop: Agreement
     late: int = 0
 
 
 def run_loop(run: Run, progress: Progress) -> Progress:
-    """Train from `progress` to the end of the run, its exit_interval or a SIGTERM; return how far it came."""
-    if progress.iteration >= run.train_iters:
+    """Train from `progress` to the end of the run, its exit_interval or an agreement to stop; return how far it came.
+
+    What is done is saved in the end, whatever ended it."""
+    if progress.iteration >= run.train_iters and not progress.owes_validation:
         run.monitor.message(
             f"nothing left to train: the checkpoint is of iteration {progress.iteration} and train_iters is "
             f"{run.train_iters}; set train_iters higher to go on"
         )
-    if progress.iteration == 0:
-        validate(run, progress)
+    begun = progress.iteration
+    if begun == 0 or progress.owes_validation:
+        progress = validate(run, progress)
+    if begun == 0 and run.stop.reason is None:
         save_if_due(run, progress)
-    with Results(run.monitor, run.late) as results, Collector() as collector:
-        progress = _train(run, progress, results, collector)
-    tell_saved(run, progress, run.keeper.save(run.engine, progress))
+    if run.stop.reason is None:
+        with Results(run.monitor, run.late) as results, Collector() as collector:
+            progress = _train(run, progress, results, collector)
+    if run.stop.reason is None or progress.iteration > begun:
+        _tell_saved(run, progress, lambda: run.keeper.save(run.engine, progress))
     return progress
 
 
@@ -59,22 +67,26 @@ def _train(run: Run, progress: Progress, results: Results, collector: Collector)
         results.start(progress.iteration + 1)
         with run.monitor.timers.measure("batch"):
             batches = next(run.loader)
-        pending = run.engine.queue_step(batches, progress.iteration, run.stop.asks)
+        pending = run.engine.queue_step(batches, progress.iteration, run.stop.wishes)
         progress = progress.after_step(run.loader.consumed_samples - progress.consumed_samples)
         pauses = _pauses(run, progress)
         progress = results.add(pending, progress, everything=pauses)
+        run.stop.hear(results.wishes)
+        if run.stop.wants_save:
+            progress = results.finish(progress)
+            run.stop.hear(results.wishes)
         collector.after_step(pauses)
         if is_due(progress, run.training.check_replicas_interval or None):
             with inside(Phase.CHECK):
                 run.engine.check_replicas()
         if is_due(progress, run.training.eval_interval) or progress.iteration == run.train_iters:
-            validate(run, progress)
+            progress = validate(run, progress)
+        if run.stop.reason is not None:
+            break
         save_if_due(run, progress)
+        results.wishes.clear()
         if is_due(progress, run.training.exit_interval):
             run.monitor.message(f"stopping at iteration {progress.iteration}, a multiple of exit_interval")
-            break
-        if run.stop.agreed(results.stop):
-            run.monitor.message(f"stopping at iteration {progress.iteration}, as SIGTERM asks")
             break
     return results.finish(progress)
 
@@ -91,12 +103,17 @@ def _pauses(run: Run, progress: Progress) -> bool:
 
 
 def save_if_due(run: Run, progress: Progress) -> None:
-    """Save where the config says so, and show where."""
-    tell_saved(run, progress, run.keeper.save_if_due(run.engine, progress))
+    """Save where the config says so or the ranks have agreed to, and show where."""
+    now = run.stop.wants_save
+    if now or run.keeper.is_due(progress):
+        _tell_saved(run, progress, lambda: run.keeper.save_if_due(run.engine, progress, now))
 
 
-def tell_saved(run: Run, progress: Progress, folder: Path | None) -> None:
-    """Record a checkpoint, if one was saved."""
+def _tell_saved(run: Run, progress: Progress, save: Callable[[], Path | None]) -> None:
+    """Save, say how long it took to whom that concerns, and record the checkpoint, if one was written."""
+    begin = time.perf_counter()
+    folder = save()
+    run.stop.saved(time.perf_counter() - begin)
     if folder is not None:
         run.monitor.log_checkpoint(progress.iteration, folder)
 
@@ -106,11 +123,18 @@ def is_due(progress: Progress, interval: int | None) -> bool:
     return interval is not None and progress.iteration % interval == 0
 
 
-def validate(run: Run, progress: Progress) -> None:
-    """Evaluate the validation set, where there is one, and show the result."""
-    if run.valid is not None:
+def validate(run: Run, progress: Progress) -> Progress:
+    """Evaluate the validation set, where there is one, and show the result; return the progress without that debt.
+
+    Where the ranks stop, the validation is given up, or not begun, and the run that goes on owes it."""
+    if run.valid is None:
+        return progress
+    evaluation = None
+    if run.stop.reason is None:
         with inside(Phase.VALIDATION):
-            evaluation = run.valid.evaluate(run.engine, run.valid.window(progress.iteration))
+            evaluation = run.valid.evaluate(run.engine, run.valid.window(progress.iteration), run.stop)
+    if evaluation is not None:
         run.monitor.log_validation(
             progress.iteration, evaluation.loss, character_perplexity=evaluation.character_perplexity
         )
+    return replace(progress, owes_validation=evaluation is None)

@@ -182,12 +182,12 @@ class Keeper:
         """Say whether the keys of the config ask for a checkpoint now."""
         return progress.iteration in self._due
 
-    def save_if_due(self, engine: Engine, progress: Progress) -> Path | None:
-        """Save where the keys of the config say so, and return the folder.
+    def save_if_due(self, engine: Engine, progress: Progress, now: bool = False) -> Path | None:
+        """Save where the keys of the config say so, or `now`, and return the folder.
 
         A failure before the end of the run costs this checkpoint, and training goes on; at the end it is raised.
         """
-        if not self.is_due(progress):
+        if not now and not self.is_due(progress):
             return None
         try:
             return self.save(engine, progress)

@@ -15,12 +15,14 @@ class Progress:
     consumed_samples: training samples read; the data position of the next step.
     consumed_tokens: tokens that were trained on, masked ones left out.
     skipped_iterations: steps whose update was dropped for a non-finite fp16 gradient.
+    owes_validation: the validation that is due after this iteration has still to be made, since the run was stopped.
     """
 
     iteration: int = 0
     consumed_samples: int = 0
     consumed_tokens: int = 0
     skipped_iterations: int = 0
+    owes_validation: bool = False
 
     def after_step(self, samples: int) -> Progress:
         """Return the progress after one more step over `samples` samples, of which nothing else is known yet."""
@@ -40,5 +42,6 @@ class Progress:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Progress:
-        """Return the progress that a manifest holds."""
-        return cls(**{name: int(values[name]) for name in asdict(cls())})
+        """Return the progress that a manifest holds; one of an earlier version owes nothing."""
+        counts = {name: int(values[name]) for name in asdict(cls()) if name != "owes_validation"}
+        return cls(**counts, owes_validation=bool(values.get("owes_validation")))

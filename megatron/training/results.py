@@ -22,6 +22,7 @@ from typing import Self
 import torch
 
 from megatron.engine.base import Pending, StepResult
+from megatron.engine.wishes import Wish
 from megatron.logs import get_logger
 from megatron.monitor.build import Monitor
 from megatron.training.progress import Progress
@@ -41,8 +42,8 @@ def steps_late(device: torch.device) -> int:
 class Results:
     """Reads the results of steps, and tells them to the monitor.
 
-    late: a step is read once this many more are queued. stop: whether a step that was read says that a rank was asked
-    to stop.
+    late: a step is read once this many more are queued. wishes: what the ranks wished in the steps that were read; for
+    the loop to clear.
     """
 
     def __init__(self, monitor: Monitor, late: int) -> None:
@@ -50,7 +51,7 @@ class Results:
         self._queued: deque[tuple[int, Pending]] = deque()
         self._begin = time.perf_counter()
         self._untold = 0.0
-        self.stop = False
+        self.wishes: set[Wish] = set()
 
     def start(self, iteration: int) -> None:
         """Say that the work on a step begins: its batch is fetched and the step is queued."""
@@ -85,7 +86,7 @@ class Results:
             for iteration, result in found:
                 self._monitor.log_step(iteration, result, self._untold / len(found))
                 progress = progress.after_result(result.num_tokens, result.skipped)
-                self.stop |= result.stop
+                self.wishes |= result.wishes
                 if result.num_tokens == 0:
                     logger.warning("iteration %d trained on nothing: all labels of its batch are masked", iteration)
             if found:

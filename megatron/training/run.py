@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -9,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from megatron import signals
 from megatron.config.readiness import require_ready
 from megatron.config.schema.config import Config
 from megatron.data.build import DataSets, build_datasets
@@ -28,6 +31,7 @@ from megatron.objectives.build import build_objective
 from megatron.parallel.mesh import Mesh
 from megatron.tokenizer.base import Tokenizer
 from megatron.tokenizer.build import build_tokenizer
+from megatron.training.clocks import Clocks
 from megatron.training.evaluate import Evaluator
 from megatron.training.loop import Run, run_loop
 from megatron.training.micro_batch import with_micro_batch
@@ -35,14 +39,14 @@ from megatron.training.out_of_memory import explained
 from megatron.training.persistence import Keeper
 from megatron.training.progress import Progress
 from megatron.training.results import steps_late
-from megatron.training.stop import StopRequest
+from megatron.training.stop import Agreement, Outcome, stopped
 from megatron.whereabouts import Phase, enter, inside
 
 logger = get_logger(__name__)
 
 
-def train(config: Config, mesh: Mesh, config_files: Mapping[str, str] | None = None) -> Progress:
-    """Train as the config says, on every rank of the mesh; return how far the run came.
+def train(config: Config, mesh: Mesh, config_files: Mapping[str, str] | None = None) -> Outcome:
+    """Train as the config says, on every rank of the mesh; return how far the run came, and whether it was stopped.
 
     config_files: name -> text of the files that the config was read from, which each checkpoint keeps.
     Raises DeepyError for what the user can mend: data, tokenizer, checkpoint, combinations of settings.
@@ -78,16 +82,19 @@ def train(config: Config, mesh: Mesh, config_files: Mapping[str, str] | None = N
             valid=assembly.evaluator(data.valid),
             keeper=keeper,
             monitor=monitor,
-            stop=assembly.stop_request(),
+            stop=assembly.agreement(),
             late=steps_late(mesh.device),
         )
-        progress = run_loop(run, progress)
+        begun, progress = progress, run_loop(run, progress)
         test = assembly.evaluator(data.test)
-        if test is not None and progress.iteration == data.train_iters:
+        if test is not None and progress.iteration == data.train_iters and run.stop.reason is None:
             with inside(Phase.VALIDATION):
-                found = test.evaluate(engine, 0)
-            monitor.log_validation(progress.iteration, found.loss, "test", found.character_perplexity)
-        return progress
+                found = test.evaluate(engine, 0, run.stop)
+            if found is not None:
+                monitor.log_validation(progress.iteration, found.loss, "test", found.character_perplexity)
+    if run.stop.reason is None:
+        return Outcome(progress)
+    return Outcome(progress, stopped(config, run.stop.reason, begun, progress))
 
 
 @dataclass(frozen=True)
@@ -132,11 +139,16 @@ class _Assembly:
         loader = build_loader(self.config, dataset, consumed_samples=consumed_samples, eod_token=eod, **ranks)
         return self.stack.enter_context(loader)
 
-    def stop_request(self) -> StopRequest:
-        """Return what takes a SIGTERM from now on, until the run ends."""
-        stop = StopRequest(self.mesh)
-        self.stack.callback(stop.close)
-        return stop
+    def agreement(self) -> Agreement:
+        """Return what takes this rank's signals from now on, until the run ends."""
+        if threading.current_thread() is not threading.main_thread():
+            inbox = None
+        else:
+            if not signals.is_open():
+                self.stack.callback(signals.close_inbox)
+            inbox = signals.open_inbox()
+            inbox.hold()
+        return Agreement(self.mesh, inbox, Clocks(self.config, os.environ, steps_late(self.mesh.device)))
 
     def evaluator(self, dataset: SampleReader | None) -> Evaluator | None:
         """Return the evaluator of a validation or test set, or None where there is none or eval_iters is 0."""

@@ -179,6 +179,11 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"zero_optimization": {"stage": 1, "round_robin_gradients": True}}, "DeepSpeed 0.19.8 hands over wrong masters"),
     ({"deepspeed_extra_args": {"gradient_clipping": 2}}, "Write gradient_clipping outside deepspeed_extra_args."),
     ({"deepspeed_extra_args": {"amp": {"enabled": True}}}, "deepspeed_extra_args.amp = "),
+    (
+        {"max_wall_time": "1:30"},
+        'max_wall_time = "1:30": it is none of minutes as a number, or "HH:MM:SS" or "D-HH:MM:SS"',
+    ),
+    ({"max_wall_time": 0}, 'max_wall_time = 0: it must be more than 0. Write max_wall_time: "4:00:00" for four hours'),
     ({"save": "x"}, 'save = "x": nothing says when to save. Add checkpoint_factor: 1000'),
     ({"checkpoint_factor": 1, "checkpoint_scale": "log"}, "so it must be more than 1. Set checkpoint_factor: 2"),
     ({"checkpoint_factor": 1.5}, "it is a number of steps, so it must be whole. Set checkpoint_factor: 2"),

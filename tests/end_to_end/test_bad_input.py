@@ -24,7 +24,7 @@ from tests.ranks import run_ranks
 
 def start(folder: Path, **changes: Any) -> None:
     """Train the tiny run for two steps in a process of its own."""
-    run_ranks(1, lambda: train(config(folder, **{"train_iters": 2, **changes}), Mesh.create()).as_dict())
+    run_ranks(1, lambda: train(config(folder, **{"train_iters": 2, **changes}), Mesh.create()).progress.as_dict())
 
 
 @pytest.fixture

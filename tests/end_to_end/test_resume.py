@@ -25,7 +25,7 @@ def run(folder: Path, world_size: int = 1, **changes: Any) -> dict[str, int]:
     tiny = config(folder, world_size, **changes)
     sizes = tiny.parallel
     mesh = Mesh.create(sizes.model_parallel_size, max(1, sizes.pipe_parallel_size), sizes.context_parallel_size)
-    return train(tiny, mesh).as_dict()
+    return train(tiny, mesh).progress.as_dict()
 
 
 def run_killed(folder: Path, at: int, **changes: Any) -> None:
@@ -86,7 +86,7 @@ def test_resume_on_two_ranks_and_another_stage_has_the_same_losses(folders: tupl
 def test_a_checkpoint_keeps_the_files_that_the_user_wrote(folders: tuple[Path, Path]) -> None:
     whole, _ = folders
     files = {"mine.yml": "# mine\nseed: 1234\n"}
-    run_ranks(1, lambda: train(config(whole, train_iters=1), Mesh.create(), files).as_dict())
+    run_ranks(1, lambda: train(config(whole, train_iters=1), Mesh.create(), files).progress.as_dict())
     folder = find_checkpoint(whole / "checkpoints")
     assert (folder / "configs" / "mine.yml").read_text() == files["mine.yml"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -16,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.ranks import preload, run_ranks
 
 preload()
+from megatron.engine.wishes import Wish  # noqa: E402
 from tests.parallel import matrix  # noqa: E402
 
 _READING_OPERATIONS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "item", "_unique2", "masked_select"}
@@ -72,9 +72,10 @@ def reads_of_steps(world_size: int, **keys: Any) -> tuple[Counter[str], list[Any
     engine = build_engine(config, mesh, model=build_model(config, matrix.VOCAB, mesh), objective=build_objective())
     batches = [matrix.micro_batches(config, batch, mesh) for batch in matrix.make_batches(config)]
     pending: list[Any] = []
+    wishes = [{Wish.SAVE}, set(), {Wish.SIGUSR1, Wish.SLURM_END} if mesh.world.rank == 0 else {Wish.SIGTERM}]
 
     def steps() -> None:
-        pending.extend(engine.queue_step(batches[step], step, partial(operator.eq, step, 2)) for step in range(3))
+        pending.extend(engine.queue_step(batches[step], step, partial(wishes.__getitem__, step)) for step in range(3))
 
     return reads(steps), [step.read() for step in pending]
 
@@ -87,7 +88,8 @@ def test_a_step_reads_nothing(precision: str, dropout: float, world_size: int) -
     keys = {"precision": precision, "hidden_dropout": dropout, "attention_dropout": dropout}
     for found, results in run_ranks(world_size, lambda: reads_of_steps(world_size, **keys)):
         assert not found
-        assert [result.stop for result in results] == [False, False, True]
+        last = {Wish.SIGUSR1, Wish.SLURM_END} | ({Wish.SIGTERM} if world_size > 1 else set())
+        assert [result.wishes for result in results] == [{Wish.SAVE}, set(), last]
         assert all(result.num_tokens > 0 and result.loss > 1 for result in results)
         assert precision == "fp16" or any(result.clipped_grad_norm < result.grad_norm for result in results)
 

@@ -129,7 +129,7 @@ def train_layout(config: Config, batches: Sequence[Batch]) -> Trace:
     captured = tiny.capture_gradients(engine)
     steps = len(batches) - 1
     results = [engine.train_step(micro_batches(config, batches[i], mesh), i) for i in range(steps)]
-    evaluation = engine.evaluate(micro_batches(config, batches[-1], mesh))
+    evaluation = engine.evaluate(micro_batches(config, batches[-1], mesh))[:2]
     engine.check_masters()  # and that all copies of a tensor have the same bits
     specs = {name: get_spec(parameter) for name, parameter in engine.model.named_parameters()}
     return Trace(

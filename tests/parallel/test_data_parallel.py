@@ -80,7 +80,7 @@ def run(name: str, world_size: int, stage: int, precision: str, accumulation: in
     engine = build_engine(config, mesh, build_model(config, VOCAB, mesh), build_objective())
     gradients = tiny.capture_gradients(engine)
     results = [engine.train_step(micro_batches(i, mesh, accumulation), i) for i in range(STEPS)]
-    evaluation = engine.evaluate(micro_batches(99, mesh, accumulation))
+    evaluation = engine.evaluate(micro_batches(99, mesh, accumulation))[:2]
     engine.check_masters()
     return results, gradients, evaluation, tiny.full_state(engine)
 

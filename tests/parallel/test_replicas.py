@@ -144,7 +144,7 @@ def test_a_run_stops_where_copies_differ() -> None:
 
     from megatron.training import loop
     from megatron.training.progress import Progress
-    from megatron.training.stop import StopRequest
+    from megatron.training.stop import Agreement
 
     @dataclass
     class Nothing:
@@ -184,9 +184,7 @@ def test_a_run_stops_where_copies_differ() -> None:
 
         engine.queue_step = spoiling
         batches = [matrix.micro_batches(config, batch, engine._mesh) for batch in matrix.make_batches(config)]
-        run = loop.Run(
-            config.training, 5, engine, Loader(batches), None, Nothing(), Monitor(), StopRequest(engine._mesh)
-        )  # type: ignore[arg-type]
+        run = loop.Run(config.training, 5, engine, Loader(batches), None, Nothing(), Monitor(), Agreement(engine._mesh))  # type: ignore[arg-type]
         try:
             loop.run_loop(run, Progress())
         except EngineError as error:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from megatron.engine.base import StepResult
+from megatron.engine.wishes import NONE, Wish
 from megatron.training.progress import Progress
 from megatron.training.results import Results
 
@@ -34,12 +35,12 @@ class Queued:
 
     number: int
     error: Exception | None = None
-    stop: bool = False
+    wishes: frozenset[Wish] = NONE
 
     def read(self) -> StepResult:
         if self.error is not None:
             raise self.error
-        return StepResult(float(self.number), 10, 0.1, 1.0, 1.0, skipped=self.number == 2, stop=self.stop)
+        return StepResult(float(self.number), 10, 0.1, 1.0, 1.0, skipped=self.number == 2, wishes=self.wishes)
 
 
 def run(results: Results, steps: list[Queued], pauses: tuple[int, ...] = (), until: list[Any] | None = None) -> Any:
@@ -49,7 +50,7 @@ def run(results: Results, steps: list[Queued], pauses: tuple[int, ...] = (), unt
         time.sleep(0.002)
         progress = results.add(step, progress.after_step(4), everything=step.number in pauses)
         if until is not None:
-            until.append((progress.iteration, results.stop))
+            until.append((progress.iteration, set(results.wishes)))
     return progress
 
 
@@ -74,10 +75,12 @@ def test_before_a_pause_the_progress_counts_all_steps() -> None:
     assert (progress.iteration, progress.consumed_tokens, progress.skipped_iterations) == (3, 30, 1)
 
 
-def test_the_wish_to_stop_is_seen_when_its_step_is_read() -> None:
+def test_a_wish_is_heard_when_its_step_is_read() -> None:
     seen: list[Any] = []
-    run(Results(Told(), late=2), [Queued(n, stop=n >= 2) for n in range(1, 6)], until=seen)  # type: ignore[arg-type]
-    assert seen == [(1, False), (2, False), (3, False), (4, True), (5, True)]
+    wishes = [NONE, frozenset({Wish.SAVE}), NONE, frozenset({Wish.SIGTERM, Wish.SAVE}), NONE]
+    steps = [Queued(number, wishes=wish) for number, wish in enumerate(wishes, start=1)]
+    run(Results(Told(), late=2), steps, until=seen)  # type: ignore[arg-type]
+    assert seen == [(1, set()), (2, set()), (3, set()), (4, {Wish.SAVE}), (5, {Wish.SAVE})]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("the data ended"), SystemExit(3)])

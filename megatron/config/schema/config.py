@@ -11,7 +11,7 @@ from megatron.config.schema.kernels import KernelsConfig
 from megatron.config.schema.model import ModelConfig
 from megatron.config.schema.numerics import NumericsConfig
 from megatron.config.schema.parallel import BatchConfig, ParallelConfig
-from megatron.config.schema.run import CheckpointConfig, GenerationConfig, LauncherConfig, MonitorConfig
+from megatron.config.schema.run import CheckpointConfig, GenerationConfig, LauncherConfig, MonitorConfig, StoppingConfig
 from megatron.config.schema.training import OptimizerConfig, TrainingConfig
 
 
@@ -28,6 +28,7 @@ class Config(Section):
     data: DataConfig
     tokenizer: TokenizerConfig
     checkpoint: CheckpointConfig
+    stopping: StoppingConfig
     monitor: MonitorConfig
     generation: GenerationConfig
     launcher: LauncherConfig

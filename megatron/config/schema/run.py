@@ -24,6 +24,13 @@ class CheckpointConfig(Section):
         gt=0,
     )
     checkpoint_scale: Literal["linear", "log"] = setting("linear", "Whether saves are equally or log-spaced.")
+    checkpoint_interval_minutes: float | None = setting(
+        None,
+        "Save when so much time has passed since the last save (by the clock of rank 0), whatever the step. Unset: "
+        "only at the steps that other keys name.",
+        unit="minutes",
+        gt=0,
+    )
     extra_save_iters: list[int] | None = setting(
         None, "More steps to save at; 0 saves the initial model.", unit="optimizer steps"
     )
@@ -35,6 +42,29 @@ class CheckpointConfig(Section):
     no_save_optim: bool = setting(False, "Do not save the optimizer's state; such a checkpoint cannot resume exactly.")
     iteration: int | None = setting(
         None, "Step of the checkpoint to load. Unset: the newest.", unit="optimizer steps", ge=0
+    )
+
+
+class StoppingConfig(Section):
+    """When a run stops before its end, with a checkpoint and an exit code that says: start me again."""
+
+    max_wall_time: float | str | None = setting(
+        None,
+        'Stop when so much time has passed since the launch: a number of minutes, "HH:MM:SS" or "D-HH:MM:SS". The step '
+        "under way is finished, and then a checkpoint written. Unset: no limit.",
+    )
+    slurm_stop_minutes: float | None = setting(
+        None,
+        "Stop so long before the end of the Slurm job (SLURM_JOB_END_TIME). Unset: as long as the slowest steps and "
+        "two saves took so far, and at least 2 minutes. 0: pay no attention to it.",
+        unit="minutes",
+        ge=0,
+    )
+    slurm_requeue: bool = setting(
+        False, "Ask Slurm for another turn (`scontrol requeue`) when a run stopped with nothing lost."
+    )
+    requeue_exit_code: int = setting(
+        75, "Exit code of a run that stopped with nothing lost, to be started again.", unit="none", ge=1, le=125
     )
 
 
