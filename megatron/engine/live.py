@@ -13,6 +13,7 @@ from megatron.engine.base import StateSource
 from megatron.engine.fragments import Holdings
 from megatron.engine.judged import judged
 from megatron.engine.step import StepEngine, Update
+from megatron.engine.straight import send_straight
 from megatron.engine.verdict import Verdict
 from megatron.objectives.build import Objective
 from megatron.parallel.mesh import Mesh
@@ -26,6 +27,7 @@ class LiveEngine(StepEngine):
         super().__init__(config, mesh, objective)
         self._live = live
         zero.skip_by_norm(live.optimizer)
+        send_straight(live.optimizer, mesh)
         state.make_states(self._holdings())
 
     def state_pieces(self) -> Iterator[StatePiece]:

@@ -33,7 +33,7 @@ from megatron.engine.verdict import Verdict
 from megatron.objectives.build import Objective
 from megatron.ops.adamw import sum_of_squares
 from megatron.ops.choice import Function, Situation
-from megatron.ops.memory import release_gradient
+from megatron.ops.memory import accumulate, release_gradient
 from megatron.optim.one_pass import one_pass
 from megatron.parallel.collectives import TensorRegion
 from megatron.parallel.grad_sync import is_partial
@@ -268,11 +268,8 @@ class GradientBuffer:
         def add(parameter: Tensor) -> None:
             if parameter.grad is None:
                 return
-            if self._written[index]:
-                self._views[index].add_(parameter.grad)
-            else:
-                self._views[index].copy_(parameter.grad)
-                self._written[index] = True
+            accumulate(self._views[index], parameter.grad, is_first=not self._written[index])
+            self._written[index] = True
             release_gradient(parameter)
 
         return add

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from megatron.ops import cross_entropy
 from megatron.ops.cross_entropy import linear_cross_entropy_sum
 from megatron.ops.embedding import embedding
-from megatron.ops.memory import keep, release_gradient, take, take_gradient
+from megatron.ops.memory import accumulate, keep, release_gradient, take, take_gradient
 
 VOCABULARY, HIDDEN = 19, 6
 
@@ -109,3 +109,11 @@ def test_embedding_equals_pytorchs() -> None:
     torch.testing.assert_close(table.grad, theirs.grad)
     with torch.no_grad():
         assert torch.equal(embedding(tokens, table), expected)
+
+
+@pytest.mark.parametrize("part_dtype", [torch.float32, torch.bfloat16])
+def test_a_sum_of_gradients_takes_parts_of_any_dtype(part_dtype):
+    total, parts = torch.full((3, 2**17 + 5), torch.nan), [torch.randn(3, 2**17 + 5).to(part_dtype) for _ in range(3)]
+    for number, part in enumerate(parts):
+        accumulate(total, part, is_first=number == 0)
+    assert torch.equal(total, (parts[0].float() + parts[1].float()) + parts[2].float())
