@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from megatron.errors import CheckpointError, DeepyError, Problem
+from megatron.errors import CheckpointError, DamagedCheckpointError, DeepyError, Problem
 from megatron.parallel.mesh import Mesh
 
 T = TypeVar("T")
@@ -20,20 +20,22 @@ class _Outcome:
 
     value: object = None
     problems: tuple[Problem, ...] = ()
+    is_damage: bool = False
 
 
 def together(mesh: Mesh, action: Callable[[], T], explain: Callable[[OSError], Problem]) -> list[T]:
     """Run `action` on every rank and return the results of all in rank order; a single process needs no group.
 
     explain: turns an error of the file system into a Problem.
-    Raises CheckpointError on every rank, with the problems of all that failed, where any failed. An exception that
+    Raises CheckpointError on every rank, with the problems of all that failed, where any failed; where one of them
+    found damage, DamagedCheckpointError. An exception that
     is a bug keeps its traceback on the rank that raised it.
     """
     bug: Exception | None = None
     try:
         mine = _Outcome(action())
     except DeepyError as error:
-        mine = _Outcome(problems=tuple(error.problems))
+        mine = _Outcome(problems=tuple(error.problems), is_damage=isinstance(error, DamagedCheckpointError))
     except OSError as error:
         mine = _Outcome(problems=(explain(error),))
     except Exception as error:
@@ -44,7 +46,8 @@ def together(mesh: Mesh, action: Callable[[], T], explain: Callable[[OSError], P
         raise bug
     problems = [problem for outcome in outcomes for problem in outcome.problems]
     if problems:
-        raise CheckpointError(*dict.fromkeys(problems))
+        kind = DamagedCheckpointError if any(outcome.is_damage for outcome in outcomes) else CheckpointError
+        raise kind(*dict.fromkeys(problems))
     return [outcome.value for outcome in outcomes]  # type: ignore[misc]
 
 

@@ -25,6 +25,7 @@ from megatron.checkpoint.retention import keep_earlier, prune
 from megatron.checkpoint.storage import Storage
 from megatron.checkpoint.tensor_file import WrittenFile
 from megatron.checkpoint.together import together
+from megatron.checkpoint.topology import topology_of
 from megatron.config.schema.config import Config
 from megatron.errors import CheckpointError, Problem
 from megatron.parallel.mesh import Mesh
@@ -150,7 +151,7 @@ class _Writer:
             config=snapshot.config.model_dump(mode="json"),
             tokenizer=tokenizer,
             versions=contents.versions(),
-            topology={axis: getattr(self.mesh, axis).size for axis in ("dp", "tp", "pp", "cp", "world")},
+            topology=topology_of(self.mesh, snapshot.config),
             extra=extra,
         )
         self.place.publish(to_bytes(manifest))

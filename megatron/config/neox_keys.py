@@ -95,7 +95,6 @@ IGNORED: dict[str, str] = {
     "lazy_mpu_init": "process groups are always made at the start",
     "log_dir": "messages go to stdout and stderr, metrics and the loss plot to <runs_dir>/<run_name>",
     "steps_per_print": "log_interval says how often a line is printed",
-    "override_lr_scheduler": "the learning rate is a function of the step and of this config, never of a checkpoint",
 }
 
 
@@ -215,11 +214,6 @@ REFUSED: dict[str, Refusal] = {
     ),
     "s3_path": Refusal(None, "checkpoints are written to a file system only in this version.", "Set save to a folder."),
     "s3_chunk_size": Refusal(104857600, "checkpoints are written to a file system only in this version."),
-    "use_checkpoint_lr_scheduler": Refusal(
-        False,
-        "the learning rate is a function of the step and of this config, never of a checkpoint.",
-        "Write the schedule of the checkpoint's config.yml into this config.",
-    ),
     "wandb_init_all_ranks": Refusal(False, "rank 0 alone logs; its numbers are over all ranks."),
     "use_shared_fs": Refusal(
         True,

@@ -261,6 +261,13 @@ def learning_rate_is_a_range(d: Draft) -> Iterator[Problem]:
         yield d.problem("wsd_decay_fraction", d.wsd_decay_fraction, why, "Make one of them smaller.")
 
 
+def one_schedule_on_resume(d: Draft) -> Iterator[Problem]:
+    """A run that goes on follows its own schedule or the checkpoint's."""
+    if d.override_lr_scheduler and d.use_checkpoint_lr_scheduler:
+        why = "use_checkpoint_lr_scheduler = true asks for the opposite."
+        yield d.problem("override_lr_scheduler", True, why, "Keep one of the two.")
+
+
 def optimizer_params_are_in_range(d: Draft) -> Iterator[Problem]:
     """Parameters of an optimizer have ranges, and some optimizers have no decay."""
     kind = d.optimizer["type"]
@@ -353,7 +360,7 @@ RULES: tuple[Rule, ...] = (
     mlp_divides_over_processes, tokens_divide_over_processes, context_parallel_attention, stages_have_layers,
     recomputed_whole_or_in_part, rotary_is_even, positions_cover_sequence, one_mlp_width, attention_pattern_fits,
     tied_norm_needs_parallel_residual, fused_gelu_needs_gelu, split_is_possible,
-    one_source_of_data, lists_match, one_length_of_training, learning_rate_is_a_range,
+    one_source_of_data, lists_match, one_length_of_training, learning_rate_is_a_range, one_schedule_on_resume,
     optimizer_params_are_in_range, moments_are_adams, backward_updates_at_once, combinations_are_allowed,
     engine_decides_alone, saving_needs_a_time, steps_are_not_negative, addresses_hold_no_password,
     float8_reaches_a_layer, engine_can_run, compiled_blocks_are_whole, wall_time_is_a_duration,

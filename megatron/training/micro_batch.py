@@ -20,7 +20,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron.checkpoint.load import CheckpointReader
 from megatron.config.engine import choose_engine
 from megatron.config.schema.config import Config
 from megatron.data.batch import Batch
@@ -34,8 +33,8 @@ from megatron.planning import micro_batch
 from megatron.planning.layout import Layout
 from megatron.planning.memory import GIBIBYTE
 from megatron.training.out_of_memory import is_out_of_memory, make_planner
-from megatron.training.persistence import find_source
 from megatron.training.room import forget_peak, in_use, room
+from megatron.training.source import open_source
 
 logger = get_logger(__name__)
 
@@ -50,7 +49,7 @@ def with_micro_batch(config: Config, mesh: Mesh, vocab_size: int) -> Config:
     """
     if not config.batch.find_micro_batch_size:
         return config
-    size, why = _kept(config) or _found(config, mesh, vocab_size)
+    size, why = _kept(config, mesh) or _found(config, mesh, vocab_size)
     changed = _sized(config, size)
     batch = changed.batch
     steps = f"{size} x {batch.gradient_accumulation_steps} accumulated x {changed.parallel.data_parallel_size}"
@@ -64,18 +63,18 @@ def _sized(config: Config, size: int) -> Config:
     return config.model_copy(update={"batch": config.batch.model_copy(update=update)})
 
 
-def _kept(config: Config) -> tuple[int, str] | None:
+def _kept(config: Config, mesh: Mesh) -> tuple[int, str] | None:
     """Return the size of the run that this one goes on with, where batch and processes are still the same."""
-    source = find_source(config.checkpoint)
-    if source is None or not source.is_own:
+    opened = open_source(config.checkpoint, mesh)
+    if opened is None or not opened.source.is_own:
         return None
-    stored = CheckpointReader(source.folder).manifest.config
+    stored = opened.reader.manifest.config
     batch, parallel = stored.get("batch", {}), stored.get("parallel", {})
     same = batch.get("train_batch_size") == config.batch.train_batch_size
     axes = ("world_size", "model_parallel_size", "pipe_parallel_size", "context_parallel_size")
     if not same or any(parallel.get(axis) != getattr(config.parallel, axis) for axis in axes):
         return None
-    return int(batch["train_micro_batch_size_per_gpu"]), f"that of the checkpoint {source.folder}"
+    return int(batch["train_micro_batch_size_per_gpu"]), f"that of the checkpoint {opened.source.folder}"
 
 
 def _found(config: Config, mesh: Mesh, vocab_size: int) -> tuple[int, str]:

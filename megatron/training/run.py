@@ -63,8 +63,10 @@ def train(config: Config, mesh: Mesh, config_files: Mapping[str, str] | None = N
     config = _with_length(config, data.train_iters)
     enter(Phase.CHECKPOINT_SEARCH)
     with ExitStack() as stack:
-        keeper = Keeper(config, mesh, tokenizer, {"train_order": data.train_order, "config_files": config_files})
+        recorded = {"train_order": data.train_order, "config_files": config_files}
+        keeper = Keeper(config, mesh, tokenizer, recorded, data.train)
         stack.callback(keeper.close)
+        config = keeper.config
         _tell_obstacles(config)
         assembly = _Assembly(config, mesh, tokenizer, stack)
         vocab_size = keeper.vocabulary(new_size, tensor_parallel_size)

@@ -137,6 +137,10 @@ CASES: list[tuple[dict[str, Any], str]] = [
         "0.0001, is usual).",
     ),
     ({"lr_decay_iters": 5, "lr_decay_fraction": 0.5}, "lr_decay_iters = 5 sets the horizon as well."),
+    (
+        {"override_lr_scheduler": True, "use_checkpoint_lr_scheduler": True},
+        "use_checkpoint_lr_scheduler = true asks for",
+    ),
     ({"lr_decay_style": "wsd", "warmup": 0.5, "wsd_decay_fraction": 0.6}, "there is no room for both"),
     (
         {"optimizer": {"type": "lion", "params": {"lr": 1, "eps": 1e-8}}},

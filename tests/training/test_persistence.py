@@ -17,7 +17,7 @@ from megatron.config.resolve import resolve
 from megatron.config.schema.run import CheckpointConfig
 from megatron.errors import CheckpointError
 from megatron.parallel.mesh import Mesh
-from megatron.training.persistence import Source, find_source
+from megatron.training.source import Source, find_source
 from tests.end_to_end.tiny import settings
 
 

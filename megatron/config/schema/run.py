@@ -40,6 +40,14 @@ class CheckpointConfig(Section):
     finetune: bool = setting(False, "Load weights only: the step, the optimizer and the data start anew.")
     no_load_optim: bool = setting(False, "Do not load the optimizer's state.")
     no_save_optim: bool = setting(False, "Do not save the optimizer's state; such a checkpoint cannot resume exactly.")
+    override_lr_scheduler: bool = setting(
+        False, "A run that goes on with another learning rate schedule than its checkpoint's follows this config's."
+    )
+    use_checkpoint_lr_scheduler: bool = setting(
+        False,
+        "A run that goes on with another learning rate schedule keeps the checkpoint's. With neither key it stops, and "
+        "shows both rates.",
+    )
     iteration: int | None = setting(
         None, "Step of the checkpoint to load. Unset: the newest.", unit="optimizer steps", ge=0
     )
