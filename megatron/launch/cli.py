@@ -4,31 +4,28 @@ from __future__ import annotations
 
 import os
 import runpy
+import secrets
 import shlex
 import signal
-import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 from megatron.config.schema.config import Config
+from megatron.config.schema.run import LauncherConfig
 from megatron.config.transport import pack
 from megatron.errors import DeepyError, LaunchError, Problem
-from megatron.launch import check, doctor, parity, plan
+from megatron.launch import check, doctor, node, parity, plan
 from megatron.launch.arguments import Arguments, build_parser, parse_arguments
-from megatron.launch.command import (
-    Layout,
-    local_environments,
-    runner_command,
-    single_layout,
-    unsent_secrets,
-)
+from megatron.launch.command import Layout, local_environments, single_layout
 from megatron.launch.decoding import decoding_processes
 from megatron.launch.devices import torch_has_cuda, visible_gpus
 from megatron.launch.hosts import require_reachable
 from megatron.launch.port import hold_port
 from megatron.launch.prelude import PAYLOAD_FLAG
 from megatron.launch.read_config import read_launcher, read_layout, read_settings, resolve_for
+from megatron.launch.relay import run_remote
+from megatron.launch.remote import remote_command, unsent_secrets
+from megatron.launch.show import show_local, show_remote
 from megatron.launch.supervise import run_ranks
 
 # Scripts that need no more processes than hold the model, all on this machine, whatever layout the config trains with.
@@ -66,6 +63,8 @@ def main(argv: list[str]) -> int:
             return doctor.main(argv[1:])
         if argv[0] == "plan":
             return plan.main(argv[1:])
+        if argv[0] == "node":
+            return node.main(argv[1:])
         if argv[0] == "parity":
             return parity.main(argv[1:])
         script = _find_script(argv[0])
@@ -107,15 +106,10 @@ def _run(script: str, arguments: Arguments) -> int:
         layout = read_layout(settings, launcher, os.environ)
         config = resolve_for(settings, layout.world_size)
     payload = pack(config, settings.texts())
-    if layout.uses_runner:
-        command = runner_command(layout, launcher, script, payload, os.environ)
-        if arguments.show:
-            print(shlex.join(command))
-            return 0
-        require_reachable(layout.hosts, launcher.launcher, not launcher.no_ssh_check)
-        return _run_runner(command, unsent_secrets(launcher, os.environ))
+    if layout.is_remote:
+        return _run_remote(script, arguments, layout, launcher, payload)
     if arguments.show:
-        print(_show_local(script, arguments, layout, local_environments(layout, launcher, os.environ)))
+        print(show_local(script, arguments, layout, local_environments(layout, launcher, os.environ)))
         return 0
     if not layout.gpus and _has_unused_gpus():
         print(
@@ -155,40 +149,20 @@ def _run_script(script: str, payload: str) -> int:
     return 0
 
 
-def _run_runner(command: list[str], unsent: list[str]) -> int:
-    """Run DeepSpeed's runner in the place of this process's attention, and return its exit code."""
+def _run_remote(script: str, arguments: Arguments, layout: Layout, launcher: LauncherConfig, payload: str) -> int:
+    """Print or run the command that starts the ranks on several hosts; return its exit code."""
+    run = secrets.token_hex(6)
+    command = remote_command(layout.hosts, launcher, script, payload, os.environ, run)
+    if arguments.show:
+        print(show_remote(command, layout.hosts, launcher, f"{shlex.quote(script)} {arguments.command_line()}"))
+        return 0
+    require_reachable(layout.hosts, launcher.launcher, not launcher.no_ssh_check)
+    unsent = unsent_secrets(launcher, os.environ)
     if unsent:
         print(
             f"[warning] {', '.join(unsent)} are not sent to other hosts, because every user there could read them on a "
-            "command line. Run `wandb login` once on the first host instead.",
+            "command line. Set them in the environment of the other hosts' shells; for Weights & Biases run "
+            "`wandb login` once on the first host instead.",
             file=sys.stderr,
         )
-    process = subprocess.Popen(command)
-    while True:
-        try:
-            status = process.wait()
-            return status if status >= 0 else 128 - status
-        except KeyboardInterrupt:
-            continue  # the terminal has sent it to the runner too, which ends its workers
-
-
-def _show_local(script: str, arguments: Arguments, layout: Layout, environments: list[dict[str, str]]) -> str:
-    """Return the command lines that start the same ranks by hand."""
-    count = layout.world_size
-    placed = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    shared = {key: value for key, value in environments[0].items() if key not in placed | {"CROSS_RANK", "CROSS_SIZE"}}
-    words = f"{shlex.quote(script)} {arguments.command_line()}"
-    python = shlex.quote(sys.executable)
-    torchrun = f"{python} -m torch.distributed.run --standalone --nproc_per_node={count}"
-    lines = [
-        f"# {count} process{'es'[: 2 * (count > 1)]} on this machine. The same with torchrun:",
-        f"{_assignments(shared)} {torchrun} {words}",
-        "# The same by hand, one line for each process:",
-    ]
-    background = " &" if count > 1 else ""
-    lines += [f"{_assignments(environment)} {python} {words}{background}" for environment in environments]
-    return "\n".join(lines + (["wait"] if count > 1 else []))
-
-
-def _assignments(environment: Mapping[str, str]) -> str:
-    return " ".join(f"{key}={shlex.quote(value)}" for key, value in environment.items())
+    return run_remote(command, launcher.launcher, layout.hosts, run)

@@ -13,13 +13,18 @@ from megatron.errors import LaunchError, Problem
 
 DEFAULT_HOSTFILE = "/job/hostfile"
 CONNECT_SECONDS = 10
-# What DeepSpeed's runner starts for each launcher, and the package that has it on Debian and Ubuntu.
+HOSTS_VARIABLE = "DEEPY_HOSTS"
+"""Tells workers which hosts take part, rank after rank: `n1:0,1;n2:0,1`."""
+# What is started for each launcher: its programs by any of their names, and the package of Debian and Ubuntu.
 _PROGRAMS = {
-    "pdsh": {"pdsh": "pdsh", "ssh": "openssh-client"},
-    "openmpi": {"mpirun": "openmpi-bin"},
-    "mvapich": {"mpirun": "mvapich2"},
-    "slurm": {"srun": "slurm-client"},
+    "pdsh": ((("pdsh",), "pdsh"), (("ssh",), "openssh-client")),
+    "openmpi": ((("mpirun.openmpi", "mpirun"), "openmpi-bin"),),
+    "mpich": ((("mpiexec.hydra", "mpirun.mpich", "mpiexec"), "mpich"),),
+    "mvapich": ((("mpiexec.hydra", "mpiexec", "mpirun"), "mvapich2"),),
+    "slurm": ((("srun",), "slurm-client"),),
 }
+# A word of the version of MPI's programs, which go by the same names.
+_MPI_VERSIONS = {"openmpi": "Open MPI", "mpich": "HYDRA", "mvapich": "HYDRA"}
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,17 @@ class Host:
 
     name: str
     slots: tuple[int, ...]
+
+
+def describe_hosts(hosts: Sequence[Host]) -> str:
+    """Return hosts and slots as one word, `n1:0,1;n2:0,1`."""
+    return ";".join(f"{host.name}:{','.join(map(str, host.slots))}" for host in hosts)
+
+
+def parse_hosts(text: str) -> list[Host]:
+    """Return the hosts that `describe_hosts` made the word of."""
+    pairs = [part.rpartition(":") for part in text.split(";")]
+    return [Host(name, tuple(map(int, slots.split(",")))) for name, _, slots in pairs]
 
 
 def hostfile_path(configured: str | None, environ: Mapping[str, str]) -> str | None:
@@ -152,20 +168,41 @@ def require_reachable(hosts: Sequence[Host], launcher: str, checks_ssh: bool = T
     """Raise LaunchError naming every program that the launcher needs and this machine lacks, and every host that ssh
     cannot log into without a password.
 
-    launcher: pdsh, openmpi, mvapich or slurm; only pdsh goes through ssh. checks_ssh: False under no_ssh_check."""
+    launcher: pdsh, openmpi, mpich, mvapich or slurm; ssh is tried for pdsh only. checks_ssh: False under no_ssh_check.
+    """
     problems = [
         Problem(
             f"launcher = {launcher}",
-            f"the program {program} is not installed on this machine.",
+            f"the program {names[0]} is not installed on this machine.",
             f"Install it (apt-get install {package}), or start the ranks yourself with torchrun on each host.",
         )
-        for program, package in _PROGRAMS.get(launcher, {}).items()
-        if shutil.which(program) is None
+        for names, package in _PROGRAMS[launcher]
+        if not any(map(shutil.which, names))
     ]
+    if not problems and launcher in _MPI_VERSIONS:
+        problems = _other_mpi(launcher)
     if not problems and launcher == "pdsh" and checks_ssh:
         problems = _unreachable(hosts)
     if problems:
         raise LaunchError(*problems)
+
+
+def program_of(launcher: str) -> str:
+    """Return the name of a launcher's program here: the most telling one that is installed."""
+    names = _PROGRAMS[launcher][0][0]
+    return next((name for name in names if shutil.which(name)), names[-1])
+
+
+def _other_mpi(launcher: str) -> list[Problem]:
+    """Return a problem where the program belongs to another MPI, whose options are others."""
+    program, word = program_of(launcher), _MPI_VERSIONS[launcher]
+    said = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=30, check=False)
+    text = said.stdout + said.stderr
+    if word.lower() in text.lower() or not text.strip():
+        return []
+    other = "openmpi" if "open mpi" in text.lower() else "mpich"
+    why = f"but {shutil.which(program)} is another MPI's ({text.strip().splitlines()[0]})."
+    return [Problem(f"launcher = {launcher}", why, f"Set launcher to {other}, or put the right one first in PATH.")]
 
 
 def _unreachable(hosts: Sequence[Host]) -> list[Problem]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,10 +16,12 @@ import torch.distributed as dist
 from megatron import logs, whereabouts
 from megatron.config.schema.config import Config
 from megatron.launch.board import VARIABLE, Board
+from megatron.launch.connections import choose_interface, try_gloo, try_groups
 from megatron.launch.devices import usable_cores
 from megatron.launch.failure import Failure
-from megatron.launch.peers import PeerWatch, check_in, open_store
-from megatron.launch.place import Place
+from megatron.launch.peers import PeerWatch, open_store
+from megatron.launch.place import Place, slot_variables
+from megatron.launch.preflight import Card, check_in, count_local, expected_hosts, write_card
 from megatron.parallel.mesh import Mesh
 from megatron.whereabouts import Phase
 
@@ -81,13 +83,23 @@ def decoding_worker(config: Config, place: Place, board: Board | None = None) ->
 
 def _join(config: Config, place: Place, board: Board | None, sizes: tuple[int, int, int]) -> Worker:
     """Return the worker of a mesh with these sizes of the tensor, pipeline and context axes."""
-    os.environ.update(place.environment())
+    seconds, expected = config.launcher.check_in_seconds, expected_hosts(place.world_size, os.environ)
+    store: dist.Store | None = None
+    if place.world_size > 1:
+        logs.setup(place.rank, place.describe())
+        whereabouts.enter(Phase.MEETING)
+        store = open_store(place, seconds)
+        place = count_local(store, place, seconds, expected)
+    os.environ.update({**place.environment(), **slot_variables(place, os.environ)})
     if config.kernels.compile is True:
         _keep_compiled_code()
     device = _prepare(place)
-    watch = _connect(config, place, device, supervised=board is not None)
+    cards = _meet(store, place, config, device, expected) if store is not None else []
+    watch = _connect(store, place, device, supervised=board is not None)
     try:
         mesh = Mesh.create(*sizes, device)
+        if cards:
+            try_groups(mesh, place, cards, seconds)
     except BaseException:
         if watch is not None:
             watch.stop()
@@ -130,17 +142,22 @@ def _choose_device(place: Place) -> torch.device:
     return device
 
 
-def _connect(config: Config, place: Place, device: torch.device, supervised: bool) -> PeerWatch | None:
+def _meet(store: dist.Store, place: Place, config: Config, device: torch.device, expected: Sequence[str]) -> list[Card]:
+    """Return the cards of all ranks, which are there, alike, and connected to each other."""
+    seconds, card = config.launcher.check_in_seconds, write_card(place, config, device, _device_name(device))
+    cards = check_in(store, place, config, card, seconds, expected)
+    choose_interface(place, cards)
+    try_gloo(store, place, seconds)
+    return cards
+
+
+def _connect(store: dist.Store | None, place: Place, device: torch.device, supervised: bool) -> PeerWatch | None:
     """Open the process group; return the watch over other ranks where no launcher of ours does that."""
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-    name = _device_name(device)
-    if place.world_size == 1:
+    if store is None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        logger.info(f"1 process on {place.host}: {name}")
+        logger.info(f"1 process on {place.host}: {_device_name(device)}")
         return None
-    whereabouts.enter(Phase.MEETING)
-    store = open_store(place)
-    check_in(store, place, config, name)
     store.set_timeout(COLLECTIVE_TIMEOUT)
     dist.init_process_group(
         backend,

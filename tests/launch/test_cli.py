@@ -62,15 +62,18 @@ def test_print_shows_commands_to_copy(config: str, capsys: pytest.CaptureFixture
     assert lines[-1] == "wait"
 
 
-def test_print_of_several_hosts_is_the_runners_command(
+def test_print_of_several_hosts_is_what_would_run_and_the_same_without_us(
     config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "tell-nobody")
     (tmp_path / "hosts").write_text("n1 slots=2\nn2 slots=2\n")
     assert cli.main(["train.py", config, "-H", str(tmp_path / "hosts"), "--print"]) == 0
     text = capsys.readouterr().out
-    assert "-m deepspeed.launcher.runner --launcher=pdsh" in text
+    assert "# 4 processes on 2 hosts, by pdsh:\npdsh -R ssh -S -f 1024 -w n1,n2 'cd " in text
     assert "train.py --deepy-payload" in text
+    where = "--nnodes=2 --nproc_per_node=2 --master_addr=n1 --master_port=29500"
+    assert f"ssh n2 {sys.executable} -m torch.distributed.run {where} --node_rank=1 train.py {config}" in text
+    assert f"srun --nodes=2 --ntasks-per-node=2 --nodelist=n1,n2 {sys.executable} train.py {config}" in text
     assert "tell-nobody" not in text
 
 

@@ -108,8 +108,8 @@ def test_ranks_with_other_configs_are_told_apart(tmp_path: Path) -> None:
     code, output = ranks[0].end()
     ranks[1].end()
     assert code == 1
-    assert "config of rank 1 on " in output
-    assert "Start all ranks from the same installation with the same files." in output
+    assert "config (hash) is " in output
+    assert "Rank 1 has seed = 2 (rank 0: 1). Give all ranks the same config files and overrides." in output
 
 
 def test_a_mistake_has_its_own_exit_code_and_no_traceback(tmp_path: Path) -> None:

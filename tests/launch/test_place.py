@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 
 from megatron.errors import LaunchError
-from megatron.launch.place import Place, find_place, first_of_node_list
+from megatron.launch.hosts import HOSTS_VARIABLE
+from megatron.launch.place import Place, find_place, slot_variables
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "n1"}
 DEEPSPEED = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_SIZE": "4", "MASTER_ADDR": "n1"}
@@ -87,9 +88,48 @@ def test_several_machines_need_an_address() -> None:
     assert find_place(environ).listening_at("n7", 29500).master_addr == "n7"
 
 
+MPICH = {"PMI_RANK": "5", "PMI_SIZE": "8", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "4", "MASTER_ADDR": "n1"}
+
+
+def test_mpich_is_understood_and_mpi_inside_of_a_slurm_job_is_mpis() -> None:
+    assert find_place({**SLURM, "SLURM_PROCID": "0", "SLURM_NTASKS": "2", **MPICH}) == find_place(MPICH)
+    assert find_place({**SLURM, "SLURM_PROCID": "0", "SLURM_NTASKS": "2", **OPENMPI}).rank == 5
+
+
+def test_torchrun_inside_of_a_slurm_step_is_torchruns() -> None:
+    assert find_place({**SLURM, "SLURM_PROCID": "1", "SLURM_NTASKS": "2", **TORCHRUN}) == find_place(TORCHRUN)
+
+
 @pytest.mark.parametrize(
-    ("text", "first"),
-    [("n1", "n1"), ("n1,n2", "n1"), ("n[07-09,12],m1", "n07"), ("gpu[3,5]-ib", "gpu3-ib"), ("a-1,b[2-3]", "a-1")],
+    ("environ", "message"),
+    [
+        ({**SLURM, "RANK": "0", "WORLD_SIZE": "1"}, "RANK = 0, WORLD_SIZE = 1: but SLURM_PROCID = 5, SLURM_NTASKS = 8"),
+        ({**OPENMPI, "RANK": "4", "WORLD_SIZE": "8"}, "two launchers, two places"),
+        ({"RANK": "1"}, "RANK = 1: but WORLD_SIZE is not set"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE = 2: but RANK is not set"),
+    ],
 )
-def test_first_of_a_node_list(text: str, first: str) -> None:
-    assert first_of_node_list(text) == first
+def test_two_places_or_half_of_one(environ: dict[str, str], message: str) -> None:
+    with pytest.raises(LaunchError, match=message):
+        find_place(environ)
+
+
+def test_variables_that_agree_are_one_place() -> None:
+    assert find_place({**SLURM, "RANK": "5", "WORLD_SIZE": "8"}).rank == 5
+    assert find_place({"WORLD_SIZE": "1"}).world_size == 1
+
+
+def test_pods_with_one_process_each_count_by_their_hosts() -> None:
+    pod = find_place({"RANK": "1", "WORLD_SIZE": "3", "MASTER_ADDR": "job-master-0", "MASTER_PORT": "23456"})
+    assert not pod.is_local_known
+    assert (pod.beside(["a", "b", "c"]).local_rank, pod.beside(["a", "b", "c"]).local_world_size) == (0, 1)
+    assert (pod.beside(["a", "a", "b"]).local_rank, pod.beside(["a", "a", "b"]).local_world_size) == (1, 2)
+    assert find_place({"RANK": "1", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1"}).is_local_known
+
+
+def test_slots_that_a_filter_left_are_what_a_rank_sees() -> None:
+    told = {HOSTS_VARIABLE: "n1:0,1;n2:2,3"}
+    assert slot_variables(Place(1, 4), told) == {}
+    assert slot_variables(Place(2, 4), told) == {"CUDA_VISIBLE_DEVICES": "2,3"}
+    assert slot_variables(Place(0, 4), {**told, "SLURMD_NODENAME": "n2"}) == {"CUDA_VISIBLE_DEVICES": "2,3"}
+    assert slot_variables(Place(2, 4), {**told, "CUDA_VISIBLE_DEVICES": "0"}) == {}

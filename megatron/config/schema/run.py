@@ -134,14 +134,17 @@ class GenerationConfig(Section):
 class LauncherConfig(Section):
     """Which machines run the job, and who starts the workers there."""
 
-    hostfile: str | None = setting(None, "File with lines `host slots=N`. Unset: this machine alone.")
+    hostfile: str | None = setting(
+        None,
+        "File with lines `host slots=N`. Unset: the Slurm job's nodes with launcher: slurm, else this machine.",
+    )
     include: str | None = setting(None, "Hosts and slots to use: host1@host2:0,2.")
     exclude: str | None = setting(None, "Hosts and slots not to use, written as in include.")
     num_nodes: int = setting(-1, "Use the first hosts of the hostfile; -1: all.", unit="machines", ge=-1)
     num_gpus: int | None = setting(None, "Processes on each machine. Unset: one per GPU.", unit="processes", ge=1)
     master_addr: str | None = setting(None, "Address of rank 0's machine. Unset: found by the launcher.")
     master_port: int = setting(29500, "Port of rank 0's machine.", unit="none", ge=1, le=65535)
-    launcher: Literal["pdsh", "openmpi", "mvapich", "slurm"] = setting(
+    launcher: Literal["pdsh", "openmpi", "mpich", "mvapich", "slurm"] = setting(
         "pdsh", "What starts workers on several machines."
     )
     hang_timeout_minutes: float | None = setting(
@@ -154,5 +157,8 @@ class LauncherConfig(Section):
     )
     force_multi: bool = setting(False, "Use that launcher for one machine too.")
     no_ssh_check: bool = setting(False, "Do not try ssh before starting.")
+    check_in_seconds: float = setting(
+        60.0, "How long ranks wait for each other before the model is built.", unit="seconds", gt=0
+    )
     comment: str | None = setting(None, "Slurm comment of the job.")
     account: str | None = setting(None, "Slurm account of the job.")
