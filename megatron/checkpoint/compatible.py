@@ -41,7 +41,7 @@ def stored_config(reader: CheckpointReader) -> Config:
     try:
         return resolve(flat)
     except ConfigError as error:
-        problems = (replace(problem, where=str(reader.folder / "config.yml")) for problem in error.problems)
+        problems = (replace(problem, where=f"{reader.folder}/config.yml") for problem in error.problems)
         raise CheckpointError(*problems) from error
 
 
@@ -137,6 +137,6 @@ def require_tokenizer(reader: CheckpointReader, name: str, fingerprint: str) -> 
             what=f"tokenizer {name} ({fingerprint[:12]})",
             why=f"The checkpoint was trained with {stored.get('name')} ({stored['fingerprint'][:12]}): the same token "
             "ids would mean other text.",
-            fix=f"Use the tokenizer files in {reader.folder / 'tokenizer'}.",
+            fix=f"Use the tokenizer files in {reader.folder}/tokenizer.",
         )
     )

@@ -1,13 +1,13 @@
-"""Loading: find the checkpoint or stop with a list of what is there; read tensors one by one, each proved by its hash.
+"""Loading: find the checkpoint or stop with a list of what is there; read just what is asked for, proved by hashes.
 
-reader = CheckpointReader(find_checkpoint(Path("checkpoints/pile")))
+reader = CheckpointReader(find_checkpoint("checkpoints/pile"))     # or "s3://bucket/pile"
 weight = reader.read("layers.0.mlp.linear1.weight", "weight")
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -16,45 +16,58 @@ from torch import Tensor
 
 from megatron import logs
 from megatron.checkpoint import layout
-from megatron.checkpoint.manifest import Manifest, read_manifest
-from megatron.checkpoint.piece_reader import PieceReader, damaged
+from megatron.checkpoint.manifest import Manifest, cannot_read, damage, read_manifest
+from megatron.checkpoint.piece_reader import PieceReader, joined
+from megatron.checkpoint.steps import latest_step, readable_steps
+from megatron.checkpoint.storage import Storage, storage_of
 from megatron.checkpoint.tensor_file import DTYPES
 from megatron.errors import CheckpointError, DamagedCheckpointError, DeepyError, Problem
 from megatron.parallel.sharding import StateRequest
 
 logger = logs.get_logger(__name__)
 
+_MOST_SEARCHED = 20  # folders near a wrong one that are looked into
 
-def find_checkpoint(root: Path | str, iteration: int | None = None) -> Path:
+
+def find_checkpoint(root: Path | str | Storage, iteration: int | None = None) -> Storage:
     """Return the folder of the checkpoint that `latest` names, or of the given iteration.
 
-    root: the `save` folder of a run, or one `global_step<N>` folder itself.
+    root: the `save` folder of a run or its URL, or one `global_step<N>` folder itself.
     Raises CheckpointError that lists what is there instead. It never returns without a checkpoint.
     """
-    root = Path(root)
-    if (root / layout.MANIFEST).is_file():
+    root = storage_of(root)
+    try:
+        return _find(root, iteration)
+    except OSError as error:
+        why = f"It cannot be read ({error.strerror or error})."
+        fix = "See that this user may read it, and that its storage answers."
+        raise CheckpointError(Problem(f"load = {root}", why, fix)) from error
+
+
+def _find(root: Storage, iteration: int | None) -> Storage:
+    if root.size(layout.MANIFEST) is not None:
         return _exactly(root, iteration)
-    steps = layout.loadable_steps(root)
-    if not steps:
+    found = readable_steps(root)
+    if not found:
         raise _nothing_there(root)
-    wanted = iteration if iteration is not None else layout.read_latest(root)
+    wanted = iteration if iteration is not None else latest_step(root)
     if wanted is None:
-        wanted = max(steps)
-        state = "names no checkpoint in its file" if (root / layout.LATEST).exists() else "has no file"
+        wanted = max(found)
+        state = "names no checkpoint in its file" if root.exists(layout.LATEST) else "has no file"
         logger.info("%s %s `latest`: taking its newest, %s", root, state, layout.step_name(wanted))
-    if wanted not in steps:
-        source = "iteration" if iteration is not None else f"{root / layout.LATEST}"
+    if wanted not in found:
+        source = "iteration" if iteration is not None else f"{root}/{layout.LATEST}"
         raise CheckpointError(
             Problem(
                 what=f"{source} = {wanted}",
-                why=f"{root} holds no checkpoint of this iteration. There are: {', '.join(map(str, steps))}.",
-                fix=f"Choose one of them, for example --iteration {max(steps)}.",
+                why=f"{root} holds no checkpoint of this iteration. There are: {', '.join(map(str, found))}.",
+                fix=f"Choose one of them, for example --iteration {max(found)}.",
             )
         )
-    return steps[wanted]
+    return found[wanted]
 
 
-def _exactly(folder: Path, iteration: int | None) -> Path:
+def _exactly(folder: Storage, iteration: int | None) -> Storage:
     """Return a folder that is a checkpoint itself, if it is of the wanted iteration."""
     if iteration is not None and folder.name != layout.step_name(iteration):
         raise CheckpointError(
@@ -67,19 +80,20 @@ def _exactly(folder: Path, iteration: int | None) -> Path:
     return folder
 
 
-def _nothing_there(root: Path) -> CheckpointError:
+def _nothing_there(root: Storage) -> CheckpointError:
     """Return the error for a folder without checkpoints, saying what it is or what is nearby."""
-    foreign = layout.foreign_kind(root)
+    local = root.local_path()
+    foreign = layout.foreign_kind(local) if local is not None else None
     if foreign:
         return CheckpointError(Problem(f"load = {root}", "It is not a checkpoint of this library.", foreign))
     place = root
-    while not place.is_dir() and place != place.parent:
+    while not place.exists() and place != place.parent:
         place = place.parent
-    missing = "It holds no checkpoint" if root.is_dir() else "There is no such folder"
-    entries = [entry for entry in sorted(place.iterdir()) if entry.name != layout.LOCK]
-    names = [entry.name + ("/" if entry.is_dir() else "") for entry in entries]
+    missing = "It holds no checkpoint" if place == root else "There is no such folder"
+    folders = place.folders()
+    names = sorted([f"{name}/" for name in folders] + [name for name in place.files() if name != layout.LOCK])
     inside = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
-    near = [str(entry) for entry in entries if entry.is_dir() and layout.loadable_steps(entry)]
+    near = [str(place.at(name)) for name in folders[:_MOST_SEARCHED] if readable_steps(place.at(name))]
     fix = f"Set load to {' or '.join(near[:3])}." if near else "Set load to a folder that holds global_step<N> folders."
     return CheckpointError(Problem(f"load = {root}", f"{missing}. {place} holds: {inside or 'nothing'}.", fix))
 
@@ -87,8 +101,8 @@ def _nothing_there(root: Path) -> CheckpointError:
 class CheckpointReader:
     """One checkpoint folder. Opening it reads the manifest and compares the sizes of all files, nothing else."""
 
-    def __init__(self, folder: Path | str) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: Path | str | Storage) -> None:
+        self.folder = storage_of(folder)
         try:
             self.manifest: Manifest = read_manifest(self.folder)
             self._check_sizes()
@@ -126,7 +140,7 @@ class CheckpointReader:
         """
         try:
             self._pieces.fill(requests)
-        except DamagedCheckpointError as error:
+        except CheckpointError as error:
             raise self._with_alternative(error) from error
 
     def read(self, name: str, kind: str = "weight") -> Tensor | None:
@@ -138,7 +152,7 @@ class CheckpointReader:
             return None
         try:
             return self._assemble(name, kind)
-        except DamagedCheckpointError as error:
+        except CheckpointError as error:
             raise self._with_alternative(error) from error
 
     @property
@@ -152,16 +166,15 @@ class CheckpointReader:
         on_progress: called with the bytes of each tensor that has been read.
         Raises DamagedCheckpointError with all that is damaged.
         """
-        problems: list[Problem] = []
+        errors: list[CheckpointError] = []
         for name in self.manifest.files:
-            problems.extend(_problems(partial(self._pieces.prove_header, name)))
+            errors.extend(_errors(partial(self._pieces.prove_header, name)))
         for kind, name in self._all():
-            found = _problems(partial(self._compare, kind, name))
-            problems.extend(found)
+            errors.extend(_errors(partial(self._compare, kind, name)))
             entry = self.manifest.tensors[kind][name]
             on_progress(math.prod(entry.shape) * DTYPES[entry.dtype].itemsize)
-        if problems:
-            raise self._with_alternative(DamagedCheckpointError(*dict.fromkeys(problems)))
+        if errors:
+            raise self._with_alternative(joined(errors))
 
     def _all(self) -> Iterator[tuple[str, str]]:
         for kind, entries in self.manifest.tensors.items():
@@ -188,38 +201,49 @@ class CheckpointReader:
         """Compare the size of every file with the manifest."""
         problems = []
         for name, entry in self.manifest.files.items():
-            path = self.folder / name
-            size = path.stat().st_size if path.is_file() else None
+            try:
+                size = self.folder.size(name)
+            except OSError as error:
+                raise cannot_read(self.folder, name, error) from error
             if size is None:
-                problems.append(damaged(path, "The file is missing."))
+                problems.append(damage(self.folder, name, "The file is missing."))
             elif size != entry.size:
                 state = "truncated" if size < entry.size else "longer than it was written"
-                problems.append(damaged(path, f"The file is {state}: {size} bytes of {entry.size}."))
+                problems.append(damage(self.folder, name, f"The file is {state}: {size} bytes of {entry.size}."))
         if problems:
             raise DamagedCheckpointError(*problems)
 
     def _with_alternative(self, error: CheckpointError) -> CheckpointError:
-        """Return the error with the newest other checkpoint of this run that looks whole, and how to load it."""
-        for iteration, folder in reversed(layout.loadable_steps(self.folder.parent).items()):
+        """Return the error of a damaged checkpoint with the newest other of this run that looks whole."""
+        if not isinstance(error, DamagedCheckpointError):
+            return error
+        root = self.folder.parent
+        for iteration, folder in reversed(_others(root).items()):
             if folder.name != self.folder.name and _looks_whole(folder):
-                fix = f"{folder} is complete. Load it with load: {self.folder.parent} and --iteration {iteration}."
+                fix = f"{folder} is complete. Load it with load: {root} and --iteration {iteration}."
                 return type(error)(*(Problem(p.what, p.why, fix, p.where) for p in error.problems))
         return error
 
 
-def _looks_whole(folder: Path) -> bool:
+def _others(root: Storage) -> dict[int, Storage]:
+    try:
+        return readable_steps(root)
+    except OSError:
+        return {}
+
+
+def _looks_whole(folder: Storage) -> bool:
     """Say whether manifest and file sizes of another checkpoint agree."""
     try:
         manifest = read_manifest(folder)
-        return all((folder / name).stat().st_size == entry.size for name, entry in manifest.files.items())
+        return all(folder.size(name) == entry.size for name, entry in manifest.files.items())
     except (DeepyError, OSError):
         return False
 
 
-def _problems(action: Callable[[], None]) -> Sequence[Problem]:
-    """Return what an action finds damaged."""
+def _errors(action: Callable[[], None]) -> Iterator[CheckpointError]:
+    """Yield what an action finds wrong."""
     try:
         action()
-    except DamagedCheckpointError as error:
-        return error.problems
-    return ()
+    except CheckpointError as error:
+        yield error

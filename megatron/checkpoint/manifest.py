@@ -12,11 +12,11 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.hashing import CURRENT, VERSION_1, Hashing
 from megatron.checkpoint.layout import MANIFEST
+from megatron.checkpoint.storage import Storage
 from megatron.errors import CheckpointError, DamagedCheckpointError, Problem
 
 FORMAT = "deepy checkpoint"
@@ -96,16 +96,17 @@ def to_bytes(manifest: Manifest) -> bytes:
     return json.dumps(body, indent=1).encode()
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Storage) -> Manifest:
     """Read and check the manifest of a checkpoint folder.
 
-    Raises CheckpointError where it is missing, not ours, of a later version, or not as it was written.
+    Raises DamagedCheckpointError where it is missing, not ours, or not as it was written, and CheckpointError where it
+    cannot be read, or is of a later version.
     """
-    path = folder / MANIFEST
+    path = f"{folder}/{MANIFEST}"
     try:
-        body = json.loads(path.read_text(encoding="utf-8"))
+        body = json.loads(folder.read(MANIFEST).decode())
     except OSError as error:
-        raise _damaged(path, f"It cannot be read ({error.strerror}).") from error
+        raise cannot_read(folder, MANIFEST, error) from error
     except ValueError as error:
         raise _damaged(path, f"It is not JSON ({error}).") from error
     if not isinstance(body, dict) or body.get("format") != FORMAT:
@@ -122,12 +123,12 @@ def _checksum(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _require_version(path: Path, version: object) -> None:
+def _require_version(path: str, version: object) -> None:
     if isinstance(version, int) and 1 <= version <= VERSION:
         return
     raise CheckpointError(
         Problem(
-            where=str(path),
+            where=path,
             what=f"version = {version}",
             why=f"This installation reads checkpoint versions 1 to {VERSION}; a later one wrote this.",
             fix="Update the library to the version that wrote the checkpoint, or load another checkpoint.",
@@ -135,15 +136,30 @@ def _require_version(path: Path, version: object) -> None:
     )
 
 
-def _damaged(path: Path, why: str) -> CheckpointError:
+def _damaged(path: str, why: str) -> CheckpointError:
     return DamagedCheckpointError(
-        Problem(
-            where=str(path), what="damaged manifest", why=why, fix="Load another checkpoint, or restore it from a copy."
-        )
+        Problem(where=path, what="damaged manifest", why=why, fix="Load another checkpoint, or restore it from a copy.")
     )
 
 
-def _from_json(path: Path, body: Mapping[str, Any]) -> Manifest:
+def cannot_read(folder: Storage, name: str, error: OSError) -> CheckpointError:
+    """Return the error of a file of a checkpoint that cannot be read: damage, unless it may be read at another time."""
+    why = f"It cannot be read ({error.strerror or error})."
+    if isinstance(error, FileNotFoundError):
+        return DamagedCheckpointError(damage(folder, name, "The file is missing."))
+    if folder.local_path() is None or isinstance(error, PermissionError):
+        fix = "See that this user may read it, and that its storage answers; then start again."
+        return CheckpointError(Problem(where=f"{folder}/{name}", what="checkpoint", why=why, fix=fix))
+    return DamagedCheckpointError(damage(folder, name, why))
+
+
+def damage(folder: Storage, name: str, why: str) -> Problem:
+    """Return the problem of a file of a checkpoint that is not as it was written."""
+    fix = "No other complete checkpoint lies beside it: restore the file from a copy."
+    return Problem(where=f"{folder}/{name}", what="damaged checkpoint", why=why, fix=fix)
+
+
+def _from_json(path: str, body: Mapping[str, Any]) -> Manifest:
     """Build the manifest from checked JSON."""
     hashing = Hashing(**body["hashing"]) if "hashing" in body else VERSION_1
     if not hashing.is_known:

@@ -5,6 +5,9 @@ In one process, whatever layout trained it; or on the tensor axis of a mesh, eac
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from torch import Tensor, nn
 
 from megatron.checkpoint.compatible import require_shapes, stored_config
 from megatron.checkpoint.load import CheckpointReader
+from megatron.checkpoint.storage import Storage
 from megatron.config.schema.config import Config
 from megatron.config.schema.data import TokenizerConfig
 from megatron.model.build import build_model
@@ -85,5 +89,16 @@ def stored_tokenizer(reader: CheckpointReader) -> TokenizerConfig:
     """Return the tokenizer's config, with the checkpoint's own copies of its files where it has them."""
     config = stored_config(reader).tokenizer
     files = reader.manifest.tokenizer.get("files", {})
-    own = {key: str(Path(reader.folder) / place) for key, place in files.items()}
+    place = reader.folder.local_path() or (_fetched(reader.folder) if files else Path())
+    own = {key: str(place / name) for key, name in files.items()}
     return config.model_copy(update=own)
+
+
+def _fetched(folder: Storage) -> Path:
+    """Return a folder of this machine with a copy of the tokenizer's files, which goes when the process ends."""
+    place = Path(tempfile.mkdtemp(prefix="deepy-tokenizer-"))
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    (place / "tokenizer").mkdir()
+    for name in folder.at("tokenizer").files():
+        (place / "tokenizer" / name).write_bytes(folder.read(f"tokenizer/{name}"))
+    return place

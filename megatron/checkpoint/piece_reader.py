@@ -15,18 +15,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megatron.checkpoint.manifest import Manifest, Piece, TensorEntry, pieces_of_shard, shards_of
+from megatron.checkpoint.manifest import Manifest, Piece, TensorEntry, cannot_read, damage, pieces_of_shard, shards_of
 from megatron.checkpoint.ranges import Columns, common_columns
+from megatron.checkpoint.storage import Storage
 from megatron.checkpoint.tensor_file import DTYPES, read_into
-from megatron.errors import CheckpointError, DamagedCheckpointError, Problem
+from megatron.errors import CheckpointError, DamagedCheckpointError
 from megatron.parallel.sharding import ShardSpec, StateRequest
 
-THREADS = 4
+THREADS, REMOTE_THREADS = 4, 16  # an object store answers late, and many at once
 _CHUNK = 4 << 20  # bytes that a thread reads at once
 _LONG = 1 << 20  # bytes; shorter runs in the rows of a tensor are read together with what lies between them
 _WAITING = 256  # jobs that are planned before the first of them is done
@@ -37,7 +37,7 @@ Job = Callable[[], None]
 class PieceReader:
     """Reads one checkpoint's pieces. bytes_read: so far, headers included; shared by all threads."""
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, folder: Storage, manifest: Manifest) -> None:
         self.bytes_read = 0
         self._folder = folder
         self._manifest = manifest
@@ -49,16 +49,17 @@ class PieceReader:
     def fill(self, requests: Iterable[StateRequest]) -> None:
         """Fill the targets of all requests, whose tensors must be there.
 
-        Raises DamagedCheckpointError with every file and piece that is not as it was written.
+        Raises DamagedCheckpointError with every file and piece that is not as it was written, and CheckpointError where
+        some cannot be read now.
         """
         jobs = (job for request in requests for job in self._jobs(request))
-        problems: list[Problem] = []
-        with ThreadPoolExecutor(THREADS) as pool:
+        errors: list[CheckpointError] = []
+        with ThreadPoolExecutor(THREADS if self._folder.local_path() else REMOTE_THREADS) as pool:
             while batch := list(islice(jobs, _WAITING)):
-                for found in pool.map(_outcome, batch) if len(batch) > 1 else map(_outcome, batch):
-                    problems.extend(found)
-        if problems:
-            raise DamagedCheckpointError(*dict.fromkeys(problems))
+                found = pool.map(_outcome, batch) if len(batch) > 1 else map(_outcome, batch)
+                errors.extend(error for error in found if error is not None)
+        if errors:
+            raise joined(errors)
 
     def _jobs(self, request: StateRequest) -> Iterator[Job]:
         """Yield what is to be done for one request; jobs do not depend on each other."""
@@ -135,7 +136,7 @@ class PieceReader:
         if wrong is not None:
             place = f" (in bytes {wrong * block:,} to {(wrong + 1) * block:,} of them)" if wrong else ""
             why = f"The values of {piece.key} do not match their hash{place}."
-            raise DamagedCheckpointError(damaged(self._folder / piece.file, why))
+            raise DamagedCheckpointError(damage(self._folder, piece.file, why))
         if not is_direct:
             begin = (start - first) // dtype.itemsize
             target.copy_(values.narrow(0, begin, target.numel()))
@@ -151,7 +152,7 @@ class PieceReader:
         header = bytearray(entry.header_size)
         self._fetch(name, 0, memoryview(header))
         if self._manifest.hashing.hash(header) != entry.header_hash:
-            raise DamagedCheckpointError(damaged(self._folder / name, "Its header does not match its hash."))
+            raise DamagedCheckpointError(damage(self._folder, name, "Its header does not match its hash."))
         self._proved.add(name)
 
     def _buffer(self, use: str, numel: int, dtype: torch.dtype) -> Tensor:
@@ -165,15 +166,22 @@ class PieceReader:
 
     def _fetch(self, name: str, offset: int, buffer: memoryview) -> None:
         """Fill a buffer from a file, or raise DamagedCheckpointError."""
-        path = self._folder / name
         try:
-            filled = read_into(path, offset, buffer)
+            filled = self._read_into(name, offset, buffer)
         except OSError as error:
-            raise DamagedCheckpointError(damaged(path, f"It cannot be read ({error.strerror}).")) from error
+            raise cannot_read(self._folder, name, error) from error
         if filled < len(buffer):
-            raise DamagedCheckpointError(damaged(path, f"It ends {len(buffer) - filled} bytes too early."))
+            raise DamagedCheckpointError(damage(self._folder, name, f"It ends {len(buffer) - filled} bytes too early."))
         with self._lock:
             self.bytes_read += filled
+
+    def _read_into(self, name: str, offset: int, buffer: memoryview) -> int:
+        path = self._folder.local_path(name)
+        if path is not None:
+            return read_into(path, offset, buffer)
+        data = self._folder.read(name, offset, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
 
     def _share(self, kind: str, name: str, rank: int) -> _Share:
         key = (kind, name, rank)
@@ -202,17 +210,18 @@ class _Share:
             yield piece, max(0, element - piece.start)
 
 
-def _outcome(job: Job) -> Sequence[Problem]:
-    """Do a job; return what is damaged."""
+def _outcome(job: Job) -> CheckpointError | None:
+    """Do a job; return what stood against it."""
     try:
         with torch.no_grad():
             job()
     except CheckpointError as error:
-        return error.problems
-    return ()
+        return error
+    return None
 
 
-def damaged(path: Path, why: str) -> Problem:
-    """Return the problem of a file of a checkpoint that is not as it was written."""
-    fix = "No other complete checkpoint lies beside it: restore the file from a copy."
-    return Problem(where=str(path), what="damaged checkpoint", why=why, fix=fix)
+def joined(errors: Sequence[CheckpointError]) -> CheckpointError:
+    """Return several errors as one, which is damage where all of them are."""
+    is_damage = all(isinstance(error, DamagedCheckpointError) for error in errors)
+    problems = dict.fromkeys(problem for error in errors for problem in error.problems)
+    return (DamagedCheckpointError if is_damage else CheckpointError)(*problems)

@@ -11,6 +11,7 @@ from megatron import logs
 from megatron.checkpoint.compatible import require_tokenizer, stored_config
 from megatron.checkpoint.load import CheckpointReader, find_checkpoint
 from megatron.checkpoint.model import WORD_EMBEDDINGS, load_model, stored_tokenizer
+from megatron.checkpoint.storage import Storage
 from megatron.config.schema.config import Config
 from megatron.errors import CheckpointError, ConfigError, Problem
 from megatron.model.accounting import mlp_shape
@@ -29,7 +30,7 @@ class Trained:
     model: SequentialModel
     tokenizer: Tokenizer
     config: Config
-    folder: Path
+    folder: Storage
 
 
 def load_trained(

@@ -7,10 +7,10 @@ user names is loaded or the run stops.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
-from megatron.checkpoint.layout import foreign_steps, loadable_steps, read_latest
 from megatron.checkpoint.load import CheckpointReader, find_checkpoint
+from megatron.checkpoint.steps import foreign_folders, latest_step, readable_steps
+from megatron.checkpoint.storage import Storage, storage_of
 from megatron.checkpoint.together import together
 from megatron.config.schema.run import CheckpointConfig
 from megatron.errors import CheckpointError, DamagedCheckpointError, Problem
@@ -28,9 +28,9 @@ class Source:
     earlier: checkpoints that may stand in for it, the newest first.
     """
 
-    folder: Path
+    folder: Storage
     is_own: bool
-    earlier: tuple[Path, ...] = field(default=(), compare=False)
+    earlier: tuple[Storage, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -87,28 +87,34 @@ def find_source(config: CheckpointConfig) -> Source | None:
     `resume: auto` prefers the newest checkpoint under `save`; `load` must exist or the run stops.
     Raises CheckpointError where `load` finds nothing, or where the run would write over another run's checkpoints.
     """
-    save = Path(config.save) if config.save else None
-    saved = loadable_steps(save) if save else {}
-    if save and (foreign := foreign_steps(save)):
+    save = storage_of(config.save) if config.save else None
+    saved = readable_steps(save) if save else {}
+    if save and (foreign := foreign_folders(save)):
         raise _foreign(config, foreign)
     if config.resume == "auto" and save and saved:
         return _newest(config, save, saved)
-    if config.load is not None and save and not saved and Path(config.load).resolve() == save.resolve():
+    if config.load is not None and save and not saved and _is_same(storage_of(config.load), save):
         why = "it is the folder that this run saves to, and it holds no checkpoint yet."
         fix = "Write resume: auto instead of load: a run then begins anew where there is none, and else goes on."
         raise CheckpointError(Problem(f"load = {config.load}", why, fix))
     folder = find_checkpoint(config.load, config.iteration) if config.load is not None else None
-    is_own = folder is not None and save is not None and folder.resolve().parent == save.resolve()
+    is_own = folder is not None and save is not None and _is_same(folder.parent, save)
     if saved and (not is_own or config.finetune):
         raise _occupied(config, max(saved), is_own)
     return Source(folder, is_own) if folder else None
 
 
-def _newest(config: CheckpointConfig, save: Path, saved: dict[int, Path]) -> Source:
+def _is_same(one: Storage, other: Storage) -> bool:
+    """Say whether two names are of the same folder."""
+    paths = one.local_path(), other.local_path()
+    return one == other if paths[0] is None or paths[1] is None else paths[0].resolve() == paths[1].resolve()
+
+
+def _newest(config: CheckpointConfig, save: Storage, saved: dict[int, Storage]) -> Source:
     """Return the newest checkpoint of the run's own folder, which is the one that `latest` names, or the given one."""
     if config.iteration is not None:
         return Source(find_checkpoint(save, config.iteration), is_own=True)
-    latest = read_latest(save)
+    latest = latest_step(save)
     if latest is not None and latest not in saved:
         logger.warning(
             "THE NEWEST CHECKPOINT IS GONE: %s/latest names iteration %d, which is not there. resume: auto takes "

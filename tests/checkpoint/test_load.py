@@ -14,8 +14,10 @@ import torch
 from megatron.checkpoint import manifest as manifest_module
 from megatron.checkpoint.compatible import require_same_model, require_shapes, require_tokenizer, stored_config
 from megatron.checkpoint.load import CheckpointReader, find_checkpoint
-from megatron.checkpoint.save import save_checkpoint
-from megatron.errors import CheckpointError
+from megatron.checkpoint.object_storage import ObjectStorage
+from megatron.checkpoint.save import save_checkpoint, save_snapshot, take_snapshot
+from megatron.checkpoint.storage import storage_of
+from megatron.errors import CheckpointError, DamagedCheckpointError
 from megatron.parallel.mesh import Mesh
 from tests.checkpoint.states import make_state, same_bits, small_config, whole
 
@@ -35,7 +37,7 @@ def root(tmp_path):
 def test_latest_or_the_given_iteration(root):
     assert find_checkpoint(root).name == "global_step8"
     assert find_checkpoint(root, 4).name == "global_step4"
-    assert find_checkpoint(root / "global_step4") == root / "global_step4"
+    assert find_checkpoint(root / "global_step4") == storage_of(root / "global_step4")
     (root / "latest").unlink()
     assert find_checkpoint(root).name == "global_step8"
 
@@ -217,9 +219,36 @@ def test_a_checkpoint_of_version_1_is_read_and_proved(tmp_path):
         assert same_bits(reader.read(name, kind), tensor)
     gated = torch.arange(32, dtype=torch.float32).reshape(8, 4)
     assert same_bits(reader.read("layers.0.mlp.linear1.weight"), gated)
-    path = reader.folder / "rank_00001.safetensors"
+    path = reader.folder.local_path("rank_00001.safetensors")
     data = bytearray(path.read_bytes())
     data[-1] ^= 16
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match=r"rank_00001\.safetensors: damaged checkpoint: The values of"):
         CheckpointReader(find_checkpoint(root)).verify()
+
+
+def test_a_checkpoint_behind_a_url(tmp_path, monkeypatch):
+    root = storage_of("memory://a-checkpoint-behind-a-url/run")
+    with pytest.raises(CheckpointError, match="There is no such folder"):
+        find_checkpoint(str(root))
+    for iteration in (4, 8):
+        snapshot = take_snapshot(iteration, whole(make_state(iteration)), {}, small_config(), {})
+        save_snapshot(snapshot, root, MESH, None)
+    reader = CheckpointReader(find_checkpoint("memory://a-checkpoint-behind-a-url/run"))
+    reader.verify()
+    for (name, kind), tensor in make_state(8).items():
+        assert same_bits(reader.read(name, kind), tensor)
+    file = "rank_00000.safetensors"
+    reader.folder.write(file, bytes(reader.folder.read(file))[:-1] + b"?")
+    with pytest.raises(
+        DamagedCheckpointError, match=r"memory://.*/global_step4 is complete. Load it with load: memory"
+    ):
+        CheckpointReader(reader.folder).verify()
+
+    def unreachable(self, name, offset=0, size=None):
+        raise OSError(5, "the store does not answer")
+
+    monkeypatch.setattr(ObjectStorage, "read", unreachable)
+    with pytest.raises(CheckpointError, match="the store does not answer") as caught:
+        reader.read("head", "weight")
+    assert not isinstance(caught.value, DamagedCheckpointError)  # an earlier checkpoint must not take its place

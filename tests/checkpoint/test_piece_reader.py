@@ -16,6 +16,7 @@ from megatron.checkpoint.hashing import CURRENT, Hashing
 from megatron.checkpoint.load import CheckpointReader
 from megatron.checkpoint.manifest import Manifest
 from megatron.checkpoint.save import save_checkpoint
+from megatron.checkpoint.storage import storage_of
 from megatron.errors import DamagedCheckpointError
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.sharding import ShardSpec, StatePiece, StateRequest, split
@@ -68,7 +69,7 @@ def test_any_range_of_any_share(tmp_path, monkeypatch, hashing, limits):
         pieces += stored(name, tensors[name][0], spec, size, dice)
     folder = save_checkpoint(tmp_path, 1, pieces, {}, small_config(), {}, Mesh.single())
     manifest = CheckpointReader(folder).manifest
-    reader = piece_reader.PieceReader(folder, with_hashing(manifest, folder, hashing))
+    reader = piece_reader.PieceReader(storage_of(folder), with_hashing(manifest, folder, hashing))
     requests, expected = [], []
     for name, (full, spec) in tensors.items():
         for size in (1, 2, 4):
@@ -127,7 +128,7 @@ def test_a_damaged_block_is_named_and_the_others_are_read(large, tmp_path):
     end = reader.manifest.tensors["weight"]["w"].pieces[0].offset + full.nbytes
     data[end - CURRENT.block - 1] ^= 2  # in the last but one of 32 blocks
     (tmp_path / name).write_bytes(data)
-    damaged = piece_reader.PieceReader(tmp_path, reader.manifest)
+    damaged = piece_reader.PieceReader(storage_of(tmp_path), reader.manifest)
     target = torch.empty(30 << 18)
     damaged.fill([StateRequest("w", "weight", 0, target)])
     assert torch.equal(target, full.view(-1)[: 30 << 18])

@@ -100,7 +100,7 @@ def test_checkpoint_of_another_model(folder: Path) -> None:
 
 def test_damaged_checkpoint_is_named_and_an_earlier_one_offered(folder: Path) -> None:
     start(folder, checkpoint_factor=1)
-    path = find_checkpoint(folder / "checkpoints") / "rank_00000.safetensors"
+    path = find_checkpoint(folder / "checkpoints").local_path("rank_00000.safetensors")
     content = bytearray(path.read_bytes())
     content[-10] ^= 1
     path.write_bytes(content)

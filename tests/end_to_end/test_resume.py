@@ -88,7 +88,7 @@ def test_a_checkpoint_keeps_the_files_that_the_user_wrote(folders: tuple[Path, P
     files = {"mine.yml": "# mine\nseed: 1234\n"}
     run_ranks(1, lambda: train(config(whole, train_iters=1), Mesh.create(), files).progress.as_dict())
     folder = find_checkpoint(whole / "checkpoints")
-    assert (folder / "configs" / "mine.yml").read_text() == files["mine.yml"]
+    assert folder.read("configs/mine.yml").decode() == files["mine.yml"]
 
 
 def test_a_finished_run_says_so_and_another_order_of_samples_is_a_warning(

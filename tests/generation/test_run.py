@@ -85,7 +85,7 @@ def test_the_tokenizer_is_the_checkpoints_own_copy(tmp_path):
     vocabulary.unlink()
     trained = load_trained(tmp_path / "run")
     assert trained.tokenizer.encode("b a") == [2, 1]
-    copy = trained.folder / "tokenizer" / "tokenizer.json"
+    copy = trained.folder.local_path("tokenizer/tokenizer.json")
     write_tokenizer(copy, ["b", "a"])
     with pytest.raises(CheckpointError, match="trained with HFTokenizer"):
         load_trained(tmp_path / "run")

@@ -13,6 +13,7 @@ from megatron.checkpoint.compatible import changed_settings
 from megatron.checkpoint.layout import LOCK, MANIFEST, step_name
 from megatron.checkpoint.load import CheckpointReader
 from megatron.checkpoint.lock import FolderLock
+from megatron.checkpoint.storage import storage_of
 from megatron.config.resolve import resolve
 from megatron.config.schema.run import CheckpointConfig
 from megatron.errors import CheckpointError
@@ -42,13 +43,13 @@ def test_a_run_without_checkpoints_begins_anew(tmp_path: Path) -> None:
 def test_resume_goes_on_from_its_own_newest_whatever_load_and_finetune_say(tmp_path: Path) -> None:
     base, own = checkpoints(tmp_path / "base", 9), checkpoints(tmp_path / "own", 2, 4)
     found = source(save=own, load=base, finetune=True, resume="auto")
-    assert found == Source(Path(own) / "global_step4", is_own=True)
+    assert found == Source(storage_of(own).at("global_step4"), is_own=True)
 
 
 def test_load_from_elsewhere_into_an_empty_folder(tmp_path: Path) -> None:
     base = checkpoints(tmp_path / "base", 9)
     found = source(save=str(tmp_path / "own"), load=base, resume="auto")
-    assert found == Source(Path(base) / "global_step9", is_own=False)
+    assert found == Source(storage_of(base).at("global_step9"), is_own=False)
 
 
 def test_load_of_the_same_folder_is_a_resume_however_it_is_written(
