@@ -6,7 +6,7 @@ import sys
 from megatron.launch.prelude import prepare
 
 if __name__ == "__main__":
-    prepare(__file__)
+    prepare(__file__, stoppable=True)
     from megatron.launch.entry import run_worker
     from megatron.training.run import train
 

@@ -23,6 +23,9 @@ from collections.abc import Callable
 from types import FrameType
 
 STOPPING = (signal.SIGTERM, signal.SIGUSR1)
+EXIT_CODE = 75
+"""EX_TEMPFAIL of sysexits.h: nothing is lost, start me again. The config may name another."""
+NOTHING_LOST = "before its first step: nothing is lost; start the same command again."
 ECHO_SECONDS = 1.0
 """A SIGTERM that comes sooner after the one before is the same request, passed on by somebody else."""
 

@@ -18,7 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 
-from megatron import whereabouts
+from megatron import signals, whereabouts
 from megatron.config.places import locate_error
 from megatron.config.schema.config import Config
 from megatron.config.transport import unpack, unpack_files
@@ -26,6 +26,7 @@ from megatron.errors import DeepyError
 from megatron.launch import check
 from megatron.launch.arguments import parse_arguments
 from megatron.launch.decoding import decoding_processes
+from megatron.launch.ending import end_at_once, tell_stopped
 from megatron.launch.failure import from_exception
 from megatron.launch.lean import defer_compiler
 from megatron.launch.place import Place, find_place
@@ -34,6 +35,7 @@ from megatron.launch.read_config import read_settings, resolve_for
 from megatron.launch.worker import Worker, decoding_worker, find_board, report, start_worker
 from megatron.logs import get_logger
 from megatron.parallel.mesh import Mesh
+from megatron.training.stop import Outcome
 
 Work = Callable[[Config, Mesh, Mapping[str, str]], object]
 logger = get_logger(__name__)
@@ -46,6 +48,7 @@ def run_worker(work: Work, argv: list[str], decoding: bool = False) -> int:
     argv: the launcher's payload, or what a person writes: `configs/a.yml configs/b.yml --set key=value`.
     decoding: only as many processes work as share the model to generate text, whatever layout the config trains with
         (`launch/decoding.py`); they are the mesh's tensor axis, and further ranks have nothing to do.
+    A run that was asked to stop says so once, and returns the code that asks for another turn (`launch/ending.py`).
     An exception is reported once, by the launcher that supervises this process, or by the first rank that failed.
     """
     gc.enable()
@@ -65,18 +68,22 @@ def run_worker(work: Work, argv: list[str], decoding: bool = False) -> int:
         if board is not None:
             board.hold_position(place.local_rank)
         worker = decoding_worker(config, place, board) if decoding else start_worker(config, place, board)
+        if signals.is_open():
+            end_at_once(config, place, worker)
         try:
             if not decoding:
                 logger.info(f"{check.report(config)}\n")
-            work(config, worker.mesh, files)
+            outcome = work(config, worker.mesh, files)
         except DeepyError as error:
             raise locate_error(error, files, config.flat()) from error.__cause__
+        stopped = outcome.stopped if isinstance(outcome, Outcome) else None
+        exit_code = 0 if stopped is None else tell_stopped(stopped, config, place, worker)
         worker.finish()
     except KeyboardInterrupt:
         return 130
     except Exception as error:
         return _fail(error, place, worker)
-    return 0
+    return exit_code
 
 
 def _read(argv: list[str], world_size: int | None) -> tuple[Config, Mapping[str, str]]:

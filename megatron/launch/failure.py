@@ -15,6 +15,7 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron import signals
 from megatron.errors import DeepyError
 from megatron.planning.machine import total_memory
 from megatron.whereabouts import Position
@@ -124,6 +125,9 @@ def from_exit(
     text = explain_signal(-status, peak_bytes) if status < 0 else "The process ended without a message of its own."
     exit_code = 128 - status if status < 0 else status
     step, doing = _place(position)
+    if status == signals.EXIT_CODE:
+        text = f"stopped by a signal {signals.NOTHING_LOST} Exit code {status}."
+        return Failure(rank, world_size, host, step, exit_code, text, is_mistake=True, when=time.time())
     return Failure(rank, world_size, host, step, exit_code, text, when=time.time(), doing=doing)
 
 

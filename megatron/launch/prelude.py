@@ -9,11 +9,13 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
+import signal
 import sys
 import time
 from pathlib import Path
 from urllib.parse import unquote
 
+from megatron import signals
 from megatron.launch.devices import visible_gpus
 
 MINIMUM_PYTHON = (3, 11)
@@ -23,11 +25,13 @@ PAYLOAD_FLAG = "--deepy-payload"
 ENVIRONMENT_FLAG = "--deepy-env"
 
 
-def prepare(script: str) -> None:
+def prepare(script: str, stoppable: bool = False) -> None:
     """Note the time of launch, make sure of an interpreter that has what we need, and settle the environment.
 
     script: path of the script that runs; `.venv/bin/python` is looked for beside it. Where this interpreter lacks
     a package and that one exists, the process continues in it (os.execv) and this function does not return.
+    stoppable: SIGTERM and SIGUSR1 end this process with the exit code of a run that is to be started again, until
+    whatever runs takes them itself; importing torch from a busy file system may take minutes.
     Exits with code 2 and the way to install where neither will do.
     """
     os.environ.setdefault(LAUNCH_TIME, repr(time.time()))
@@ -35,6 +39,8 @@ def prepare(script: str) -> None:
     if lacking:
         _use_other_interpreter(Path(script).resolve().parent, lacking)
     _apply_sent_environment(sys.argv)
+    if stoppable:
+        signals.open_inbox().on_first(_end_at_once)
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if visible_gpus(os.environ) else "cpu")
     # DeepSpeed decorates functions with torch.compile when it is imported; nothing here is compiled by it, and
     # loading the compiler for that costs 0.7 s.
@@ -45,6 +51,13 @@ def prepare(script: str) -> None:
     # Importing torch and DeepSpeed creates a million objects that stay; collecting between them costs 0.1 to 0.2 s.
     # megatron.launch.entry switches the collector on again.
     gc.disable()
+
+
+def _end_at_once(number: int) -> None:
+    """End a process that has not begun; deepy.py, which has left its board here, says so itself."""
+    if "DEEPY_BOARD" not in os.environ:
+        sys.stderr.write("\nstopped by %s %s\n" % (signal.Signals(number).name, signals.NOTHING_LOST))  # noqa: UP031
+    signals.leave(signals.EXIT_CODE)
 
 
 def _apply_sent_environment(argv: list) -> None:

@@ -1,7 +1,7 @@
 """Start the ranks of this machine, watch over them, and end all of them when one fails.
 
 Ranks are forked from the launcher, which has loaded neither torch nor any thread: a fork costs a millisecond and
-the parsed config comes along. The launcher forwards SIGINT, SIGTERM and SIGHUP, reaps every rank, and
+the parsed config comes along. The launcher forwards SIGINT, SIGTERM, SIGHUP and SIGUSR1, reaps every rank, and
 prints the first cause once and last.
 """
 
@@ -26,7 +26,7 @@ from megatron.launch.failure import Failure, first_cause, from_exception, from_e
 from megatron.launch.hang import Seen, Stillness, missing, report, warning
 from megatron.launch.stacks import Doing
 
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _WATCHED = {*FORWARDED, signal.SIGCHLD}
 _SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 _FROM_KERNEL = 0x80  # SI_KERNEL of sigaction(2): a key in the terminal, which every rank has received as well
@@ -38,13 +38,14 @@ class Patience:
 
     echo: after the first failure, for other ranks to report theirs before SIGTERM.
     failed: between SIGTERM and SIGKILL once a rank has failed.
-    asked: between a forwarded SIGTERM and SIGKILL: the time to end the step under way and to save a checkpoint.
+    asked: between a forwarded SIGTERM and SIGKILL: the time to end the step under way and to save a checkpoint. Who
+        sent it has less patience, and its own SIGKILL.
     interrupted: between a forwarded SIGINT and SIGTERM.
     """
 
     echo: float = 0.3
     failed: float = 1.0
-    asked: float = 120.0
+    asked: float = 3600.0
     interrupted: float = 5.0
 
 
@@ -119,8 +120,8 @@ def run_ranks(
     environments: variables set in each rank, on top of ours. One machine only: the local rank is the global rank.
     hang_seconds: after which a run whose ranks do not move is ended, with a report; None: never.
 
-    Returns 0 when all ranks returned 0; the failed rank's code (128 + n for signal n); 130 or 143 after Ctrl-C or
-    SIGTERM.
+    Returns 0 when all ranks returned 0; the failed rank's code (128 + n for signal n), which is that of a stop where a
+    rank has reported one; 130, 143 or 138 after Ctrl-C, SIGTERM or SIGUSR1 that ended the ranks.
     """
     board = Board.create(len(environments))
     ranks = _Ranks(board, len(environments), stillness=Stillness(hang_seconds))
@@ -142,6 +143,8 @@ def run_ranks(
         ranks.send(signal.SIGKILL)
         signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
         board.remove()
+    if len(ranks.finished) == len(environments):
+        asked = None  # the signal came too late to stop anything
     return _conclude(ranks.failures, asked, max(steps, default=None))
 
 
@@ -160,7 +163,8 @@ def _watch(ranks: _Ranks, patience: Patience) -> int | None:
                 ranks.send(info.si_signo)
             is_interrupt = info.si_signo == signal.SIGINT
             first = now + (patience.interrupted if is_interrupt else patience.asked)
-            schedule = [(first, signal.SIGTERM), (first + patience.failed, signal.SIGKILL)]
+            if info.si_signo != signal.SIGUSR1:
+                schedule = [(first, signal.SIGTERM), (first + patience.failed, signal.SIGKILL)]
         while schedule and schedule[0][0] <= now:
             ranks.send(schedule.pop(0)[1])
         had_failed = bool(ranks.failures)

@@ -1,0 +1,52 @@
+"""How a run that is asked to stop ends: what is said, once, and with which exit code, under every launcher.
+
+Before the first step a signal ends a rank at once, in a thread, since the rank may be waiting for others for minutes:
+it tells them, so that none of them waits for it. Later the loop stops (`megatron/training/stop.py`), and says why.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+
+from megatron import signals
+from megatron.config.schema.config import Config
+from megatron.launch.failure import Failure
+from megatron.launch.place import Place
+from megatron.launch.requeue import requeue
+from megatron.launch.worker import Worker, report
+from megatron.training.stop import Stopped
+
+
+def end_at_once(config: Config, place: Place, worker: Worker) -> None:
+    """Let a signal end this process from now on, until the loop begins; the other ranks end with it."""
+
+    def end(number: int) -> None:
+        text = f"stopped by {signal.Signals(number).name} {signals.NOTHING_LOST}"
+        failure = _report_of(Stopped(config.stopping.requeue_exit_code, text), config, place)
+        if report(failure, worker.board, worker.watch):
+            print(f"\n{failure}", file=sys.stderr, flush=True)
+        signals.leave(failure.exit_code)
+
+    signals.open_inbox().on_first(end)
+
+
+def tell_stopped(stopped: Stopped, config: Config, place: Place, worker: Worker) -> int:
+    """Say why a run stopped, and how it goes on, before its ranks part; return the exit code."""
+    failure = _report_of(stopped, config, place)
+    if worker.board is not None:
+        worker.board.post(place.local_rank, failure)
+    elif place.rank == 0:
+        print(f"\n{failure}", file=sys.stderr, flush=True)
+    return failure.exit_code
+
+
+def _report_of(stopped: Stopped, config: Config, place: Place) -> Failure:
+    """Return the report of a rank that stopped; rank 0 asks Slurm for another turn where the config says so."""
+    text, settings = stopped.text, config.stopping
+    if place.rank == 0 and settings.slurm_requeue and stopped.exit_code == settings.requeue_exit_code:
+        text = f"{text} {requeue(os.environ)}"
+    about = place.rank, place.world_size, place.host, None
+    return Failure(*about, stopped.exit_code, f"{text} Exit code {stopped.exit_code}.", True, when=time.time())
