@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 from collections.abc import Callable
@@ -12,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron.checkpoint import save as saving
-from megatron.checkpoint.load import find_checkpoint
+from megatron.checkpoint import local_storage
+from megatron.checkpoint.load import CheckpointReader
 from megatron.data.indexed import IndexedWriter
 from megatron.errors import CheckpointError, ConfigError, DataError, DeepyError
 from megatron.parallel.mesh import Mesh
@@ -98,14 +99,63 @@ def test_checkpoint_of_another_model(folder: Path) -> None:
         start(folder, num_layers=3)
 
 
-def test_damaged_checkpoint_is_named_and_an_earlier_one_offered(folder: Path) -> None:
-    start(folder, checkpoint_factor=1)
-    path = find_checkpoint(folder / "checkpoints").local_path("rank_00000.safetensors")
+def flip(path: Path | None, place: int) -> None:
+    """Flip a bit of a file."""
+    assert path is not None
     content = bytearray(path.read_bytes())
-    content[-10] ^= 1
+    content[place] ^= 1
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"global_step2.*rank_00000(.|\n)*global_step1"):
-        start(folder, train_iters=4)
+
+
+DAMAGES: dict[str, Any] = {
+    "a tensor": lambda folder: flip(folder / "rank_00000.safetensors", -10),
+    "the header": lambda folder: flip(folder / "rank_00000.safetensors", 60),
+    "the manifest": lambda folder: flip(folder / "manifest.json", 400),
+    "its end": lambda folder: os.truncate(folder / "rank_00000.safetensors", 5000),
+    "a file": lambda folder: (folder / "rank_00000.safetensors").unlink(),
+}
+WHYS = {
+    "a tensor": "The values of .* do not match their hash",
+    "the header": "Its header does not match its hash",
+    "the manifest": "Its content does not match its checksum|It is not JSON",
+    "its end": "The file is truncated: 5000 bytes of",
+    "a file": "The file is missing",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_only_a_resume_takes_an_earlier_one(
+    folder: Path, damage: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    start(folder, checkpoint_factor=1, eval_iters=0)
+    newest = folder / "checkpoints" / "global_step2"
+    DAMAGES[damage](newest)
+    for named in ({"load": str(folder / "checkpoints"), "save": str(folder / "other")}, {"iteration": 2}):
+        with pytest.raises(CheckpointError, match=rf"global_step2/(rank_00000|mani)(.|\n)*({WHYS[damage]})") as caught:
+            start(folder, eval_iters=0, **named)
+        assert f"{folder}/checkpoints/global_step1 is complete. Load it with load: {folder}/ch" in str(caught.value)
+    capfd.readouterr()
+    start(folder, eval_iters=0)
+    said = capfd.readouterr().err
+    assert f"THE NEWEST CHECKPOINT IS DAMAGED: {newest}/" in said
+    assert f"takes an earlier one instead: {folder}/checkpoints/global_step1" in said
+    assert "continuing after iteration 1" in said
+    CheckpointReader(newest).verify()  # step 2 was trained again, and took the place of the damaged one
+
+
+def test_a_checkpoint_from_the_future_is_not_passed_over(folder: Path) -> None:
+    start(folder, checkpoint_factor=1, eval_iters=0)
+    path = folder / "checkpoints" / "global_step2" / "manifest.json"
+    path.write_text(path.read_text().replace('"version": 2', '"version": 9', 1))
+    with pytest.raises(CheckpointError, match=r"version = 9: This installation reads .* Update the library"):
+        start(folder, eval_iters=0)
+
+
+def test_nothing_whole_is_left(folder: Path) -> None:
+    start(folder, eval_iters=0)
+    os.truncate(folder / "checkpoints" / "global_step2" / "rank_00000.safetensors", 5000)
+    with pytest.raises(CheckpointError, match="No other complete checkpoint lies beside it: restore the file"):
+        start(folder, eval_iters=0)
 
 
 def test_full_disk_costs_no_checkpoint_and_does_not_stop_the_run(
@@ -119,8 +169,8 @@ def test_full_disk_costs_no_checkpoint_and_does_not_stop_the_run(
         full["number"] += 1
         return usage._replace(free=0) if full["number"] == 1 else usage
 
-    monkeypatch.setattr(saving.shutil, "disk_usage", shrinking)
-    start(folder, train_iters=6)
+    monkeypatch.setattr(local_storage.shutil, "disk_usage", shrinking)
+    start(folder, train_iters=6, override_lr_scheduler=True)
     shown = capfd.readouterr().err
     assert "training goes on" in shown
     assert "free" in shown
