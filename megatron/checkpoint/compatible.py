@@ -38,6 +38,7 @@ def stored_config(reader: CheckpointReader) -> Config:
         return Config.model_validate(sections)
     except ValidationError:
         flat = {key: value for section in sections.values() for key, value in section.items() if value is not None}
+        flat.pop("find_micro_batch_size", None)  # earlier versions kept it beside the size that was found
     try:
         return resolve(flat)
     except ConfigError as error:

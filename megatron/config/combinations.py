@@ -14,6 +14,8 @@ from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron.config.engine import DECIDING, is_local
+
 
 @dataclass(frozen=True)
 class Use:
@@ -31,6 +33,7 @@ class Line:
 
     key of `use` = value: it does not go with (key of `other` = value): `why`. `fix`
     built: False where it could be, and is not in this version: such a config can be checked and planned, not started.
+    sharded: True where they do go together on one replica, of which `engine: auto` has the library's own engine.
     """
 
     use: str
@@ -38,6 +41,7 @@ class Line:
     why: str
     fix: str
     built: bool = True
+    sharded: bool = False
 
 
 @dataclass(frozen=True)
@@ -128,10 +132,11 @@ LINES: tuple[Line, ...] = (
            "Set zero_optimization.stage to 3, or remove offload_param.") for stage in range(3)),
     Line("cpu_adam", "no offload", "it updates masters in CPU memory, and nothing is offloaded there.",
          'Set optimizer.type to "adam", or add "offload_optimizer": {"device": "cpu"} to zero_optimization.'),
-    *(Line("sm3", f"ZeRO {stage}", _WHOLE.format("ZeRO"), "Set zero_optimization.stage to 0.") for stage in (1, 2, 3)),
+    *(Line("sm3", f"ZeRO {stage}", _WHOLE.format("ZeRO on several replicas"), "Set zero_optimization.stage to 0.",
+           sharded=True) for stage in (1, 2, 3)),
     Line("sm3", "pipeline", _WHOLE.format("the ZeRO 1 of a pipeline"), "Set pipe_parallel_size to 1."),
     Line("sm3", "tensor", _WHOLE.format("tensor parallelism"), "Set model_parallel_size to 1."),
-    *(Line("update in backward", f"ZeRO {stage}", _UPDATES_LATER, "Set zero_optimization.stage to 0.")
+    *(Line("update in backward", f"ZeRO {stage}", _UPDATES_LATER, "Set zero_optimization.stage to 0.", sharded=True)
       for stage in (1, 2, 3)),
     Line("update in backward", "pipeline", _UPDATES_LATER, "Set pipe_parallel_size to 1."),
     Line("update in backward", "fp16", "a step whose gradient overflows is skipped, and weights have changed by then.",
@@ -171,7 +176,7 @@ def refusals(values: Mapping[str, Any], wrong: Container[str] = (), built: bool 
     built: True for what can never run, False for what this version does not run yet.
     """
     for line in LINES:
-        if line.built is built and _is_broken(line, values, wrong):
+        if line.built is built and _is_broken(line, values, wrong) and not (line.sharded and _is_ours(values, wrong)):
             use, value = USES[line.use], value_of(values, USES[line.use].key)
             yield Refusal(use.key, value, _reason(line, values), line.fix)
 
@@ -194,6 +199,11 @@ def _is_broken(line: Line, values: Mapping[str, Any], wrong: Container[str]) -> 
         if top in wrong or top not in values or not USES[name].asks(value_of(values, USES[name].key)):
             return False
     return True
+
+
+def _is_ours(values: Mapping[str, Any], wrong: Container[str]) -> bool:
+    """Return whether the library's own engine, which holds whole tensors, trains the config, at any ZeRO stage."""
+    return all(key in values and key not in wrong for key in DECIDING) and is_local(values)
 
 
 def _reason(line: Line, values: Mapping[str, Any]) -> str:

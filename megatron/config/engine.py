@@ -14,10 +14,12 @@ from megatron.config.draft import Draft
 from megatron.config.schema.config import Config
 from megatron.errors import Problem
 
-_READ = (
+DECIDING = (
     "engine", "zero_optimization", "world_size", "model_parallel_size", "pipe_parallel_size", "data_types",
     "communication_data_type", "flops_profiler", "comms_logger", "deepspeed_extra_args",
 )  # fmt: skip
+"""The keys that decide which engine trains a config."""
+
 _ASKS_DEEPSPEED = ("flops_profiler", "comms_logger")
 
 
@@ -55,7 +57,7 @@ def _reasons(values: Mapping[str, Any]) -> Iterator[str]:
 
 def _values(d: Draft) -> dict[str, Any]:
     """Return the values of the keys that decide; raises UnavailableError where one of them is wrong."""
-    return {key: getattr(d, key) for key in _READ}
+    return {key: getattr(d, key) for key in DECIDING}
 
 
 def engine_can_run(d: Draft) -> Iterator[Problem]:
@@ -71,7 +73,9 @@ def engine_can_run(d: Draft) -> Iterator[Problem]:
         yield d.problem("cuda_graphs", True, f"{why[:-1]}: {reason}.", "Set cuda_graphs: auto.")
     if d.engine == "deepspeed" and d.optimizer["type"] == "sm3":
         why = "optimizer sm3 needs whole tensors, and DeepSpeed gives it parts of them."
-        yield d.problem("engine", d.engine, why, "Set engine: auto and zero_optimization.stage: 0.")
+        yield d.problem(
+            "engine", d.engine, why, "Set engine: auto, and zero_optimization.stage: 0 on several replicas."
+        )
 
 
 def compiled_blocks_are_whole(d: Draft) -> Iterator[Problem]:

@@ -78,18 +78,27 @@ def resolve_settings(
     return Resolution(Config.model_validate(sections), tuple(draft.notices))
 
 
-_MICRO = "train_micro_batch_size_per_gpu"
+_MICRO, _FIND = "train_micro_batch_size_per_gpu", "find_micro_batch_size"
 
 
 def _take_auto(draft: Draft) -> None:
-    """Replace `train_micro_batch_size_per_gpu: auto` by the key that it stands for."""
-    setting = draft.settings.get(_MICRO)
-    if setting is None or not isinstance(setting.value, str) or setting.value.lower() != "auto":
+    """Replace `train_micro_batch_size_per_gpu: auto` by the key that it stands for, and note what contradicts either."""
+    setting, find = draft.settings.get(_MICRO), draft.settings.get(_FIND)
+    is_auto = setting is not None and isinstance(setting.value, str) and setting.value.lower() == "auto"
+    if is_auto and find is not None and find.value is False:
+        why = "train_micro_batch_size_per_gpu is auto, which asks for it."
+        draft.problems.append(draft.problem(_FIND, False, why, f"Remove the key, or give {_MICRO} as a number."))
+    elif not is_auto and (find is None or find.value is not True):
         return
-    del draft.settings[_MICRO]
-    draft.settings["find_micro_batch_size"] = Setting(True, setting.where)
+    asked = "train_micro_batch_size_per_gpu is auto" if is_auto else "find_micro_batch_size is true"
+    if setting is not None and is_auto:
+        draft.settings[_MICRO] = Setting(None, setting.where)
+        draft.settings[_FIND] = Setting(True, setting.where)
+    elif draft.given(_MICRO):
+        why = f"it is what is to be found, since {asked}."
+        draft.refuse(_MICRO, draft.settings[_MICRO].value, why, "Remove one of the two keys.")
     if draft.given("gradient_accumulation_steps"):
-        why = "it follows from the micro-batch that is found, and train_micro_batch_size_per_gpu is auto."
+        why = f"it follows from the micro-batch that is found, and {asked}."
         steps = draft.settings["gradient_accumulation_steps"].value
         draft.problems.append(draft.problem("gradient_accumulation_steps", steps, why, "Remove the key."))
         del draft.settings["gradient_accumulation_steps"]
@@ -235,10 +244,11 @@ def _processes_of_batch(draft: Draft, per_model: int) -> int | None:
 def _complete_batch(draft: Draft) -> None:
     try:
         train, micro, accumulation = (_positive(draft, key) for key in rules.TRIANGLE)
-        if draft.values.get("find_micro_batch_size") is True and micro is None:
+        if draft.values.get(_FIND) is True and micro is None:
             if train is None:
                 why = "the largest that fits keeps train_batch_size, which is not set."
-                draft.problems.append(draft.problem(_MICRO, "auto", why, "Set train_batch_size: 256, for example."))
+                key, value = (_MICRO, "auto") if _MICRO in draft.settings else (_FIND, True)
+                draft.problems.append(draft.problem(key, value, why, "Set train_batch_size: 256, for example."))
             micro = 1  # until the run finds it
         result = complete(train, micro, accumulation, draft.world_size // _processes_per_model(draft))
     except (UnavailableError, TypeError, ZeroDivisionError):

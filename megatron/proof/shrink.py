@@ -28,7 +28,10 @@ _MOST_HEADS_PER_GROUP = 4
 _LEAST_SEQUENCE = 16
 # Keys that have nothing to do with a trial, by section; what is left out is at its default.
 _LEFT_OUT = ("data", "tokenizer", "checkpoint", "monitor", "generation", "launcher")
-_SILENT = {"wall_clock_breakdown": False, "dump_state": False, "flops_profiler": None, "comms_logger": None}
+_SILENT = {
+    "wall_clock_breakdown": False, "dump_state": False, "flops_profiler": None, "comms_logger": None,
+    "find_micro_batch_size": False,
+}  # fmt: skip
 # The rate is constant and large enough that three updates show in the loss.
 _SCHEDULE = {
     "train_iters": STEPS, "train_epochs": None, "lr_decay_style": "constant", "lr_decay_iters": None,

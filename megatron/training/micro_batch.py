@@ -60,6 +60,7 @@ def with_micro_batch(config: Config, mesh: Mesh, vocab_size: int) -> Config:
 def _sized(config: Config, size: int) -> Config:
     own = config.batch.train_batch_size // config.parallel.data_parallel_size
     update = {"train_micro_batch_size_per_gpu": size, "gradient_accumulation_steps": own // size}
+    update["find_micro_batch_size"] = False  # it is found: a file of this config means this size
     return config.model_copy(update={"batch": config.batch.model_copy(update=update)})
 
 

@@ -125,3 +125,15 @@ def test_the_page_shows_every_line() -> None:
         assert line.fix in text
     rows = re.findall(r"^\| \*\*(.+?)\*\* \|", text, re.MULTILINE)
     assert tuple(rows) == SHOWN
+
+
+@pytest.mark.parametrize(
+    "line", [line for line in LINES if line.sharded], ids=lambda line: f"{line.use} x {line.other}"
+)
+def test_what_ours_can_do_stands_on_one_replica(line: Line) -> None:
+    values = flat(line.use, line.other)
+    assert resolve(values, world_size=1).parallel.zero_optimization["stage"] > 0
+    with pytest.raises(ConfigError):
+        resolve({**values, "engine": "deepspeed"}, world_size=1)
+    with pytest.raises(ConfigError, match=re.escape(line.why)):
+        resolve(values, world_size=2)

@@ -173,6 +173,19 @@ CASES: list[tuple[dict[str, Any], str]] = [
         "gradient_accumulation_steps = 2: it follows from the micro-batch that is found",
     ),
     (
+        {"find_micro_batch_size": True, "train_batch_size": 8, "gradient_accumulation_steps": 2},
+        "gradient_accumulation_steps = 2: it follows from the micro-batch that is found, and find_micro_batch_size is",
+    ),
+    (
+        {"find_micro_batch_size": True, "train_batch_size": 8, "train_micro_batch_size_per_gpu": 2},
+        "train_micro_batch_size_per_gpu = 2: it is what is to be found, since find_micro_batch_size is true.",
+    ),
+    ({"find_micro_batch_size": True}, "find_micro_batch_size = true: the largest that fits keeps train_batch_size"),
+    (
+        {"find_micro_batch_size": False, "train_micro_batch_size_per_gpu": "auto", "train_batch_size": 8},
+        "find_micro_batch_size = false: train_micro_batch_size_per_gpu is auto, which asks for it.",
+    ),
+    (
         {"train_micro_batch_size_per_gpu": "auto", "train_batch_size": 3, "world": 2},
         "train_batch_size = 3: it is not a multiple of",
     ),
@@ -324,3 +337,9 @@ def test_what_does_nothing_useful_is_said() -> None:
 
 def test_one_process_is_one() -> None:
     assert "1 process cannot be divided into groups of 2." in problems(model_parallel_size=2)
+
+
+def test_a_micro_batch_that_is_to_be_found_survives_a_round_trip() -> None:
+    config = resolve({**SMALL, "find_micro_batch_size": True, "train_batch_size": 8})
+    assert config.flat()["train_micro_batch_size_per_gpu"] is None
+    assert resolve(config.flat()) == config

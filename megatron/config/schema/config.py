@@ -35,5 +35,10 @@ class Config(Section):
     deepspeed: DeepspeedConfig
 
     def flat(self) -> dict[str, Any]:
-        """Return all keys of all sections in one flat mapping, as a YAML file would hold them."""
-        return {key: value for section in self.model_dump().values() for key, value in section.items()}
+        """Return all keys of all sections in one flat mapping, as a YAML file would hold them.
+
+        A micro-batch that is still to be found is None there, and so is what follows from it."""
+        values = {key: value for section in self.model_dump().values() for key, value in section.items()}
+        if self.batch.find_micro_batch_size:
+            values |= {"train_micro_batch_size_per_gpu": None, "gradient_accumulation_steps": None}
+        return values
