@@ -20,6 +20,7 @@ DECIDING = (
 )  # fmt: skip
 """The keys that decide which engine trains a config."""
 
+_OFFLOADS = ("offload_optimizer", "offload_param")
 _ASKS_DEEPSPEED = ("flops_profiler", "comms_logger")
 
 
@@ -46,6 +47,18 @@ def choose_engine(config: Config) -> EngineChoice:
 def is_local(values: Mapping[str, Any]) -> bool:
     """Return whether the library's own engine trains a config, given as the values of its keys."""
     return values["engine"] == "local" or (values["engine"] == "auto" and not any(_reasons(values)))
+
+
+def without_deepspeed(config: Config) -> str:
+    """Return what to set so that the library's own engine trains a config, in words: "set a: b and c: d"."""
+    values = config.flat()
+    changes = ["engine: auto"] if values["engine"] == "deepspeed" else []
+    if values["pipe_parallel_size"] > 1:
+        changes.append("pipe_parallel_size: 1")
+    offloads = [entry for entry in _OFFLOADS if _offload(values, entry) != "none"]
+    if _stage(values) and any(_reasons({**values, "pipe_parallel_size": 1})):
+        changes.append("zero_optimization.stage: 0")
+    return f"set {' and '.join(changes)}{''.join(f', without zero_optimization.{entry}' for entry in offloads)}"
 
 
 def _reasons(values: Mapping[str, Any]) -> Iterator[str]:
@@ -105,10 +118,9 @@ def _needs_deepspeed(values: Mapping[str, Any]) -> Iterator[str]:
     replicas = values["world_size"] // (values["model_parallel_size"] * max(1, values["pipe_parallel_size"]))
     if stage and replicas > 1:
         yield f"ZeRO stage {stage} shards over {replicas} replicas"
-    for entry in ("offload_optimizer", "offload_param"):
-        device = (values["zero_optimization"].get(entry) or {}).get("device", "none")
-        if device != "none":
-            yield f"zero_optimization.{entry}.device = {device} is DeepSpeed's"
+    for entry in _OFFLOADS:
+        if _offload(values, entry) != "none":
+            yield f"zero_optimization.{entry}.device = {_offload(values, entry)} is DeepSpeed's"
 
 
 def _asks_deepspeed(values: Mapping[str, Any]) -> Iterator[str]:
@@ -119,6 +131,10 @@ def _asks_deepspeed(values: Mapping[str, Any]) -> Iterator[str]:
     yield from (f"{key} is DeepSpeed's" for key in _ASKS_DEEPSPEED if (values[key] or {}).get("enabled"))
     if values["deepspeed_extra_args"]:
         yield "deepspeed_extra_args are for DeepSpeed"
+
+
+def _offload(values: Mapping[str, Any], entry: str) -> str:
+    return str((values["zero_optimization"].get(entry) or {}).get("device", "none"))
 
 
 def _stage(values: Mapping[str, Any]) -> int:

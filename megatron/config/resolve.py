@@ -82,7 +82,7 @@ _MICRO, _FIND = "train_micro_batch_size_per_gpu", "find_micro_batch_size"
 
 
 def _take_auto(draft: Draft) -> None:
-    """Replace `train_micro_batch_size_per_gpu: auto` by the key that it stands for, and note what contradicts either."""
+    """Replace `train_micro_batch_size_per_gpu: auto` by the key that it stands for; note what contradicts either."""
     setting, find = draft.settings.get(_MICRO), draft.settings.get(_FIND)
     is_auto = setting is not None and isinstance(setting.value, str) and setting.value.lower() == "auto"
     if is_auto and find is not None and find.value is False:

@@ -72,7 +72,7 @@ class InBackwardEngine(LocalEngine):
         group, place = self._places[id(master)]
         groups, self._optimizer.param_groups = (
             self._optimizer.param_groups,
-            [{**group, "params": [master], "first": place}],
+            [{**group, "params": [master], "first": group.get("first", 0) + place}],
         )
         master.grad = gradient
         try:

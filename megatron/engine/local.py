@@ -1,7 +1,7 @@
 """An engine of our own for ZeRO stage 0: every rank holds the whole model, and a step never waits for the device.
 
-With AdamW, that is: norm, clipping, the choice to skip a step and the loss scale stay on the device. Other optimizers
-are given their gradients once the host has read the norm.
+Norm, clipping, the choice to skip a step and the loss scale stay on the device, with every optimizer
+(`optim/one_pass.py`, `optim/where.py`).
 
 It is plain data parallelism in fp32: gradients are summed over micro-batches and ranks in one flat fp32 buffer,
 masters are fp32, and every rank applies the same update. In fp32 on one rank there is no buffer, since autograd's
@@ -31,10 +31,11 @@ from megatron.engine.pending import Number
 from megatron.engine.step import MicroBatchEngine, Update
 from megatron.engine.verdict import Verdict
 from megatron.objectives.build import Objective
-from megatron.ops.adamw import sum_of_squares
+from megatron.ops.adamw import coefficient_of, sum_of_squares
 from megatron.ops.choice import Function, Situation
 from megatron.ops.memory import accumulate, release_gradient
 from megatron.optim.one_pass import one_pass
+from megatron.optim.where import step_where
 from megatron.parallel.collectives import TensorRegion
 from megatron.parallel.grad_sync import is_partial
 from megatron.parallel.mesh import Mesh
@@ -157,20 +158,12 @@ class LocalEngine(MicroBatchEngine):
         if self._one_pass is not None:
             self._one_pass.step(squares, scale, self._clip, refused)
         else:
-            self._step(gradients, float(torch.where(refused, math.nan, norm)), float(scale))
+            coefficient = coefficient_of(norm, scale, self._clip)
+            step_where(self._optimizer, gradients, coefficient.masked_fill(refused, math.nan))
+            self._publish()
         if self._scaler is None or self._examiner is not None:
             return Update(norm, refused)
         return Update(norm, refused, self._scaler.update(~torch.isfinite(norm)))
-
-    def _step(self, gradients: list[Tensor], norm: float, scale: float) -> None:
-        """Apply the gradients, which are `scale` times too large, clipped; a norm that is not finite leaves it out."""
-        if not math.isfinite(norm):
-            return
-        divisor = scale * (max(1.0, (norm + 1e-6) / self._clip) if self._clip > 0 else 1.0)
-        if divisor != 1.0:
-            torch._foreach_mul_(gradients, 1.0 / divisor)
-        self._optimizer.step()
-        self._publish()
 
     def _reduced(self) -> list[Tensor]:
         """Return the gradient of the whole step, summed over the ranks, as few fp32 tensors."""

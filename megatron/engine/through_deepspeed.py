@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from megatron.config.deepspeed_json import deepspeed_config
+from megatron.config.engine import without_deepspeed
 from megatron.config.schema.config import Config
 from megatron.engine.base import Engine
 from megatron.engine.mpu import MeshUnit
@@ -26,6 +27,7 @@ from megatron.errors import ConfigError, EngineError, Problem
 from megatron.model.stage import StageModel
 from megatron.objectives.build import Objective
 from megatron.optim.build import OptimizerKind
+from megatron.optim.compact_adamw import CompactAdamW
 from megatron.parallel.collectives import TensorRegion
 from megatron.parallel.mesh import Mesh
 
@@ -34,6 +36,8 @@ def build(config: Config, mesh: Mesh, model: nn.Module, optimizer: Optimizer, ob
     """Return the engine of a model, or of its stage of a pipeline; arguments as in `engine.build.build_engine`."""
     prepare(mesh)
     _require_precision(config)
+    if isinstance(optimizer, CompactAdamW):
+        optimizer.seed += mesh.replicas.rank  # each has a share of the state, which the same bits would round alike
     make = _pipeline if mesh.pp.size > 1 else _plain
     return make(config, mesh, model, optimizer, objective)
 
@@ -71,6 +75,6 @@ def _require_precision(config: Config) -> None:
             Problem(
                 what='precision = "fp16"',
                 why=f"DeepSpeed does not run it on this machine's {get_accelerator().device_name()}.",
-                fix="Set precision: bf16 or fp32 and remove an fp16 block, or set zero_optimization.stage: 0.",
+                fix=f"Set precision: bf16 or fp32 and remove an fp16 block, or {without_deepspeed(config)}.",
             )
         )

@@ -1,8 +1,9 @@
 """AdamW whose moments are kept in bf16: 4 bytes less for each parameter and moment than torch's, two of each.
 
 The update is `megatron.ops.adamw`'s, in fp32, and what is kept of the moments is rounded at random by bits that follow
-from (seed, number of the update, place of the tensor in its group, element). So a resumed run in the same layout rounds
-as the run would have that went on. Tensors at the same place of two groups, or of two ranks, share these bits.
+from (seed, number of the update, place of the tensor among all, element). So a resumed run in the same layout rounds as
+the run would have that went on. Ranks that hold shares of the state (ZeRO) are given seeds of their own; ranks of the
+tensor axis share one, since what they all hold must stay alike.
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ class CompactAdamW(StatefulOptimizer):
     ) -> None:
         self.seed = seed
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        places = 0
+        for group in self.param_groups:
+            group["first"] = places  # the place of its first tensor among all
+            places += len(group["params"])
 
     def initial_state(self, parameter: Tensor, group: dict[str, Any]) -> State:
         """Return t = 0 and moments of zeros."""

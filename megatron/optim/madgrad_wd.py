@@ -33,7 +33,8 @@ class MadgradWD(StatefulOptimizer):
 
     def initial_state(self, parameter: Tensor, group: dict[str, Any]) -> State:
         """Return sums of zero, and where the run starts from."""
-        state: State = {"step": torch.zeros(()), "s": torch.zeros_like(parameter), "v": torch.zeros_like(parameter)}
+        step = torch.zeros((), device=parameter.device)
+        state: State = {"step": step, "s": torch.zeros_like(parameter), "v": torch.zeros_like(parameter)}
         if group["momentum"] != 0:
             state["x0"] = parameter.detach().clone()
         return state
@@ -41,12 +42,12 @@ class MadgradWD(StatefulOptimizer):
     def _update(self, parameter: Tensor, gradient: Tensor, state: State, group: dict[str, Any]) -> None:
         eps, momentum = group["eps"], group["momentum"]
         step_size = group["lr"] + eps
-        weight = step_size * (state["step"].item() + 1) ** 0.5
+        weighted = gradient * (step_size * (state["step"] + 1).sqrt())
         s, v = state["s"], state["v"]
         parameter.mul_(1 - step_size * group["weight_decay"])
         x0 = state["x0"] if momentum != 0 else parameter.addcdiv(s, _cube_root(v, eps))
-        v.addcmul_(gradient, gradient, value=weight)
-        s.add_(gradient, alpha=weight)
+        v.addcmul_(weighted, gradient)
+        s.add_(weighted)
         z = x0.addcdiv(s, _cube_root(v, eps), value=-1)
         parameter.mul_(momentum).add_(z, alpha=1 - momentum)
         state["step"] += 1

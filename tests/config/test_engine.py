@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron.config.engine import EngineChoice, choose_engine
+from megatron.config.engine import EngineChoice, choose_engine, without_deepspeed
 from megatron.config.resolve import resolve
 from megatron.errors import ConfigError
 from tests.config.small import SMALL
@@ -71,3 +71,21 @@ def test_what_deepspeed_cannot() -> None:
     assert choose(**sm3).is_local
     with pytest.raises(ConfigError, match="sm3 needs whole tensors"):
         choose(engine="deepspeed", **sm3)
+
+
+@pytest.mark.parametrize(
+    ("keys", "world_size", "expected"),
+    [
+        ({"engine": "deepspeed"}, 1, "set engine: auto"),
+        ({"engine": "deepspeed", "zero_optimization": {"stage": 1}}, 1, "set engine: auto"),
+        ({"zero_optimization": {"stage": 2}}, 2, "set zero_optimization.stage: 0"),
+        ({"pipe_parallel_size": 2}, 2, "set pipe_parallel_size: 1"),
+        (
+            {"engine": "deepspeed", "pipe_parallel_size": 2, "zero_optimization": {"stage": 1}},
+            4,
+            "set engine: auto and pipe_parallel_size: 1 and zero_optimization.stage: 0",
+        ),
+    ],
+)
+def test_what_leads_to_our_own_engine(keys: dict[str, Any], world_size: int, expected: str) -> None:
+    assert without_deepspeed(resolve({**SMALL, **keys}, world_size=world_size)) == expected

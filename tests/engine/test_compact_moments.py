@@ -9,6 +9,7 @@ import torch
 
 from megatron.ops import adamw
 from megatron.ops.choice import Choices
+from megatron.optim.compact_adamw import CompactAdamW
 from tests.ranks import preload, run_ranks
 
 preload()
@@ -95,3 +96,29 @@ def resume_in_another_type(before: str, after: str) -> None:
 @pytest.mark.parametrize(("before", "after"), [("fp32", "bf16"), ("bf16", "fp32")])
 def test_a_resume_may_change_the_type(before: str, after: str) -> None:
     run_ranks(1, resume_in_another_type, before, after)
+
+
+def test_tensors_of_two_groups_and_of_two_ranks_are_rounded_by_bits_of_their_own() -> None:
+    values = torch.randn(4096, generator=torch.Generator().manual_seed(0))
+
+    def moments(seed: int) -> list[torch.Tensor]:
+        parameters = [torch.nn.Parameter(values.clone()) for _ in range(2)]
+        optimizer = CompactAdamW([{"params": [parameter]} for parameter in parameters], lr=1e-3, seed=seed)
+        for parameter in parameters:
+            parameter.grad = values.clone()
+        optimizer.step()
+        return [optimizer.state[parameter]["exp_avg_sq"] for parameter in parameters]
+
+    first, second = moments(seed=5)
+    assert 0.1 < (first != second).float().mean() < 0.9
+    assert 0.1 < (first != moments(seed=6)[0]).float().mean() < 0.9
+    assert torch.equal(first, moments(seed=5)[0])
+
+
+def test_each_replica_of_zero_is_given_a_seed_of_its_own() -> None:
+    def seed() -> int:
+        engine = tiny.make_engine(tiny.config(2, stage=1, moments_dtype="bf16"))
+        return int(engine._live.optimizer.optimizer.seed)
+
+    first, second = run_ranks(2, seed)
+    assert first != second
