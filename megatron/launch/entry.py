@@ -15,7 +15,6 @@ import gc
 import os
 import sys
 import time
-import traceback
 from collections.abc import Callable, Mapping
 
 from megatron import signals, whereabouts
@@ -27,12 +26,13 @@ from megatron.launch import check
 from megatron.launch.arguments import parse_arguments
 from megatron.launch.decoding import decoding_processes
 from megatron.launch.ending import end_at_once, tell_stopped
-from megatron.launch.failure import from_exception
+from megatron.launch.failure import Failure, from_exception
 from megatron.launch.lean import defer_compiler
 from megatron.launch.place import Place, find_place
 from megatron.launch.prelude import PAYLOAD_FLAG
 from megatron.launch.read_config import read_settings, resolve_for
-from megatron.launch.worker import Worker, decoding_worker, find_board, report, start_worker
+from megatron.launch.watch import PeerWatch
+from megatron.launch.worker import decoding_worker, find_board, report, start_worker
 from megatron.logs import get_logger
 from megatron.parallel.mesh import Mesh
 from megatron.training.stop import Outcome
@@ -55,7 +55,7 @@ def run_worker(work: Work, argv: list[str], decoding: bool = False) -> int:
     gc.freeze()
     defer_compiler()
     whereabouts.reset()
-    place, worker = Place(), None
+    place, watch = Place(), None
     try:
         place = find_place(os.environ)
         config, files = _read(argv, None if decoding else place.world_size)
@@ -67,7 +67,11 @@ def run_worker(work: Work, argv: list[str], decoding: bool = False) -> int:
         board = find_board(os.environ)
         if board is not None:
             board.hold_position(place.local_rank)
-        worker = decoding_worker(config, place, board) if decoding else start_worker(config, place, board)
+        elif place.world_size > 1 or not decoding:
+            minutes = None if decoding else config.launcher.hang_timeout_minutes
+            watch = PeerWatch(place, None if minutes is None else 60 * minutes)
+        start = decoding_worker if decoding else start_worker
+        worker = start(config, place, board, watch)
         if signals.is_open():
             end_at_once(config, place, worker)
         try:
@@ -80,9 +84,9 @@ def run_worker(work: Work, argv: list[str], decoding: bool = False) -> int:
         exit_code = 0 if stopped is None else tell_stopped(stopped, config, place, worker)
         worker.finish()
     except KeyboardInterrupt:
-        return 130
+        return _interrupted(place, watch)
     except Exception as error:
-        return _fail(error, place, worker)
+        return _fail(error, place, watch)
     return exit_code
 
 
@@ -96,18 +100,21 @@ def _read(argv: list[str], world_size: int | None) -> tuple[Config, Mapping[str,
     return resolve_for(settings, world_size, planning=world_size is None), settings.texts()
 
 
-def _fail(error: Exception, place: Place, worker: Worker | None) -> int:
+def _fail(error: Exception, place: Place, watch: PeerWatch | None) -> int:
     """Report the end of this rank and return its exit code."""
     failure = from_exception(error, place.rank, place.world_size, place.host, whereabouts.current())
-    board, watch = find_board(os.environ), worker.watch if worker else None
-    if watch is None and board is None and place.rank > 0:
-        # Before the ranks have met, all are likely to fail for the same reason: rank 0 is given the time to say it.
-        time.sleep(2)
-    if report(failure, board, watch):
+    if report(failure, find_board(os.environ), watch):
+        if place.rank > 0:
+            # Before the ranks have met, all are likely to fail for the same reason: rank 0 is given the time to say it.
+            time.sleep(2)
         print(f"\n{failure}", file=sys.stderr, flush=True)
-        if watch is not None:
-            watch.release()
-    elif board is None:
-        last = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
-        print(f"rank {place.rank} on host {place.host} failed as well: {last}", file=sys.stderr, flush=True)
     return failure.exit_code
+
+
+def _interrupted(place: Place, watch: PeerWatch | None) -> int:
+    """Let the other ranks end as well after Ctrl-C, which reaches all of them only in one terminal."""
+    if watch is not None:
+        text = f"stopped by SIGINT on rank {place.rank}, host {place.host}."
+        failure = Failure(place.rank, place.world_size, place.host, None, 130, text, is_mistake=True, when=time.time())
+        watch.announce(failure)
+    return 130

@@ -21,6 +21,7 @@ from megatron.planning.machine import total_memory
 from megatron.whereabouts import Position
 
 GIBIBYTE = 2**30
+_BRIEF = 120  # characters
 # Words by which gloo, NCCL and TCPStore tell that a peer is gone.
 _ECHOES = (
     "connection closed by peer",
@@ -69,11 +70,24 @@ class Failure:
         """Return the failure that `to_json` wrote."""
         return cls(**json.loads(text))
 
+    @property
+    def at(self) -> str:
+        """When it failed: `at step 197, micro-batch 3, in backward`."""
+        step = "before its first step" if self.step is None else f"at step {self.step}"
+        return f"{step}, {self.doing}" if self.doing else step
+
+    @property
+    def brief(self) -> str:
+        """Return what failed in one line, for the other ranks to say."""
+        lines = self.text.strip().splitlines() or [""]
+        what = lines[-1] if lines[0].startswith("Traceback") else lines[0].split(". ")[0]
+        what = what if len(what) <= _BRIEF else f"{what[:_BRIEF]} ..."
+        return f"rank {self.rank} on host {self.host} failed {self.at} ({what.rstrip('.')})"
+
     def __str__(self) -> str:
         if self.is_mistake:
             return self.text
-        at = ("before its first step" if self.step is None else f"at step {self.step}") + self.doing.join((", ", ""))
-        at = at.removesuffix(", ")
+        at = self.at
         rank = f"rank {self.rank} of {self.world_size}" if self.world_size > 1 else f"rank {self.rank}"
         if self.is_echo and any(word in self.text.lower() for word in _BETWEEN_RANKS):
             saw = self.text.rstrip().splitlines()[-1].split(". ")[0]
@@ -131,6 +145,26 @@ def from_exit(
     return Failure(rank, world_size, host, step, exit_code, text, when=time.time(), doing=doing)
 
 
+def from_silence(peak_bytes: int, rank: int, world_size: int, host: str, position: Position | None) -> Failure:
+    """Return the report of a process that ended without a word, and whose exit code somebody else has collected."""
+    text = (
+        "The process ended without a word; its exit code went to its launcher. Most often it was killed (-9) because "
+        f"the machine ran out of memory (not GPU memory). {_peak(peak_bytes)} `dmesg | tail` may name the reason."
+    )
+    step, doing = _place(position)
+    return Failure(rank, world_size, host, step, 1, text, when=time.time(), doing=doing)
+
+
+def from_loss(rank: int, world_size: int, host: str, position: Position | None) -> Failure:
+    """Return the report of a rank of which nothing is left to say anything."""
+    text = (
+        f"The connection with rank {rank} on host {host} was lost: that machine or its network is gone, or all of the "
+        "rank's processes were killed at once."
+    )
+    step, doing = _place(position)
+    return Failure(rank, world_size, host, step, 1, text, when=time.time(), doing=doing)
+
+
 def from_hang(text: str, rank: int, world_size: int, host: str) -> Failure:
     """Return the failure of a run that hangs, which `text` reports. rank: of those that are waited for."""
     return Failure(rank, world_size, host, None, 1, text, is_mistake=True, when=time.time())
@@ -144,7 +178,7 @@ def first_cause(failures: list[Failure]) -> Failure:
 def explain_signal(number: int, peak_bytes: int) -> str:
     """Return what a signal that ended a process usually means, with the numbers of this machine."""
     name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
-    peak = f"It had used up to {peak_bytes / GIBIBYTE:.1f} GiB of this machine's {total_memory() / GIBIBYTE:.1f} GiB."
+    peak = _peak(peak_bytes)
     reasons = {
         signal.SIGKILL: f"most often because the machine ran out of memory (not GPU memory). {peak} Lower "
         "train_micro_batch_size_per_gpu or num_workers, or ask for more memory; `dmesg | tail` may name the reason.",
@@ -159,6 +193,10 @@ def explain_signal(number: int, peak_bytes: int) -> str:
     }
     reason = reasons.get(signal.Signals(number), "") if number in set(signal.Signals) else ""
     return f"The process was ended by {name} (-{number}), {reason}".rstrip(", ")
+
+
+def _peak(peak_bytes: int) -> str:
+    return f"It had used up to {peak_bytes / GIBIBYTE:.1f} GiB of this machine's {total_memory() / GIBIBYTE:.1f} GiB."
 
 
 def _shared_memory() -> str:

@@ -19,13 +19,13 @@ from megatron.launch.board import VARIABLE, Board
 from megatron.launch.connections import choose_interface, try_gloo, try_groups
 from megatron.launch.devices import usable_cores
 from megatron.launch.failure import Failure
-from megatron.launch.peers import PeerWatch, open_store
+from megatron.launch.peers import open_store
 from megatron.launch.place import Place, slot_variables
 from megatron.launch.preflight import Card, check_in, count_local, expected_hosts, write_card
+from megatron.launch.watch import PeerWatch
 from megatron.parallel.mesh import Mesh
 from megatron.whereabouts import Phase
 
-# Long, because one rank may build a data index while the others wait; a failed rank is noticed in a second anyway.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 logger = logs.get_logger(__name__)
 
@@ -42,11 +42,11 @@ class Worker:
     def finish(self) -> None:
         """Part from the other ranks in good order."""
         whereabouts.enter(Phase.END)
+        if dist.is_initialized() and self.place.world_size > 1:
+            dist.barrier()
         if self.watch is not None:
-            self.watch.stop()
+            self.watch.finish()
         if dist.is_initialized():
-            if self.place.world_size > 1:
-                dist.barrier()
             dist.destroy_process_group()
 
 
@@ -56,23 +56,23 @@ def find_board(environ: Mapping[str, str]) -> Board | None:
     return Board(Path(folder)) if folder and Path(folder).is_dir() else None
 
 
-def start_worker(config: Config, place: Place, board: Board | None = None) -> Worker:
+def start_worker(config: Config, place: Place, board: Board | None = None, watch: PeerWatch | None = None) -> Worker:
     """Join the run: choose the device, open the process group, meet the other ranks, and build the mesh.
 
-    board: where the launcher on this machine looks for steps and failures; None under another launcher.
+    board: where the launcher on this machine looks for positions and failures; watch: what does that under another one.
     Raises LaunchError where ranks are missing or differ, or the layout does not fit the number of processes.
     """
     parallel = config.parallel
     sizes = parallel.model_parallel_size, max(1, parallel.pipe_parallel_size), parallel.context_parallel_size
-    return _join(config, place, board, sizes)
+    return _join(config, place, board, watch, sizes)
 
 
-def decoding_worker(config: Config, place: Place, board: Board | None = None) -> Worker:
+def decoding_worker(config: Config, place: Place, board: Board | None = None, watch: PeerWatch | None = None) -> Worker:
     """Join the processes that share a model to generate text: all of them, on the tensor axis.
 
     A single one needs no torch.distributed. Raises as `start_worker` does."""
     if place.world_size > 1:
-        worker = _join(config, place, board, (place.world_size, 1, 1))
+        worker = _join(config, place, board, watch, (place.world_size, 1, 1))
         if place.rank > 0:  # they do the same as rank 0, and would say the same
             logs.setup(place.rank, level="ERROR")
         return worker
@@ -81,7 +81,9 @@ def decoding_worker(config: Config, place: Place, board: Board | None = None) ->
     return Worker(place, Mesh.single(device), board)
 
 
-def _join(config: Config, place: Place, board: Board | None, sizes: tuple[int, int, int]) -> Worker:
+def _join(
+    config: Config, place: Place, board: Board | None, watch: PeerWatch | None, sizes: tuple[int, int, int]
+) -> Worker:
     """Return the worker of a mesh with these sizes of the tensor, pipeline and context axes."""
     seconds, expected = config.launcher.check_in_seconds, expected_hosts(place.world_size, os.environ)
     store: dist.Store | None = None
@@ -91,19 +93,16 @@ def _join(config: Config, place: Place, board: Board | None, sizes: tuple[int, i
         store = open_store(place, seconds)
         place = count_local(store, place, seconds, expected)
     os.environ.update({**place.environment(), **slot_variables(place, os.environ)})
+    if watch is not None:
+        watch.connect(store, place.master_addr)
     if config.kernels.compile is True:
         _keep_compiled_code()
     device = _prepare(place)
     cards = _meet(store, place, config, device, expected) if store is not None else []
-    watch = _connect(store, place, device, supervised=board is not None)
-    try:
-        mesh = Mesh.create(*sizes, device)
-        if cards:
-            try_groups(mesh, place, cards, seconds)
-    except BaseException:
-        if watch is not None:
-            watch.stop()
-        raise
+    _connect(config, store, place, device)
+    mesh = Mesh.create(*sizes, device)
+    if cards:
+        try_groups(mesh, place, cards, seconds)
     logs.setup(place.rank, f"{mesh.describe()} host {place.host}" if place.world_size > 1 else "")
     return Worker(place, mesh, board, watch)
 
@@ -151,23 +150,24 @@ def _meet(store: dist.Store, place: Place, config: Config, device: torch.device,
     return cards
 
 
-def _connect(store: dist.Store | None, place: Place, device: torch.device, supervised: bool) -> PeerWatch | None:
-    """Open the process group; return the watch over other ranks where no launcher of ours does that."""
+def _connect(config: Config, store: dist.Store | None, place: Place, device: torch.device) -> None:
+    """Open the process group."""
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     if store is None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         logger.info(f"1 process on {place.host}: {_device_name(device)}")
-        return None
-    store.set_timeout(COLLECTIVE_TIMEOUT)
+        return
+    # Long, because one rank may build a data index while the others wait; a run that hangs is ended before.
+    timeout = max(COLLECTIVE_TIMEOUT, timedelta(minutes=3 * (config.launcher.hang_timeout_minutes or 0)))
+    store.set_timeout(timeout)
     dist.init_process_group(
         backend,
         store=dist.PrefixStore("default", store),
         rank=place.rank,
         world_size=place.world_size,
-        timeout=COLLECTIVE_TIMEOUT,
+        timeout=timeout,
         device_id=device if device.type == "cuda" else None,
     )
-    return None if supervised else PeerWatch(place)
 
 
 def _device_name(device: torch.device) -> str:
