@@ -171,8 +171,9 @@ def from_hang(text: str, rank: int, world_size: int, host: str) -> Failure:
 
 
 def first_cause(failures: list[Failure]) -> Failure:
-    """Return the failure to show: the earliest that is not an echo of another."""
-    return min(failures, key=lambda failure: (failure.is_echo, failure.when, failure.rank))
+    """Return the failure to show: the earliest that is not an echo; of ranks that say the same, the lowest."""
+    cause = min(failures, key=lambda failure: (failure.is_echo, failure.when, failure.rank))
+    return min((failure for failure in failures if failure.text == cause.text), key=lambda failure: failure.rank)
 
 
 def explain_signal(number: int, peak_bytes: int) -> str:

@@ -65,8 +65,10 @@ def test_an_echo_alone_names_the_loss_and_not_its_own_traceback() -> None:
 
 
 def test_first_cause() -> None:
-    echo, early, late = failure(is_echo=True, when=1.0), failure(when=2.0), failure(when=3.0)
+    echo, early, late = failure(is_echo=True, when=1.0), failure(when=2.0), failure(text="later", when=3.0)
     assert first_cause([late, echo, early]) is early
+    others = [failure(text="another", when=1.5, rank=3), failure(text="another", when=1.7, rank=0)]
+    assert first_cause([late, echo, *others]).rank == 0
     assert first_cause([echo]) is echo
 
 
