@@ -82,7 +82,8 @@ class Failure:
         lines = self.text.strip().splitlines() or [""]
         what = lines[-1] if lines[0].startswith("Traceback") else lines[0].split(". ")[0]
         what = what if len(what) <= _BRIEF else f"{what[:_BRIEF]} ..."
-        return f"rank {self.rank} on host {self.host} failed {self.at} ({what.rstrip('.')})"
+        ended = "ended" if self.is_mistake else f"failed {self.at}"
+        return f"rank {self.rank} on host {self.host} {ended} ({what.rstrip('.')})"
 
     def __str__(self) -> str:
         if self.is_mistake:
@@ -173,7 +174,8 @@ def from_hang(text: str, rank: int, world_size: int, host: str) -> Failure:
 def first_cause(failures: list[Failure]) -> Failure:
     """Return the failure to show: the earliest that is not an echo; of ranks that say the same, the lowest."""
     cause = min(failures, key=lambda failure: (failure.is_echo, failure.when, failure.rank))
-    return min((failure for failure in failures if failure.text == cause.text), key=lambda failure: failure.rank)
+    alike = [one for one in failures if (one.text, one.is_echo) == (cause.text, cause.is_echo)]
+    return min(alike, key=lambda failure: failure.rank)
 
 
 def explain_signal(number: int, peak_bytes: int) -> str:

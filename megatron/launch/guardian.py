@@ -172,16 +172,16 @@ class Guardian:
             doing = stacks.ask(self._ward.pid, self._ward.answers)
             self._up.send({"doing": dataclasses.asdict(doing)})
         elif "leave" in message:
-            self._dismiss()
+            self._dismiss(int(message["leave"]))
         elif "bye" in message:
             self._up.close()
             self._up = None
 
-    def _dismiss(self) -> None:
-        """Ask the rank to end; it is killed if it does not."""
+    def _dismiss(self, exit_code: int = 1) -> None:
+        """Ask the rank to end with an exit code; it is killed if it does not."""
         if self._kill_at is None:
             self._kill_at = time.monotonic() + (_FAILED_SECONDS if self._has_failed else _LEAVE_SECONDS)
-            self._ward.link.send({"leave": True})
+            self._ward.link.send({"leave": exit_code})
 
     def _look_after_ward(self) -> None:
         if self._ward_ended is not None:

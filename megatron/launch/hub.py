@@ -53,6 +53,7 @@ class Hub:
     ) -> None:
         self.members: dict[int, Member] = {}
         self.is_over = False
+        self._exit_code = 1
         self._world_size, self._say, self._waits = world_size, say, waits or Waits()
         self._stillness = Stillness(hang_seconds)
         self._failures: list[Failure] = []
@@ -64,7 +65,7 @@ class Hub:
         """Take in a rank. Where the run is ending already it is told so."""
         self.members[rank] = Member(rank, host, link)
         if self.is_over:
-            link.send({"leave": True})
+            link.send({"leave": self._exit_code})
 
     def take(self, rank: int, message: Message) -> None:
         """Take one message of a rank."""
@@ -134,6 +135,7 @@ class Hub:
         """Let one rank of each host say why its ranks end; then the cause is shown."""
         self.is_over = True
         cause = first_cause(self._failures)
+        self._exit_code = cause.exit_code if cause.is_mistake else 1  # all ranks ask for another turn, where one does
         failed = {failure.rank for failure in self._failures if not failure.is_echo} | {cause.rank}
         hosts: dict[str, list[Member]] = {}
         for member in self._present():
@@ -160,7 +162,7 @@ class Hub:
         self._then(self._leave, self._waits.words, lambda one: one.has_said)
 
     def _leave(self) -> None:
-        self._tell({"leave": True})
+        self._tell({"leave": self._exit_code})
 
     def _seen(self, unasked: Doing) -> list[Seen]:
         """Return all ranks. unasked: what is said of one that has not told what it does."""

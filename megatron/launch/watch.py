@@ -109,15 +109,15 @@ class PeerWatch:
         while self._link.is_open:
             for message in self._link.messages(wait=True):
                 if "leave" in message:
-                    self._leave()
+                    self._leave(int(message["leave"]))
                 elif "alone" in message:
                     self._is_alone = True
                     self._may_end.set()
         if not self._is_parting:
             self._is_alone = not self._may_end.is_set()
-            self._leave("its watch (the process deepy-watch) was killed")
+            self._leave(1, "its watch (the process deepy-watch) was killed")
 
-    def _leave(self, reason: str = "") -> None:
+    def _leave(self, exit_code: int, reason: str = "") -> None:
         """End this process; one that has failed itself ends with its own exit code."""
         if self._is_announcing:
             self._may_end.set()
@@ -125,4 +125,4 @@ class PeerWatch:
         if reason:
             line = f"rank {self.place.rank} on host {self.place.host} ends because {reason}.\n"
             os.write(2, line.encode())
-        os._exit(1)
+        os._exit(exit_code)
