@@ -83,6 +83,12 @@ class Inbox:
                 if number in STOPPING:
                     self._take(number)
 
+    def expire(self, end: Callable[[], None]) -> None:
+        """Call `end`, which should end the process, if signals still end it: its time is over before it began."""
+        with self._lock:
+            if self._end is not None:
+                end()
+
     def _take(self, number: int) -> None:
         if number == signal.SIGTERM:
             now, before = time.monotonic(), self._last_term

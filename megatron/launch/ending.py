@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
+from functools import partial
 
 from megatron import signals
 from megatron.config.schema.config import Config
@@ -17,20 +19,31 @@ from megatron.launch.failure import Failure
 from megatron.launch.place import Place
 from megatron.launch.requeue import requeue
 from megatron.launch.worker import Worker, report
-from megatron.training.stop import Stopped
+from megatron.training.clocks import Clocks
+from megatron.training.stop import Stopped, unbegun
 
 
 def end_at_once(config: Config, place: Place, worker: Worker) -> None:
     """Let a signal end this process from now on, until the loop begins; the other ranks end with it."""
 
-    def end(number: int) -> None:
-        text = f"stopped by {signal.Signals(number).name} {signals.NOTHING_LOST}"
-        failure = _report_of(Stopped(config.stopping.requeue_exit_code, text), config, place)
+    def end_as(stopped: Stopped) -> None:
+        failure = _report_of(stopped, config, place)
         if report(failure, worker.board, worker.watch):
             print(f"\n{failure}", file=sys.stderr, flush=True)
         signals.leave(failure.exit_code)
 
-    signals.open_inbox().on_first(end)
+    def end(number: int) -> None:
+        text = f"stopped by {signal.Signals(number).name} {signals.NOTHING_LOST}"
+        end_as(Stopped(config.stopping.requeue_exit_code, text))
+
+    inbox = signals.open_inbox()
+    inbox.on_first(end)
+    clocks = Clocks(config, os.environ)
+    if place.rank == 0 and clocks.wall_seconds is not None:
+        over = partial(inbox.expire, partial(end_as, unbegun(config)))
+        timer = threading.Timer(max(0.0, clocks.wall_seconds), over)
+        timer.daemon = True
+        timer.start()
 
 
 def tell_stopped(stopped: Stopped, config: Config, place: Place, worker: Worker) -> int:

@@ -4,7 +4,8 @@
     {"event": "validation", "iteration": 100, "loss": 3.9}
 
 A run that resumes at iteration N appends {"event": "start", "iteration": N}: the steps past N that stand above
-that line were lost with the process that made them, and are superseded.
+that line were lost with the process that made them, and are superseded. So is a measurement that was made again, such
+as the test of a finished run that was started once more.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
+MEASURED = ("validation", "test")
+"""Events that a run may repeat for the iteration at which it resumes."""
 
 
 class MetricsFile:
@@ -54,6 +57,7 @@ def _plain(value: Any) -> Any:
 def read_metrics(path: Path) -> list[Record]:
     """Return the records that count: superseded ones and a torn line are left out, in the order of the file."""
     records: list[Record] = []
+    resumed_at = 0
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             record = json.loads(line)
@@ -61,6 +65,10 @@ def read_metrics(path: Path) -> list[Record]:
             continue  # the process was killed in the middle of the line
         if record.get("event") == "start":
             records = [old for old in records if old["iteration"] <= record["iteration"]]
+            resumed_at = record["iteration"]
+        elif record.get("event") in MEASURED and record["iteration"] <= resumed_at:
+            same = (record["event"], record["iteration"])
+            records = [old for old in records if (old["event"], old["iteration"]) != same]
         records.append(record)
     return records
 

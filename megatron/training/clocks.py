@@ -31,7 +31,7 @@ class Clocks:
     """
 
     def __init__(
-        self, config: Config, environ: Mapping[str, str], late: int, now: Callable[[], float] = time.time
+        self, config: Config, environ: Mapping[str, str], late: int = 0, now: Callable[[], float] = time.time
     ) -> None:
         stopping, interval = config.stopping, config.checkpoint.checkpoint_interval_minutes
         self._now, self._late = now, late
@@ -61,6 +61,11 @@ class Clocks:
             Wish.SLURM_END: None if self._slurm_end is None else self._slurm_end - self.margin(),
         }
         return {wish for wish, moment in due.items() if moment is not None and now >= moment}
+
+    @property
+    def wall_seconds(self) -> float | None:
+        """The seconds that are left of max_wall_time, below 0 where it is over; None: there is no limit."""
+        return None if self._wall_end is None else self._wall_end - self._now()
 
     def margin(self) -> float:
         """Return how many seconds before the end of the Slurm job the run stops.

@@ -82,6 +82,7 @@ def _train(run: Run, progress: Progress, results: Results, collector: Collector)
         if is_due(progress, run.training.eval_interval) or progress.iteration == run.train_iters:
             progress = validate(run, progress)
         if run.stop.reason is not None:
+            run.monitor.message(f"stopping at iteration {progress.iteration}, as asked by {run.stop.reason}")
             break
         save_if_due(run, progress)
         results.wishes.clear()

@@ -35,6 +35,7 @@ from megatron.signals import Inbox
 from megatron.training.clocks import Clocks
 from megatron.training.progress import Progress
 
+_TOO_SHORT = ", before a single step was done: the run needs more time than that."
 _SIGNALS = {signal.SIGTERM: Wish.SIGTERM, signal.SIGUSR1: Wish.SIGUSR1}
 
 
@@ -102,7 +103,7 @@ def stopped(config: Config, reason: Wish, begun: Progress, progress: Progress) -
     why = f"stopped at iteration {progress.iteration} because {_because(config, reason)}"
     if progress.iteration == begun.iteration:
         if reason in (Wish.WALL_TIME, Wish.SLURM_END):
-            return Stopped(1, f"{why}, before a single step was done: the run needs more time than that.")
+            return Stopped(1, f"{why}{_TOO_SHORT}")
         return Stopped(again, f"{why}, before a step was done: nothing is lost; start the same command again.")
     if not settings.save:
         number = {Wish.SIGUSR1: signal.SIGUSR1}.get(reason, signal.SIGTERM)
@@ -113,8 +114,14 @@ def stopped(config: Config, reason: Wish, begun: Progress, progress: Progress) -
     return Stopped(again, f"{why}. {settings.save} holds a checkpoint of it, from which {how} goes on.")
 
 
+def unbegun(config: Config) -> Stopped:
+    """Return how a run ends whose max_wall_time is over before its loop has begun; another turn would end like it."""
+    return Stopped(1, f"stopped because {_because(config, Wish.WALL_TIME)}{_TOO_SHORT}")
+
+
 def _because(config: Config, reason: Wish) -> str:
+    limit = config.stopping.max_wall_time
     return {
-        Wish.WALL_TIME: f"max_wall_time = {config.stopping.max_wall_time} has passed",
+        Wish.WALL_TIME: f"max_wall_time = {f'{limit:g}' if isinstance(limit, float) else limit} has passed",
         Wish.SLURM_END: f"the Slurm job is about to end (it is {time.strftime('%H:%M:%S')})",
     }.get(reason, f"{reason} asked for it")

@@ -58,6 +58,8 @@ def own_launcher(folder: Path, phase: str, rank: int | None, number: int = signa
         def send() -> None:
             if rank is None and local_rank == 0:
                 os.kill(os.getppid(), number)
+                while not signals.open_inbox().numbers:  # until the launcher has passed it on
+                    time.sleep(0.01)
             elif rank == local_rank:
                 os.kill(os.getpid(), number)
 
@@ -179,10 +181,13 @@ def test_time_runs_out(folder: Path, changes: dict[str, Any], environment: dict[
     tools.mkdir()
     (tools / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {folder}/asked\n')
     (tools / "scontrol").chmod(0o755)
-    moments = {name: repr(time.time() + seconds) for name, seconds in environment.items()}
+
+    def pass_time(rank: int) -> None:
+        os.environ.update({name: repr(time.time() + seconds) for name, seconds in environment.items()})
+
     slurm = {"PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_ID": "77"}
     keys = {**changes, "slurm_requeue": True, "eval_iters": 0}
-    ranks = plain(folder, "the end", lambda rank: None, environment={**moments, **slurm}, **keys)
+    ranks = plain(folder, "before the model", pass_time, environment=slurm, **keys)
     ends = [rank.end() for rank in ranks]
     expected = changes.get("requeue_exit_code", 75)
     assert [code for code, _ in ends] == [expected, expected], ends
@@ -190,6 +195,16 @@ def test_time_runs_out(folder: Path, changes: dict[str, Any], environment: dict[
     assert f"goes on. Job 77 is requeued. Exit code {expected}." in ends[0][1]
     assert (folder / "asked").read_text() == "requeue 77\n"
     assert checkpoints(folder) == ["global_step1"]
+
+
+def test_a_limit_that_is_over_before_the_loop_is_a_failure(folder: Path) -> None:
+    """Another turn would end like it; the model that takes a minute to build is not waited for."""
+    environment = {"DEEPY_LAUNCH_TIME": repr(time.time() - 100)}
+    slow = lambda rank: time.sleep(60)  # noqa: E731
+    [rank] = plain(folder, "before the model", slow, 1, environment=environment, max_wall_time=1)
+    code, said = rank.end()
+    assert code == 1, said
+    assert "max_wall_time = 1 has passed, before a single step was done: the run needs more time than that." in said
 
 
 def test_what_scontrol_answers_is_said(tmp_path: Path) -> None:

@@ -40,6 +40,19 @@ def test_steps_past_the_resumed_iteration_are_superseded(tmp_path: Path) -> None
     assert len(path.read_text().splitlines()) == 1 + 7 + 1 + 2  # nothing is rewritten
 
 
+def test_what_is_measured_again_where_a_run_resumes_counts_once(tmp_path: Path) -> None:
+    lines = [("start", 0), ("step", 1), ("validation", 1), ("test", 1), ("start", 1), ("validation", 1), ("test", 1)]
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path)
+    for number, (event, iteration) in enumerate(lines):
+        file.write(event, iteration, loss=float(number))
+    file.close()
+    records = read_metrics(path)
+    assert series(records, "validation", "loss") == ([1], [5.0])
+    assert series(records, "test", "loss") == ([1], [6.0])
+    assert series(records, "step", "loss") == ([1], [1.0])
+
+
 def test_a_torn_line_costs_itself_only(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     write(path, 0, 2, loss=9.0)
