@@ -2,13 +2,17 @@
 
 Both take [b, s, n, d], count a window's tokens without the query's own, align queries with the last keys, and take
 documents as one long sequence with the places where they begin (`cu_seqlens`). How many documents a batch has is known
-on the device only, so the first layer of each micro-batch waits for it; the others use what that one found.
+on the device only, so the first layer of each micro-batch waits for it; the others use what that one found. Compiled
+blocks cannot wait, and leave documents to the next back end.
+
+A package is imported by the first call, which is the probe's: what is traced later finds it in a table.
 """
 
 from __future__ import annotations
 
 import importlib
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,6 +21,14 @@ from torch import Tensor
 from megatron.ops.attention_backend import Backend, sixteen_bits, without
 from megatron.ops.sight import Sight
 
+_PACKAGES: dict[str, ModuleType] = {}
+
+
+def _package(name: str) -> ModuleType:
+    if name not in _PACKAGES:
+        _PACKAGES[name] = importlib.import_module(name)
+    return _PACKAGES[name]
+
 
 def _lacks(query: Tensor, key: Tensor, sight: Sight, dropout: float, also: frozenset[str] = frozenset()) -> str:
     reason = sixteen_bits(query) or without(sight, key.shape[2], dropout, also | {"window", "segments"})
@@ -24,18 +36,18 @@ def _lacks(query: Tensor, key: Tensor, sight: Sight, dropout: float, also: froze
         return "counts alibi's distances without their sign where tokens see those after them"
     if not reason and sight.segments is not None and query.shape[2] != key.shape[2]:
         return "has documents only where every token is a query"
+    if not reason and sight.segments is not None and torch.compiler.is_compiling():
+        return "waits for the number of documents, which a compiled block cannot"
     return reason
 
 
 def _compute2(query: Tensor, key: Tensor, value: Tensor, sight: Sight, dropout: float) -> Tensor:
     slopes = None if sight.slopes is None else sight.slopes.to(query.device, torch.float32)
-    return _call(
-        importlib.import_module("flash_attn"), query, key, value, sight, dropout_p=dropout, alibi_slopes=slopes
-    )
+    return _call(_package("flash_attn"), query, key, value, sight, dropout_p=dropout, alibi_slopes=slopes)
 
 
 def _compute3(query: Tensor, key: Tensor, value: Tensor, sight: Sight, dropout: float) -> Tensor:
-    return _call(importlib.import_module("flash_attn_interface"), query, key, value, sight)
+    return _call(_package("flash_attn_interface"), query, key, value, sight)
 
 
 def _call(module: Any, query: Tensor, key: Tensor, value: Tensor, sight: Sight, **settings: Any) -> Tensor:

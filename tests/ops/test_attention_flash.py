@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron.ops import attention_flash
+from megatron.ops.attention import first_of
 from megatron.ops.attention_backend import Backend
 from megatron.ops.attention_flash import FLASH2, FLASH3
 from tests.ops.sights import compare, heads_of, sight_of
@@ -106,6 +107,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both packages, and no mind for devices."""
     monkeypatch.setitem(sys.modules, "flash_attn", Two("flash_attn"))
     monkeypatch.setitem(sys.modules, "flash_attn_interface", Three("flash_attn_interface"))
+    monkeypatch.setattr(attention_flash, "_PACKAGES", {})
     monkeypatch.setattr(attention_flash, "sixteen_bits", lambda query: "")
 
 
@@ -160,3 +162,19 @@ def test_deterministic_where_torch_shall_be(monkeypatch: pytest.MonkeyPatch) -> 
     for _ in range(2):
         FLASH2(query, key, value, sight_of("causal", 6, 6))
     assert asked == [False, True]
+
+
+@pytest.mark.parametrize("backend", [FLASH2, FLASH3], ids=lambda backend: backend.name)
+def test_compiled_attention(backend: Backend) -> None:
+    """A whole graph: nothing is imported in it, and documents, which would be waited for, are PyTorch's."""
+    attend = first_of(backend)
+    query, key, value, _ = heads_of(4, 8, 8, torch.float32)
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True, dynamic=False)
+    for kind in ("causal", "documents") if backend is FLASH2 else ("causal",):
+        sight = sight_of(kind, 8, 8)
+        outcomes = []
+        for function in (attend, compiled):
+            tensors = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
+            output = function(*tensors, sight)
+            outcomes.append([output, *torch.autograd.grad(output.square().sum(), tensors)])
+        torch.testing.assert_close(*outcomes, rtol=1e-4, atol=1e-5)
