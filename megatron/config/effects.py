@@ -49,6 +49,9 @@ _NEEDS_PROCESSES = {
 }
 
 
+_SAVES = ("checkpoint_interval_minutes", "async_save", "s3_path", "s3_chunk_size")  # keys of how it is saved
+
+
 def without_effect(draft: Draft) -> Iterator[str]:
     """Yield a sentence for each key that is set away from its default, and that another key makes idle."""
     for key, (condition, values) in _EFFECT.items():
@@ -59,8 +62,10 @@ def without_effect(draft: Draft) -> Iterator[str]:
             yield _sentence(draft, key, f"{size}: 2 or more")
     if is_local(draft.values):
         yield from (_sentence(draft, key, "engine: deepspeed") for key in _DEEPSPEEDS if _is_set(draft, key))
-    if _is_set(draft, "checkpoint_interval_minutes") and not draft.values["save"]:
-        yield _sentence(draft, "checkpoint_interval_minutes", "save")
+    if not draft.values["save"]:
+        yield from (_sentence(draft, key, "save") for key in _SAVES if _is_set(draft, key))
+    elif _is_set(draft, "s3_chunk_size") and not (draft.values["s3_path"] or "://" in draft.values["save"]):
+        yield _sentence(draft, "s3_chunk_size", "s3_path")
     yield from _beyond_the_end(draft)
     yield from _too_many_threads(draft)
     yield from layers_without_float8(draft)

@@ -11,7 +11,7 @@ from typing import Any
 
 OWN_KEYS = frozenset(
     {
-        "activation_fusion", "attention_backend", "check_replicas_interval", "checkpoint_first_layers",
+        "activation_fusion", "async_save", "attention_backend", "check_replicas_interval", "checkpoint_first_layers",
         "checkpoint_interval_minutes", "checkpoint_operations", "compile", "context_parallel_method",
         "context_parallel_size", "cross_entropy_fusion", "cuda_graphs", "data_index_dir", "engine",
         "find_micro_batch_size", "fp8_fusion", "hang_timeout_minutes", "max_wall_time", "moments_dtype", "neox_compat",
@@ -212,8 +212,6 @@ REFUSED: dict[str, Refusal] = {
     "checkpoint_validation_with_forward_pass": Refusal(
         False, "a checkpoint's files are verified by their hashes when it is written and loaded, which needs no model."
     ),
-    "s3_path": Refusal(None, "checkpoints are written to a file system only in this version.", "Set save to a folder."),
-    "s3_chunk_size": Refusal(104857600, "checkpoints are written to a file system only in this version."),
     "wandb_init_all_ranks": Refusal(False, "rank 0 alone logs; its numbers are over all ranks."),
     "use_shared_fs": Refusal(
         True,

@@ -342,6 +342,14 @@ def saving_needs_a_time(d: Draft) -> Iterator[Problem]:
         yield d.problem("checkpoint_factor", d.checkpoint_factor, why, fix)
 
 
+def copies_go_to_a_url(d: Draft) -> Iterator[Problem]:
+    """`s3_path` is another place than `save`, and names an object store."""
+    if d.s3_path and "://" not in d.s3_path:
+        yield d.problem("s3_path", d.s3_path, "it is no URL.", f"Write s3_path: s3://{d.s3_path.strip('/')}")
+    elif d.s3_path and d.save and d.s3_path.rstrip("/") == d.save.rstrip("/"):
+        yield d.problem("s3_path", d.s3_path, "the checkpoints are saved there already.", "Remove s3_path.")
+
+
 def steps_are_not_negative(d: Draft) -> Iterator[Problem]:
     """Saves happen at steps from 0."""
     if d.extra_save_iters and min(d.extra_save_iters) < 0:
@@ -362,6 +370,7 @@ RULES: tuple[Rule, ...] = (
     tied_norm_needs_parallel_residual, fused_gelu_needs_gelu, split_is_possible,
     one_source_of_data, lists_match, one_length_of_training, learning_rate_is_a_range, one_schedule_on_resume,
     optimizer_params_are_in_range, moments_are_adams, backward_updates_at_once, combinations_are_allowed,
-    engine_decides_alone, saving_needs_a_time, steps_are_not_negative, addresses_hold_no_password,
+    engine_decides_alone, saving_needs_a_time, copies_go_to_a_url, steps_are_not_negative,
+    addresses_hold_no_password,
     float8_reaches_a_layer, engine_can_run, compiled_blocks_are_whole, wall_time_is_a_duration,
 )  # fmt: skip

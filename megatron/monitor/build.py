@@ -169,7 +169,7 @@ class Monitor:
         self._record.send(scalars, iteration)
         logger.info(f"{name} at iteration {iteration}: loss {loss:.4f}, perplexity {perplexity:,.2f}{per_character}")
 
-    def log_checkpoint(self, iteration: int, folder: Path) -> None:
+    def log_checkpoint(self, iteration: int, folder: Path | str) -> None:
         """Record that a checkpoint was written, and bring the loss plot up to date if the last is a minute old."""
         if self._record is None:
             return

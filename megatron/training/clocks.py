@@ -82,6 +82,10 @@ class Clocks:
         self._save_seconds = max(self._save_seconds, seconds)
         self._asked_at = None  # the time that it took is no step's
 
+    def wrote(self, seconds: float) -> None:
+        """Say how long a checkpoint took to be written, which in the background is longer than training stood still."""
+        self._save_seconds = max(self._save_seconds, seconds)
+
 
 def _number(environ: Mapping[str, str], name: str) -> float | None:
     """Return a variable's number, or None where it is missing or is none."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from megatron.config.schema.training import TrainingConfig
 from megatron.data.prefetch import Steps
@@ -58,7 +57,8 @@ def run_loop(run: Run, progress: Progress) -> Progress:
         with Results(run.monitor, run.late) as results, Collector() as collector:
             progress = _train(run, progress, results, collector)
     if run.stop.reason is None or progress.iteration > begun:
-        _tell_saved(run, progress, lambda: run.keeper.save(run.engine, progress))
+        _timed(run, lambda: run.keeper.save(run.engine, progress))
+        _tell_written(run)
     return progress
 
 
@@ -104,19 +104,25 @@ def _pauses(run: Run, progress: Progress) -> bool:
 
 
 def save_if_due(run: Run, progress: Progress) -> None:
-    """Save where the config says so or the ranks have agreed to, and show where."""
+    """Save where the config says so or the ranks have agreed to, and show what was saved, in the background too."""
     now = run.stop.wants_save
     if now or run.keeper.is_due(progress):
-        _tell_saved(run, progress, lambda: run.keeper.save_if_due(run.engine, progress, now))
+        _timed(run, lambda: run.keeper.save_if_due(run.engine, progress, now))
+    _tell_written(run)
 
 
-def _tell_saved(run: Run, progress: Progress, save: Callable[[], Path | None]) -> None:
-    """Save, say how long it took to whom that concerns, and record the checkpoint, if one was written."""
+def _timed(run: Run, save: Callable[[], None]) -> None:
+    """Save, and say how long it took to whom that concerns."""
     begin = time.perf_counter()
-    folder = save()
+    save()
     run.stop.saved(time.perf_counter() - begin)
-    if folder is not None:
-        run.monitor.log_checkpoint(progress.iteration, folder)
+
+
+def _tell_written(run: Run) -> None:
+    """Record the checkpoints that have been written."""
+    for iteration, folder, seconds in run.keeper.written():
+        run.stop.wrote(seconds)
+        run.monitor.log_checkpoint(iteration, str(folder))
 
 
 def is_due(progress: Progress, interval: int | None) -> bool:

@@ -8,17 +8,17 @@ keeper.save_if_due(engine, progress)
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.compatible import require_same_model, require_tokenizer
 from megatron.checkpoint.load import CheckpointReader
-from megatron.checkpoint.lock import FolderLock
 from megatron.checkpoint.model import WORD_EMBEDDINGS
 from megatron.checkpoint.retention import save_iterations
-from megatron.checkpoint.save import save_checkpoint
+from megatron.checkpoint.save import take_snapshot
+from megatron.checkpoint.storage import Storage
 from megatron.checkpoint.together import together
 from megatron.checkpoint.topology import say_resharding, topology_of
+from megatron.checkpoint.writer import Snapshot
 from megatron.config.schema.config import Config
 from megatron.data.gpt import SampleReader
 from megatron.engine.base import Engine
@@ -30,7 +30,8 @@ from megatron.training.progress import Progress
 from megatron.training.restore import load_or_earlier, tell_changes
 from megatron.training.same_samples import NEXT_SAMPLES, record_next, require_same_samples
 from megatron.training.same_schedule import with_agreed_schedule
-from megatron.training.source import Source, open_source
+from megatron.training.saver import Saver
+from megatron.training.source import Opened, Source, open_source
 from megatron.whereabouts import Phase, inside
 
 logger = get_logger(__name__)
@@ -57,14 +58,23 @@ class Keeper:
         self._tokenizer = tokenizer
         self._extra = dict(extra or {})
         self._due = frozenset(save_iterations(config.checkpoint, config.training.train_iters or 0))
-        self._last_saved: int | None = None
-        self._lock = FolderLock(Path(config.checkpoint.save), mesh) if config.checkpoint.save else None
-        self._opened = open_source(config.checkpoint, mesh)
-        if self._opened is not None:
-            require_same_model(self._opened.reader, config)
-            require_tokenizer(self._opened.reader, tokenizer.name, tokenizer.fingerprint())
-            if not self._finetunes(self._opened.source):
-                self._config = with_agreed_schedule(config, self._opened.reader)
+        self._saver = Saver(config, mesh) if config.checkpoint.save else None
+        try:
+            self._opened = self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> Opened | None:
+        """Find the checkpoint that the run begins from, and take from it what the config leaves to it."""
+        config = self._config
+        opened = open_source(config.checkpoint, self._mesh)
+        if opened is not None:
+            require_same_model(opened.reader, config)
+            require_tokenizer(opened.reader, self._tokenizer.name, self._tokenizer.fingerprint())
+            if not self._finetunes(opened.source):
+                self._config = with_agreed_schedule(config, opened.reader)
+        return opened
 
     @property
     def config(self) -> Config:
@@ -126,8 +136,8 @@ class Keeper:
         if not finetune:
             tell_changes(reader, self._config, self._extra)
             together(self._mesh, lambda: self._require_same_samples(reader, progress), _no_file)
-        if source.is_own:
-            self._last_saved = progress.iteration
+        if source.is_own and self._saver is not None:
+            self._saver.last_saved = progress.iteration
         return progress
 
     def _finetunes(self, source: Source) -> bool:
@@ -139,53 +149,50 @@ class Keeper:
             require_same_samples(self._samples, reader, progress.consumed_samples, self._extra.get("train_order"))
 
     def close(self) -> None:
-        """Leave `save` to other runs."""
-        if self._lock is not None:
-            self._lock.release()
+        """Wait for a save in the background, and leave `save` to other runs."""
+        if self._saver is not None:
+            self._saver.close()
 
     def is_due(self, progress: Progress) -> bool:
         """Say whether the keys of the config ask for a checkpoint now."""
         return progress.iteration in self._due
 
-    def save_if_due(self, engine: Engine, progress: Progress, now: bool = False) -> Path | None:
-        """Save where the keys of the config say so, or `now`, and return the folder.
+    def save_if_due(self, engine: Engine, progress: Progress, now: bool = False) -> None:
+        """Save where the keys of the config say so, or `now`; under `async_save` in the background.
 
         A failure before the end of the run costs this checkpoint, and training goes on; at the end it is raised.
         """
         if not now and not self.is_due(progress):
-            return None
+            return
+        last = progress.iteration == self._config.training.train_iters
         try:
-            return self.save(engine, progress)
+            self.save(engine, progress, last)
         except CheckpointError as error:
-            if progress.iteration == self._config.training.train_iters:
+            if last:
                 raise
             logger.error("no checkpoint at iteration %d, training goes on. %s", progress.iteration, error)
-            return None
 
-    def save(self, engine: Engine, progress: Progress) -> Path | None:
-        """Save now and return the folder, or None where this iteration is saved already or `save` is not set.
+    def save(self, engine: Engine, progress: Progress, last: bool = True) -> None:
+        """Save now, unless this iteration is saved already or `save` is not set.
 
-        Raises CheckpointError where it cannot be written."""
-        settings = self._config.checkpoint
-        if not settings.save or self._last_saved == progress.iteration:
-            return None
+        last: the run ends with it, and waits until it is written. Raises CheckpointError where it cannot be written."""
+        if self._saver is None:
+            return
+        with inside(Phase.SAVE):
+            self._saver.save(progress.iteration, lambda: self._snapshot(engine, progress), last)
+
+    def _snapshot(self, engine: Engine, progress: Progress) -> Snapshot:
         tokenizer = {
             "name": self._tokenizer.name,
             "fingerprint": self._tokenizer.fingerprint(),
             "vocab_size": self._tokenizer.vocab_size,
         }
-        with inside(Phase.SAVE):
-            folder = save_checkpoint(
-                Path(settings.save),
-                progress.iteration,
-                engine.state_pieces(),
-                progress.as_dict(),
-                self._config,
-                {"tokenizer": tokenizer, **self._extra, **self._next_samples(progress)},
-                self._mesh,
-            )
-        self._last_saved = progress.iteration
-        return folder
+        extra = {"tokenizer": tokenizer, **self._extra, **self._next_samples(progress)}
+        return take_snapshot(progress.iteration, engine.state_pieces(), progress.as_dict(), self._config, extra)
+
+    def written(self) -> list[tuple[int, Storage, float]]:
+        """Return (iteration, folder, seconds) of the checkpoints that have been written since the last call."""
+        return self._saver.written() if self._saver is not None else []
 
     def _next_samples(self, progress: Progress) -> dict[str, Any]:
         """Return the record of what comes next, which rank 0 writes."""

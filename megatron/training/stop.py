@@ -93,6 +93,11 @@ class Agreement:
         if self._clocks is not None:
             self._clocks.saved(seconds)
 
+    def wrote(self, seconds: float) -> None:
+        """Say how long a checkpoint took until it was written, in the background too."""
+        if self._clocks is not None:
+            self._clocks.wrote(seconds)
+
 
 def stopped(config: Config, reason: Wish, begun: Progress, progress: Progress) -> Stopped:
     """Return how a run ends that was asked to stop, and whose last checkpoint is written.

@@ -202,6 +202,11 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ),
     ({"max_wall_time": 0}, 'max_wall_time = 0: it must be more than 0. Write max_wall_time: "4:00:00" for four hours'),
     ({"save": "x"}, 'save = "x": nothing says when to save. Add checkpoint_factor: 1000'),
+    ({"s3_path": "bucket/run"}, 's3_path = "bucket/run": it is no URL. Write s3_path: s3://bucket/run'),
+    (
+        {"save": "s3://b/run", "checkpoint_factor": 1, "s3_path": "s3://b/run/"},
+        "the checkpoints are saved there already. Remove s3_path",
+    ),
     ({"checkpoint_factor": 1, "checkpoint_scale": "log"}, "so it must be more than 1. Set checkpoint_factor: 2"),
     ({"checkpoint_factor": 1.5}, "it is a number of steps, so it must be whole. Set checkpoint_factor: 2"),
     ({"wandb_host": "https://me:pass@host"}, "wandb_host: a user's name and password do not belong into an address"),

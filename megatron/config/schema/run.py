@@ -10,9 +10,12 @@ from megatron.config.schema.base import Section, setting
 class CheckpointConfig(Section):
     """When the state is saved, how much is kept, and what a run starts from."""
 
-    save: str | None = setting(None, "Folder of the run's checkpoints. Unset: nothing is saved.")
+    save: str | None = setting(
+        None,
+        "Folder of the run's checkpoints, or the URL of an object store (s3://bucket/run). Unset: nothing is saved.",
+    )
     load: str | None = setting(
-        None, "Folder of checkpoints to start from; a run stops if it holds none, unless resume is auto."
+        None, "Folder or URL of checkpoints to start from; a run stops if it holds none, unless resume is auto."
     )
     resume: Literal["auto", "never"] = setting(
         "never", "auto: continue from the newest checkpoint of `save` (or `load`) if there is one, else start fresh."
@@ -33,6 +36,17 @@ class CheckpointConfig(Section):
     )
     extra_save_iters: list[int] | None = setting(
         None, "More steps to save at; 0 saves the initial model.", unit="optimizer steps"
+    )
+    async_save: bool = setting(
+        False,
+        "Training waits only until the state is copied to host memory, which must have room for it (12 to 16 bytes for "
+        "each parameter, spread over the ranks); threads write it while training goes on.",
+    )
+    s3_path: str | None = setting(
+        None, "URL under which each checkpoint is stored again once it is in `save`; nothing is ever deleted there."
+    )
+    s3_chunk_size: int = setting(
+        104857600, "Size of one part of an upload to an object store.", unit="bytes", ge=5 << 20, le=5 << 30
     )
     keep_last_n_checkpoints: int | None = setting(
         None, "Older checkpoints are removed after each save. Unset: all are kept.", unit="checkpoints", ge=1
