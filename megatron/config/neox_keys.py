@@ -11,7 +11,8 @@ from typing import Any
 
 OWN_KEYS = frozenset(
     {
-        "activation_fusion", "async_save", "attention_backend", "check_replicas_interval", "checkpoint_first_layers",
+        "activation_fusion", "async_save", "attention_backend", "check_in_seconds", "check_replicas_interval",
+        "checkpoint_first_layers",
         "checkpoint_interval_minutes", "checkpoint_operations", "compile", "context_parallel_method",
         "context_parallel_size", "cross_entropy_fusion", "cuda_graphs", "data_index_dir", "engine",
         "find_micro_batch_size", "fp8_fusion", "hang_timeout_minutes", "max_wall_time", "moments_dtype", "neox_compat",
