@@ -147,7 +147,7 @@ def report(ranks: Sequence[Seen], idle: float) -> str:
 
 
 def _stack(rank: Seen, is_absent: bool) -> str:
-    which = "which the others wait for" if is_absent else "one of those that wait"
+    which = "which the others wait for" if is_absent else "which waits"
     title = f"Rank {rank.rank} on host {rank.host}, {which} (the innermost call first):"
     return f"{title}\n{rank.doing.stack or '  no stack: the process is ' + (rank.doing.trouble or 'silent')}"
 

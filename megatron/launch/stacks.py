@@ -20,7 +20,7 @@ _SECONDS = 2.0  # for the answer; a process that is scheduled at all answers in 
 _FRAME = re.compile(r'^  File "(?P<file>[^"]*)", line \d+ in (?P<function>.+)$')
 _MOST_FRAMES = 24
 _STATES = {
-    "T": "stopped (by SIGSTOP, Ctrl-Z or a debugger; `kill -CONT` goes on)",
+    "T": "stopped (by SIGSTOP, Ctrl-Z or a debugger)",
     "t": "stopped by a debugger",
     "D": "held by the kernel, most often for a disk or a network file system that does not answer",
     "Z": "gone",

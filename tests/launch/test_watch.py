@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,10 +17,14 @@ import torch.distributed as dist
 
 from megatron import whereabouts
 from megatron.config.schema.config import Config
+from megatron.data.batch import Batch
+from megatron.engine.stage import Feed
 from megatron.launch.entry import run_worker
 from megatron.launch.port import free_port
 from megatron.parallel.mesh import Mesh
+from megatron.training.run import train
 from megatron.whereabouts import Phase, enter, inside
+from tests.end_to_end.tiny import write_corpus
 from tests.launch.forked import fork
 from tests.launch.test_entry import payload
 from tests.ranks import preload
@@ -27,23 +32,26 @@ from tests.ranks import preload
 Work = Callable[[int, Path], None]
 
 
-def run(folder: Path, ranks: int, work: Work, **keys: object) -> tuple[list[int], list[str], float]:
-    """Run `work(rank, folder)` on ranks that plain variables describe, from step 7 on; return their exit codes, their
-    outputs, and the seconds it took."""
+def run(folder: Path, ranks: int, work: Work | None, **keys: object) -> tuple[list[int], list[str], float]:
+    """Run `work(rank, folder)` on ranks that plain variables describe, from step 7 on, or train where it is None.
+
+    Returns their exit codes, their outputs, and the seconds it took."""
 
     def begin(config: Config, mesh: Mesh, files: Mapping[str, str]) -> None:
         dist.barrier()
         whereabouts.begin_step(6)
         whereabouts.begin_step(7)
         enter(Phase.BACKWARD, 3)
+        assert work is not None
         work(mesh.world.rank, folder)
 
     preload()
     shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port(0))}
-    argv = payload(folder, ranks, gradient_accumulation_steps=1, **keys)
+    argv = payload(folder, ranks, **{"gradient_accumulation_steps": 1, **keys})
+    body: Any = train if work is None else begin
     began = time.monotonic()
     forks = [
-        fork(lambda: run_worker(begin, argv), folder / f"output{rank}", {"RANK": str(rank), **shared})
+        fork(lambda: run_worker(body, argv), folder / f"output{rank}", {"RANK": str(rank), **shared})
         for rank in range(ranks)
     ]
     codes = [one.end()[0] for one in forks]
@@ -77,9 +85,17 @@ def wait_for(path: Path) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("dead", [[0], [2], [0, 1]])
-def test_a_killed_rank_ends_the_others(tmp_path: Path, dead: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("dead", "phase", "said"),
+    [
+        ([0], Phase.FORWARD, "at step 7, in forward"),
+        ([2], Phase.SAVE, "at step 7, in save"),
+        ([0, 1], Phase.VALIDATION, "at step 7, in validation"),
+    ],
+)
+def test_a_killed_rank_ends_the_others(tmp_path: Path, dead: list[int], phase: Phase, said: str) -> None:
     def work(rank: int, folder: Path) -> None:
+        enter(phase)
         if rank in dead:
             die()
         threading.Event().wait(60)  # no collective that would notice
@@ -87,11 +103,28 @@ def test_a_killed_rank_ends_the_others(tmp_path: Path, dead: list[int]) -> None:
     codes, outputs, seconds = run(tmp_path, 3, work)
     assert codes == [-9 if rank in dead else 1 for rank in range(3)]
     assert seconds < 10
-    assert sum("failed at step 7, micro-batch 3, in backward, exit code" in text for text in outputs) == 1
-    assert "failed at step 7, micro-batch 3, in backward, exit code" in outputs[dead[0]] + outputs[dead[-1]]
+    assert sum(f"failed {said}, exit code" in text for text in outputs) == 1
+    assert f"failed {said}, exit code" in outputs[dead[0]] + outputs[dead[-1]]
     survivors = [text for rank, text in enumerate(outputs) if rank not in dead]
     assert sum(text.count("because rank") for text in survivors) == 1  # one line for all ranks of a host
     assert all("Traceback" not in text for text in outputs)
+
+
+def test_a_rank_that_is_killed_before_it_has_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the others wait for it to join the groups."""
+
+    def create(*arguments: object) -> Mesh:
+        if dist.get_rank() == 1:
+            die()
+        dist.barrier()
+        return Mesh.single()
+
+    monkeypatch.setattr(Mesh, "create", create)
+    codes, outputs, seconds = run(tmp_path, 2, lambda rank, folder: None)
+    assert codes == [1, -9]
+    assert seconds < 10
+    assert "failed before its first step, in meeting of the ranks, exit code" in outputs[1]
+    assert outputs[0].strip().splitlines()[-1].startswith("rank 0 on host ")
 
 
 def test_the_traceback_is_shown_once_and_last(tmp_path: Path) -> None:
@@ -197,6 +230,29 @@ def test_a_rank_that_leaves_a_collective_out(tmp_path: Path) -> None:
     assert "rank 0 waits in broadcast, in backward of step 7 micro-batch 3" in outputs[0]
     assert "rank 1 waits in barrier, in batch of step 8" in outputs[0]
     assert "one of them has left a collective out" in outputs[0]
+
+
+def test_a_stage_of_a_pipeline_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real run, in which the second stage sleeps in the forward pass of step 2, micro-batch 1."""
+    write_corpus(tmp_path / "corpus")
+    take = Feed.take
+
+    def sleep_over(feed: Feed) -> Batch:
+        place = whereabouts.current()
+        if dist.get_rank() == 1 and (place.step, place.micro_batch) == (2, 1):
+            sleep()
+        return take(feed)
+
+    monkeypatch.setattr(Feed, "take", sleep_over)
+    keys = {"gradient_accumulation_steps": 2, "pipe_parallel_size": 2, "save": None, "resume": "never"}
+    codes, outputs, _ = run(tmp_path, 2, None, hang_timeout_minutes=0.02, eval_iters=0, **keys)
+    assert codes == [1, 1]
+    report = outputs[0][outputs[0].index("The run hangs") :]
+    line = report.splitlines()[1]
+    assert line.startswith("rank 0 waits in ")
+    assert " in receive gradient of step 2 micro-batch 1; rank 1 (host " in line
+    assert ") is in forward of step 2 micro-batch 1, for " in line
+    assert "in sleep\n" in report
 
 
 def test_slow_steps_are_no_hang(tmp_path: Path) -> None:
