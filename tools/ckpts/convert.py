@@ -7,12 +7,13 @@ python tools/ckpts/convert.py import pythia-160m checkpoints/pythia-160m
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+if __name__ == "__main__":  # this folder must not be searched for modules: it holds one called inspect
+    sys.path[0] = __file__.rsplit("tools", 1)[0] or "."
+
+import argparse
+from collections.abc import Sequence
 
 from megatron.errors import DeepyError
 from megatron.interop.convert import export_hf, import_hf
