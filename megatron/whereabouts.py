@@ -53,6 +53,7 @@ class Phase(IntEnum):
     UPDATE = 32
     RESULT = 33
     LOGGING = 34
+    EXAMINATION = 39
     CHECK = 40
     VALIDATION = 41
     SAVE = 42
@@ -75,6 +76,7 @@ _WORDS = {
     Phase.LOSS_SUM: "sum of the losses",
     Phase.GRADIENT_SUM: "sum of the gradients",
     Phase.RESULT: "wait for the result",
+    Phase.EXAMINATION: "examination of a step",
     Phase.CHECK: "comparison of the replicas",
     Phase.END: "end of the run",
 }

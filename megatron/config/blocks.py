@@ -23,6 +23,11 @@ class Block(BaseModel):
         return self.model_dump(exclude_unset=True, exclude_none=True)
 
 
+def entry(default: Any, description: str, *, unit: str | None = None, **constraints: Any) -> Any:
+    """Return the pydantic field of an entry of a block of our own; arguments as in `schema.base.setting`."""
+    return Field(default, description=description, json_schema_extra={"unit": unit} if unit else {}, **constraints)
+
+
 class Offload(Block):
     """offload_optimizer and offload_param: what is kept outside the GPU; DeepSpeed's own entries pass through."""
 
@@ -127,6 +132,44 @@ class Optimizer(Block):
     params: OptimizerParams
 
 
+class SpikeGuard(Block):
+    """spike_guard: which losses and gradient norms are spikes, and what is done about one."""
+
+    action: Literal["skip", "rollback", "stop"] = entry(
+        ...,
+        "skip: leave the update of the step out. rollback: go back to the last checkpoint, and on behind the samples "
+        "of the spike. stop: leave the update out, save a checkpoint, and end the run with an error.",
+    )
+    loss_deviations: float = entry(
+        8.0,
+        "A loss is a spike this far above the running median; a deviation is 1.4826 times the median distance from the "
+        "median. 0 does not watch the loss.",
+        unit="robust standard deviations",
+        ge=0,
+    )
+    least_rise: float = entry(
+        0.3, "A loss less than this above the running median is never a spike.", unit="nats per token", ge=0
+    )
+    grad_norm_multiple: float = entry(
+        0.0,
+        "A gradient norm, before clipping, is a spike above this times the running median. 0 does not watch the norm.",
+        unit="ratio",
+        ge=0,
+    )
+    window: int = entry(
+        100, "Steps that the medians are of: the last that were applied.", unit="optimizer steps", ge=8, le=10_000
+    )
+    warmup_steps: int = entry(
+        50, "Steps that must be in the window before anything is a spike.", unit="optimizer steps", ge=8, le=10_000
+    )
+    most_in_a_row: int = entry(
+        5,
+        "More spikes in a row than this end the run (rollback: more returns to the same checkpoint): it does not help.",
+        unit="spikes",
+        ge=1,
+    )
+
+
 OPTIMIZERS: dict[str, frozenset[str]] = {
     # what `params` may hold beside lr and weight_decay
     **dict.fromkeys(("adam", "adamw", "cpu_adam", "cpu_torch_adam"), frozenset({"betas", "eps"})),
@@ -142,4 +185,5 @@ BLOCKS: dict[str, type[Block]] = {
     "bf16": Bf16,
     "data_types": DataTypes,
     "optimizer": Optimizer,
+    "spike_guard": SpikeGuard,
 }

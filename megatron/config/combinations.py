@@ -107,6 +107,9 @@ USES: dict[str, Use] = {
     "round robin": Use("zero_optimization.round_robin_gradients", _is(True), "another order of gradients over ranks"),
     "DeepSpeed's bf16 states": Use("bf16.bf16_optimizer_states", _is(True), "moments and masters in bf16"),
     "bf16 masters": Use("bf16.bf16_master_weights_and_grads", _is(True), "masters and gradients in bf16"),
+    "spike guard": Use(
+        "spike_guard.action", _is("skip", "rollback", "stop"), "a step whose loss or gradient norm jumps is left out"
+    ),
     "no norm": Use("zero_optimization.compute_grad_norm", _is(False), "no gradient norm"),
 }
 
@@ -114,7 +117,7 @@ USES: dict[str, Use] = {
 SHOWN = (
     "ZeRO 0", "ZeRO 1", "ZeRO 2", "ZeRO 3", "pipeline", "tensor", "sequence", "context",
     "attention dropout", "rpe", "fp32", "bf16", "fp16", "fp8",
-    "optimizer offload", "parameter offload", "sm3", "cpu_adam", "update in backward",
+    "optimizer offload", "parameter offload", "sm3", "cpu_adam", "update in backward", "spike guard",
 )  # fmt: skip
 
 _ON_DISK = "checkpoints cannot read state from there."
@@ -141,6 +144,8 @@ LINES: tuple[Line, ...] = (
     Line("update in backward", "pipeline", _UPDATES_LATER, "Set pipe_parallel_size to 1."),
     Line("update in backward", "fp16", "a step whose gradient overflows is skipped, and weights have changed by then.",
          "Set precision: bf16."),
+    Line("spike guard", "update in backward", "weights have changed by the time that the loss's gradient is known.",
+         "Remove spike_guard, or set optimizer_in_backward: false."),
     Line("optimizer on disk", "", _ON_DISK, 'Set it to "cpu" or "none".'),
     Line("parameters on disk", "", _ON_DISK, 'Set it to "cpu" or "none".'),
     Line("round robin", "", "DeepSpeed 0.19.8 hands over wrong masters under it, and checkpoints would hold them.",

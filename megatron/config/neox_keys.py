@@ -15,9 +15,10 @@ OWN_KEYS = frozenset(
         "checkpoint_first_layers",
         "checkpoint_interval_minutes", "checkpoint_operations", "compile", "context_parallel_method",
         "context_parallel_size", "cross_entropy_fusion", "cuda_graphs", "data_index_dir", "engine",
-        "find_micro_batch_size", "fp8_fusion", "hang_timeout_minutes", "max_wall_time", "moments_dtype", "neox_compat",
+        "find_micro_batch_size", "fp8_fusion", "hang_timeout_minutes", "max_wall_time", "moments_dtype",
+        "most_not_finite", "neox_compat",
         "offload_activations", "optimizer_fusion", "optimizer_in_backward", "requeue_exit_code", "resume", "run_name",
-        "runs_dir", "slurm_requeue", "slurm_stop_minutes", "wsd_decay_fraction", "wsd_decay_shape",
+        "runs_dir", "slurm_requeue", "slurm_stop_minutes", "spike_guard", "wsd_decay_fraction", "wsd_decay_shape",
     }
 )  # fmt: skip
 """Keys of the schema that GPT-NeoX does not have; every other key is one of its names."""

@@ -96,9 +96,14 @@ def _section(name: str, section: type[Section]) -> Iterator[str]:
 
 def _block_tables() -> Iterator[str]:
     yield "\n## Entries of the blocks\n"
-    yield "Names and meanings are DeepSpeed's; the defaults are what DeepSpeed is told where an entry is not set."
+    yield "Names and meanings are DeepSpeed's; the defaults are what DeepSpeed is told where an entry is not set. Only"
+    yield "`spike_guard` is our own."
     for name, block in BLOCKS.items():
         yield f"\n### {name}\n"
+        if any(info.description for info in block.model_fields.values()):
+            yield "| entry | type | default | unit and range | meaning |\n|---|---|---|---|---|"
+            yield from (_row(entry, info) for entry, info in block.model_fields.items())
+            continue
         yield "| entry | type | default | range |\n|---|---|---|---|"
         for entry, info in block.model_fields.items():
             default = "required" if info.is_required() else f"`{show(info.get_default(call_default_factory=True))}`"

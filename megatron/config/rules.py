@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 
 from megatron.config import combinations, keys
 from megatron.config.attention import expand_attention
+from megatron.config.blocks import SpikeGuard
 from megatron.config.draft import Draft, either
 from megatron.config.duration import wall_time_is_a_duration
 from megatron.config.engine import compiled_blocks_are_whole, engine_can_run
@@ -363,6 +364,27 @@ def addresses_hold_no_password(d: Draft) -> Iterator[Problem]:
         yield Problem("wandb_host", why, "Log in once with `wandb login --host <address>`.", d.where("wandb_host"))
 
 
+def spike_guard_can_act(d: Draft) -> Iterator[Problem]:
+    """A guard watches something, its window holds what it waits for, and there is something to go back to."""
+    if d.spike_guard is None:
+        return
+    guard = SpikeGuard(**d.spike_guard)
+    if guard.warmup_steps > guard.window:
+        why = f"spike_guard.window = {guard.window} never holds that many steps."
+        fix = f"Set spike_guard.window to {guard.warmup_steps} or more, or warmup_steps to {guard.window} or less."
+        yield d.problem("spike_guard.warmup_steps", guard.warmup_steps, why, fix)
+    if guard.loss_deviations == 0 and guard.grad_norm_multiple == 0:
+        why = "it watches neither the loss nor the gradient norm."
+        yield d.problem("spike_guard.loss_deviations", 0, why, "Set it to 8.0, or grad_norm_multiple to 10.0.")
+    if guard.action == "rollback" and d.save is None:
+        why = "there is no checkpoint to go back to, since `save` is not set."
+        yield d.problem("spike_guard.action", "rollback", why, "Set save to a folder, or write action: skip.")
+    if guard.action == "rollback" and (d.no_save_optim or d.no_load_optim):
+        key = "no_save_optim" if d.no_save_optim else "no_load_optim"
+        why = f"it goes back with the optimizer's state, which {key} leaves out."
+        yield d.problem("spike_guard.action", "rollback", why, f"Remove {key}, or write action: skip.")
+
+
 RULES: tuple[Rule, ...] = (
     heads_divide_hidden, kv_heads_divide_heads, heads_divide_over_processes, sequence_divides_over_processes,
     mlp_divides_over_processes, tokens_divide_over_processes, context_parallel_attention, stages_have_layers,
@@ -373,4 +395,5 @@ RULES: tuple[Rule, ...] = (
     engine_decides_alone, saving_needs_a_time, copies_go_to_a_url, steps_are_not_negative,
     addresses_hold_no_password,
     float8_reaches_a_layer, engine_can_run, compiled_blocks_are_whole, wall_time_is_a_duration,
+    spike_guard_can_act,
 )  # fmt: skip

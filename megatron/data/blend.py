@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron.data.gpt import SampleReader, Samples
+from megatron.data.gpt import Origin, SampleReader, Samples
 
 OVERSAMPLING = 1.005
 BLOCK = 1024
@@ -62,7 +62,7 @@ class BlendedDataset:
 
     def read(self, indices: NDArray[np.int64]) -> Samples:
         """Return the samples at `indices` [b], in their order; a data set that ends begins again."""
-        located = np.array([self.index.locate(index) for index in (indices % len(self)).tolist()], np.int64)
+        located = self._locate(indices)
         parts = []
         for choice in np.unique(located[:, 0]).tolist():
             rows = np.flatnonzero(located[:, 0] == choice)
@@ -78,6 +78,15 @@ class BlendedDataset:
             if labels is not None:
                 labels[rows] = samples.text if samples.labels is None else samples.labels
         return Samples(text, labels)
+
+    def origins(self, indices: NDArray[np.int64]) -> list[Origin]:
+        """Return where the samples at `indices` [b] were taken from."""
+        located = self._locate(indices)
+        return [self.datasets[choice].origins(located[row : row + 1, 1])[0] for row, (choice, _) in enumerate(located)]
+
+    def _locate(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return [b, 2]: the data set of each sample, and its number in it."""
+        return np.array([self.index.locate(index) for index in (indices % len(self)).tolist()], np.int64)
 
 
 def normalised(weights: Sequence[float]) -> list[float]:

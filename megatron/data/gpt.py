@@ -31,6 +31,14 @@ class Samples:
     labels: NDArray[np.int64] | None = None
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where a sample was taken from: the token file's prefix, and the documents in it that it has tokens of."""
+
+    prefix: str
+    documents: list[int]
+
+
 class SampleReader(Protocol):
     """Anything that yields samples by index: one data set, or a blend of several."""
 
@@ -38,6 +46,10 @@ class SampleReader(Protocol):
 
     def read(self, indices: NDArray[np.int64]) -> Samples:
         """Return the samples at `indices` [b]; indices past the end wrap around."""
+        ...
+
+    def origins(self, indices: NDArray[np.int64]) -> list[Origin]:
+        """Return where the samples at `indices` [b] were taken from."""
         ...
 
 
@@ -103,6 +115,15 @@ class GptDataset:
         if self.neox_compat or int(pieces.lengths.sum()) == text.size:
             return Samples(text)
         return Samples(text, self._copy(pieces, self.documents.text, len(indices), IGNORED))
+
+    def origins(self, indices: NDArray[np.int64]) -> list[Origin]:
+        """Return where the samples at `indices` [b] were taken from."""
+        prefix, width, found = self.documents.text.prefix, self.seq_length + 1, []
+        pieces = self._pieces(self.index.rows(indices))
+        for row in range(len(indices)):
+            is_mine = (pieces.places // width == row) & (pieces.lengths > 0)
+            found.append(Origin(prefix, pieces.documents[is_mine].tolist()))
+        return found
 
     def _copy(self, pieces: Pieces, source: IndexedDataset, rows: int, padding: int) -> NDArray[np.int64]:
         flat = np.full(rows * (self.seq_length + 1), padding, np.int64)

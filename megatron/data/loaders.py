@@ -15,6 +15,7 @@ import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from types import TracebackType
 
 import numpy as np
@@ -24,11 +25,22 @@ from torch import Tensor
 
 from megatron.config.schema.config import Config
 from megatron.data.batch import Batch
-from megatron.data.gpt import SampleReader, Samples
+from megatron.data.gpt import Origin, SampleReader, Samples
 from megatron.data.sampler import Layout
 from megatron.errors import ConfigError, Problem
 
 Step = list[Batch]
+
+
+@dataclass(frozen=True)
+class MicroBatchSamples:
+    """What one micro-batch of one data parallel rank is made of: the indices of its samples in the data set, and
+    where each was taken from."""
+
+    dp_rank: int
+    number: int
+    indices: list[int]
+    origins: list[Origin]
 
 
 class BatchLoader:
@@ -100,6 +112,16 @@ class BatchLoader:
         """Return the batches of the step that begins at `consumed_samples`."""
         numbers = range(self.layout.gradient_accumulation_steps)
         return [self._read(self.layout.indices(consumed_samples, number, len(self.dataset))) for number in numbers]
+
+    def describe_step(self, consumed_samples: int) -> list[MicroBatchSamples]:
+        """Return what the step that begins at `consumed_samples` is made of, on all data parallel ranks."""
+        found = []
+        for dp_rank in range(self.layout.dp_size):
+            layout = replace(self.layout, dp_rank=dp_rank)
+            for number in range(layout.gradient_accumulation_steps):
+                indices = layout.indices(consumed_samples, number, len(self.dataset))
+                found.append(MicroBatchSamples(dp_rank, number, indices.tolist(), self.dataset.origins(indices)))
+        return found
 
     def _read(self, indices: NDArray[np.int64]) -> Batch:
         return make_batch(self.dataset.read(indices), self._eod_token, self._pin_memory)

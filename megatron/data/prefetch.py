@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 
 from megatron.data.batch import Batch
+from megatron.data.loaders import MicroBatchSamples
 
 
 class Steps(Protocol):
@@ -20,6 +21,18 @@ class Steps(Protocol):
     consumed_samples: int
 
     def __next__(self) -> list[Batch]: ...
+
+    def seek(self, consumed_samples: int) -> None:
+        """Continue at `consumed_samples`."""
+        ...
+
+    def read_step(self, consumed_samples: int) -> list[Batch]:
+        """Return the batches of the step that begins there; where the next step begins stays as it is."""
+        ...
+
+    def describe_step(self, consumed_samples: int) -> list[MicroBatchSamples]:
+        """Return what the step that begins there is made of, on all data parallel ranks."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -59,6 +72,20 @@ class Prefetcher:
         self.consumed_samples = taken.consumed_samples
         self._next = self._fetch()
         return taken.batches
+
+    def seek(self, consumed_samples: int) -> None:
+        """Continue at `consumed_samples`; what was fetched is dropped."""
+        self._next = None
+        self._loader.seek(consumed_samples)
+        self.consumed_samples = consumed_samples
+
+    def read_step(self, consumed_samples: int) -> list[Batch]:
+        """Return the batches of the step that begins there, not on the device."""
+        return self._loader.read_step(consumed_samples)
+
+    def describe_step(self, consumed_samples: int) -> list[MicroBatchSamples]:
+        """Return what a step is made of; see `Steps`."""
+        return self._loader.describe_step(consumed_samples)
 
     def _fetch(self) -> _Fetched:
         try:

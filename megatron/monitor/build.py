@@ -15,10 +15,11 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 from megatron import logs, whereabouts
 from megatron.config.schema.config import Config
@@ -85,6 +86,7 @@ class Monitor:
         self.timers = Timers()
         self._display, self._record, self._clock = display, record, StepClock()
         self._skipped = 0
+        self._incidents: Counter[str] = Counter()
         self._step_begin: float | None = None
         self._plotted = time.monotonic()
         if record is not None:
@@ -147,6 +149,7 @@ class Monitor:
             mean * max(0, self.total_iterations - iteration),
             values.loss_scale,
             self._skipped,
+            dict(self._incidents),
         )
 
     def log_validation(
@@ -176,6 +179,22 @@ class Monitor:
         self._record.metrics.write("checkpoint", iteration, folder=str(folder))
         if time.monotonic() - self._plotted > PLOT_SECONDS:
             self.plot()
+
+    def log_incident(self, kind: str, iteration: int, **values: Any) -> None:
+        """Record a step that was left out. kind: "spike" or "not_finite". values: why, and its samples."""
+        self._incidents[kind] += 1
+        if self._record is not None:
+            self._record.metrics.write(kind, iteration, **values)
+            self._record.send({f"train/{kind}s": float(self._incidents[kind])}, iteration)
+
+    def log_rollback(self, iteration: int, back_to: int, samples: Sequence[int]) -> None:
+        """Record that the run goes back from a spike to a checkpoint; the steps between count no longer.
+
+        iteration: of the spike. back_to: of the checkpoint. samples: [begin, end) of those left out."""
+        self._incidents["rollback"] += 1
+        if self._record is not None:
+            self._record.metrics.write("rollback", iteration, back_to=back_to, samples=list(samples))
+            self._record.send({"train/rollbacks": float(self._incidents["rollback"])}, iteration)
 
     def message(self, text: str) -> None:
         """Say something to the person at rank 0's screen."""

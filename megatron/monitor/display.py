@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from megatron import logs
@@ -16,7 +17,10 @@ logger = logs.get_logger(__name__)
 
 @dataclass(frozen=True)
 class Shown:
-    """The numbers of one step that a person follows; seconds_left counts the remaining steps."""
+    """The numbers of one step that a person follows; seconds_left counts the remaining steps.
+
+    skipped: steps whose update was left out. incidents: how many of each kind there were: "spike", "not_finite",
+    "rollback"."""
 
     iteration: int
     total_iterations: int
@@ -28,6 +32,7 @@ class Shown:
     seconds_left: float
     loss_scale: float = 1.0
     skipped: int = 0
+    incidents: Mapping[str, int] = field(default_factory=dict)
 
     def numbers(self) -> list[str]:
         """Return the numbers as short texts."""
@@ -43,7 +48,13 @@ class Shown:
             texts.append(f"loss scale {self.loss_scale:g}")
         if self.skipped:
             texts.append(f"{self.skipped} skipped")
+        texts += [f"{count} {_named(kind, count)}" for kind, count in self.incidents.items()]
         return texts
+
+
+def _named(kind: str, count: int) -> str:
+    """Return a kind of incident in words: "2 spikes", "1 rollback", "3 not finite"."""
+    return "not finite" if kind == "not_finite" else kind + "s" * (count > 1)
 
 
 class Display(Protocol):

@@ -5,7 +5,11 @@
 
 A run that resumes at iteration N appends {"event": "start", "iteration": N}: the steps past N that stand above
 that line were lost with the process that made them, and are superseded. So is a measurement that was made again, such
-as the test of a finished run that was started once more.
+as the test of a finished run that was started once more, and so are the steps past `back_to` above
+{"event": "rollback", "iteration": 12, "back_to": 10}; what was wrong with them still counts:
+
+    {"event": "spike", "iteration": 12, "loss": 9.1, "loss_limit": 4.6, "samples": [48, 52], ...}
+    {"event": "not_finite", "iteration": 12, "loss": null, "samples": [48, 52], ...}
 """
 
 from __future__ import annotations
@@ -19,6 +23,9 @@ from typing import Any
 Record = dict[str, Any]
 MEASURED = ("validation", "test")
 """Events that a run may repeat for the iteration at which it resumes."""
+
+INCIDENTS = ("spike", "not_finite", "rollback")
+"""Events that stay true when the run goes back before them."""
 
 
 class MetricsFile:
@@ -69,6 +76,8 @@ def read_metrics(path: Path) -> list[Record]:
         elif record.get("event") in MEASURED and record["iteration"] <= resumed_at:
             same = (record["event"], record["iteration"])
             records = [old for old in records if (old["event"], old["iteration"]) != same]
+        elif record.get("event") == "rollback":
+            records = [old for old in records if old["iteration"] <= record["back_to"] or old["event"] in INCIDENTS]
         records.append(record)
     return records
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from megatron.monitor.metrics import read_metrics, series
 
@@ -29,8 +30,15 @@ def _thin(steps: list[int], values: list[float]) -> tuple[list[int], list[float]
     return (steps[::stride], values[::stride]) if stride > 1 else (steps, values)
 
 
+_MARKS: dict[str, dict[str, Any]] = {
+    "spike": {"marker": "v", "color": "tab:red", "markersize": 6},
+    "not_finite": {"marker": "X", "color": "black", "markersize": 6},
+    "rollback": {"marker": "<", "color": "tab:purple", "markersize": 7},
+}
+
+
 def plot_loss(metrics: Path, image: Path, title: str) -> None:
-    """Draw training and validation loss over the iterations, and the learning rate below them.
+    """Draw training and validation loss over the iterations, marks at what was left out, and the learning rate below.
 
     Raises ImportError where matplotlib is missing. Without any step there is nothing to draw, and no file.
     """
@@ -58,6 +66,16 @@ def plot_loss(metrics: Path, image: Path, title: str) -> None:
             textcoords="offset points",
             ha="right",
         )
+    lowest, highest = min(losses), max(losses)
+    for kind, mark in _MARKS.items():
+        places = [record for record in records if record["event"] == kind]
+        if places:
+            # A rollback stands at the step it led back to; a loss that is unknown, or off the scale, at the edge.
+            at = [record.get("back_to", record["iteration"]) for record in places]
+            heights = [min(highest, highest if record.get("loss") is None else record["loss"]) for record in places]
+            heights = [lowest] * len(places) if kind == "rollback" else heights
+            label = f"{kind.replace('_', ' ')} ({len(places)})"
+            upper.plot(at, heights, linestyle="", label=label, clip_on=False, zorder=3, **mark)
     upper.set_ylabel("loss (nats per token)")
     upper.set_title(title)
     upper.legend()

@@ -13,9 +13,13 @@ from dataclasses import dataclass, replace
 from megatron.config.schema.training import TrainingConfig
 from megatron.data.prefetch import Steps
 from megatron.engine.base import Engine
+from megatron.errors import DivergedError
 from megatron.monitor.build import Monitor
+from megatron.training.after_load import AfterLoad
 from megatron.training.collector import Collector
 from megatron.training.evaluate import Evaluator
+from megatron.training.guards import Guards
+from megatron.training.incidents import Incidents
 from megatron.training.persistence import Keeper
 from megatron.training.progress import Progress
 from megatron.training.results import Results
@@ -26,7 +30,7 @@ from megatron.whereabouts import Phase, inside
 @dataclass(frozen=True)
 class Run:
     """The parts of a run, assembled. train_iters: its length in optimizer steps. valid: None where there is nothing
-    to validate on. late: steps after which a result is read."""
+    to validate on. late: steps after which a result is read. after_load: None where no weights were loaded."""
 
     training: TrainingConfig
     train_iters: int
@@ -37,6 +41,7 @@ class Run:
     monitor: Monitor
     stop: Agreement
     late: int = 0
+    after_load: AfterLoad | None = None
 
 
 def run_loop(run: Run, progress: Progress) -> Progress:
@@ -54,28 +59,48 @@ def run_loop(run: Run, progress: Progress) -> Progress:
     if begun == 0 and run.stop.reason is None:
         save_if_due(run, progress)
     if run.stop.reason is None:
-        with Results(run.monitor, run.late) as results, Collector() as collector:
-            progress = _train(run, progress, results, collector)
+        progress = _guarded(run, progress)
     if run.stop.reason is None or progress.iteration > begun:
         _timed(run, lambda: run.keeper.save(run.engine, progress))
         _tell_written(run)
     return progress
 
 
-def _train(run: Run, progress: Progress, results: Results, collector: Collector) -> Progress:
+def _guarded(run: Run, progress: Progress) -> Progress:
+    """Train, with what is done about steps that were left out."""
+
+    def save(progress: Progress) -> None:
+        _timed(run, lambda: run.keeper.save(run.engine, progress))
+        _tell_written(run)
+
+    guards = Guards(run.training)
+    incidents = Incidents(guards, run.engine, run.loader, run.keeper, run.monitor, save)
+    with Results(run.monitor, run.late, guards, run.after_load) as results, Collector() as collector:
+        try:
+            return _train(run, progress, results, incidents, collector)
+        except DivergedError:
+            if results.diverged is not None:
+                incidents.report(results.diverged)
+            raise
+
+
+def _train(run: Run, progress: Progress, results: Results, incidents: Incidents, collector: Collector) -> Progress:
     while progress.iteration < run.train_iters:
         results.start(progress.iteration + 1)
         with run.monitor.timers.measure("batch"):
             batches = next(run.loader)
-        pending = run.engine.queue_step(batches, progress.iteration, run.stop.wishes)
-        progress = progress.after_step(run.loader.consumed_samples - progress.consumed_samples)
-        pauses = _pauses(run, progress)
-        progress = results.add(pending, progress, everything=pauses)
+        limits, begin = incidents.guards.limits(progress.guard, progress.iteration + 1), progress.consumed_samples
+        pending = run.engine.queue_step(batches, progress.iteration, run.stop.wishes, limits)
+        progress = progress.after_step(run.loader.consumed_samples - begin)
+        pauses, queued = _pauses(run, progress), progress.iteration
+        progress = incidents.handle(results.add(pending, progress, pauses, begin, limits), results)
         run.stop.hear(results.wishes)
         if run.stop.wants_save:
-            progress = results.finish(progress)
+            progress = incidents.handle(results.finish(progress), results)
             run.stop.hear(results.wishes)
         collector.after_step(pauses)
+        if progress.iteration < queued:
+            continue  # it went back
         if is_due(progress, run.training.check_replicas_interval or None):
             with inside(Phase.CHECK):
                 run.engine.check_replicas()
@@ -89,7 +114,7 @@ def _train(run: Run, progress: Progress, results: Results, collector: Collector)
         if is_due(progress, run.training.exit_interval):
             run.monitor.message(f"stopping at iteration {progress.iteration}, a multiple of exit_interval")
             break
-    return results.finish(progress)
+    return incidents.handle(results.finish(progress), results)
 
 
 def _pauses(run: Run, progress: Progress) -> bool:

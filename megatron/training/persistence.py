@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron.checkpoint.compatible import require_same_model, require_tokenizer
-from megatron.checkpoint.load import CheckpointReader
+from megatron.checkpoint.load import CheckpointReader, find_checkpoint
 from megatron.checkpoint.model import WORD_EMBEDDINGS
 from megatron.checkpoint.retention import save_iterations
 from megatron.checkpoint.save import take_snapshot
@@ -31,7 +31,7 @@ from megatron.training.restore import load_or_earlier, tell_changes
 from megatron.training.same_samples import NEXT_SAMPLES, record_next, require_same_samples
 from megatron.training.same_schedule import with_agreed_schedule
 from megatron.training.saver import Saver
-from megatron.training.source import Opened, Source, open_source
+from megatron.training.source import Opened, Source, open_or_earlier, open_source
 from megatron.whereabouts import Phase, inside
 
 logger = get_logger(__name__)
@@ -57,6 +57,7 @@ class Keeper:
         self._mesh = mesh
         self._tokenizer = tokenizer
         self._extra = dict(extra or {})
+        self._shapes: dict[str, tuple[int, ...]] = {}
         self._due = frozenset(save_iterations(config.checkpoint, config.training.train_iters or 0))
         self._saver = Saver(config, mesh) if config.checkpoint.save else None
         try:
@@ -85,6 +86,11 @@ class Keeper:
     def is_fresh(self) -> bool:
         """Whether the run begins from initial weights, so that drawing them is not in vain."""
         return self._opened is None
+
+    @property
+    def described(self) -> str:
+        """The checkpoint that the run begins from, in words."""
+        return "no checkpoint" if self._opened is None else str(self._opened.source.folder)
 
     def vocabulary(self, planned: int, tensor_parallel_size: int) -> int:
         """Return the rows of the word embedding: the checkpoint's where there is one, so that no layout changes them.
@@ -117,6 +123,7 @@ class Keeper:
         Under `finetune` only the weights load, unless the run goes on from a checkpoint of its own.
         Raises CheckpointError on every rank where it cannot.
         """
+        self._shapes = dict(shapes)
         if self._opened is None:
             logger.info("starting from initial weights (seed %d)", self._config.numerics.seed)
             return Progress()
@@ -147,6 +154,20 @@ class Keeper:
         """Compare what comes next with what the checkpoint says, on rank 0."""
         if self._samples is not None and self._mesh.world.rank == 0:
             require_same_samples(self._samples, reader, progress.consumed_samples, self._extra.get("train_order"))
+
+    def go_back(self, engine: Engine) -> Progress | None:
+        """Fill the engine from the last checkpoint that this run saved, or began from in its own folder.
+
+        Returns how far the run had come there, or None where there is no such checkpoint. Every rank calls it."""
+        iteration = self._saver.newest() if self._saver is not None else None
+        if iteration is None:
+            return None
+        source = Source(find_checkpoint(str(self._config.checkpoint.save), iteration), is_own=True)
+        with inside(Phase.LOAD):
+            opened = load_or_earlier(
+                engine, self._shapes, open_or_earlier(source, self._mesh), self._config, self._mesh
+            )
+        return Progress.from_dict(opened.reader.manifest.progress)
 
     def close(self) -> None:
         """Wait for a save in the background, and leave `save` to other runs."""

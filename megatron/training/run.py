@@ -31,6 +31,7 @@ from megatron.objectives.build import build_objective
 from megatron.parallel.mesh import Mesh
 from megatron.tokenizer.base import Tokenizer
 from megatron.tokenizer.build import build_tokenizer
+from megatron.training.after_load import AfterLoad
 from megatron.training.clocks import Clocks
 from megatron.training.evaluate import Evaluator
 from megatron.training.loop import Run, run_loop
@@ -71,6 +72,7 @@ def train(config: Config, mesh: Mesh, config_files: Mapping[str, str] | None = N
         assembly = _Assembly(config, mesh, tokenizer, stack)
         vocab_size = keeper.vocabulary(new_size, tensor_parallel_size)
         scene = stack.enter_context(explained(config, mesh, vocab_size))
+        after_load = None if keeper.is_fresh else AfterLoad(vocab_size, keeper.described)
         engine, progress = assembly.engine(vocab_size, keeper)
         scene.engine = engine
         monitor = assembly.monitor(vocab_size, progress)
@@ -86,6 +88,7 @@ def train(config: Config, mesh: Mesh, config_files: Mapping[str, str] | None = N
             monitor=monitor,
             stop=assembly.agreement(),
             late=steps_late(mesh.device),
+            after_load=after_load,
         )
         begun, progress = progress, run_loop(run, progress)
         test = assembly.evaluator(data.test)

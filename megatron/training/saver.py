@@ -92,6 +92,11 @@ class Saver:
         found, self._written = self._written, []
         return found
 
+    def newest(self) -> int | None:
+        """Return the newest iteration that is saved, once a save under way has ended; None where there is none."""
+        self._settle()
+        return self.last_saved
+
     def _settle(self) -> None:
         """Wait for the save under way, and say how long that took."""
         if self._background is None or not self._background.is_busy:

@@ -39,6 +39,7 @@ ASKED: dict[str, dict[str, Any]] = {
     "round robin": {"zero_optimization.round_robin_gradients": True},
     "DeepSpeed's bf16 states": {"bf16": {"bf16_optimizer_states": True}},
     "bf16 masters": {"bf16": {"bf16_master_weights_and_grads": True}},
+    "spike guard": {"spike_guard": {"action": "skip"}},
     "no norm": {"zero_optimization.compute_grad_norm": False},
 }
 

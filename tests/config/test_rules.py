@@ -220,6 +220,16 @@ CASES: list[tuple[dict[str, Any], str]] = [
         "no linear layer's share of model_parallel_size = 4 is so wide: query_key_value [24, 32], dense [32, 8], "
         "linear1 [9, 32], linear2 [32, 9]. Use fewer tensor parallel processes, or set precision: bf16",
     ),
+    (
+        {"spike_guard": {"action": "skip", "window": 20}},
+        "spike_guard.warmup_steps = 50: spike_guard.window = 20 never holds that many steps. Set spike_guard.window to",
+    ),
+    ({"spike_guard": {"action": "skip", "loss_deviations": 0}}, "it watches neither the loss nor the gradient norm."),
+    ({"spike_guard": {"action": "rollback"}}, 'spike_guard.action = "rollback": there is no checkpoint to go back to'),
+    (
+        {"spike_guard": {"action": "rollback"}, "save": "x", "checkpoint_factor": 9, "no_save_optim": True},
+        "it goes back with the optimizer's state, which no_save_optim leaves out. Remove no_save_optim",
+    ),
     ({"extra_save_iters": [0, -1]}, "a step is 0 or more. Remove the negative ones."),
 ]
 

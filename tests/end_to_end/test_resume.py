@@ -32,10 +32,10 @@ def run_killed(folder: Path, at: int, **changes: Any) -> None:
     """Train, and die as by kill -9 within the step after `at` updates."""
     step: Callable[..., Any] = StepEngine.queue_step
 
-    def dying_step(self: StepEngine, batches: Any, iteration: int, stop: Any) -> Any:
+    def dying_step(self: StepEngine, batches: Any, iteration: int, *settings: Any) -> Any:
         if iteration == at:
             os.kill(os.getpid(), signal.SIGKILL)
-        return step(self, batches, iteration, stop)
+        return step(self, batches, iteration, *settings)
 
     StepEngine.queue_step = dying_step  # type: ignore[method-assign]
     run(folder, **changes)
@@ -149,10 +149,10 @@ def run_stopped(folder: Path, at: int, **changes: Any) -> dict[str, int]:
     """Train on two ranks, of which the second gets a SIGTERM in the step after `at` updates."""
     step: Callable[..., Any] = StepEngine.queue_step
 
-    def stopped_step(self: StepEngine, batches: Any, iteration: int, stop: Any) -> Any:
+    def stopped_step(self: StepEngine, batches: Any, iteration: int, *settings: Any) -> Any:
         if iteration == at and torch.distributed.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, batches, iteration, stop)
+        return step(self, batches, iteration, *settings)
 
     StepEngine.queue_step = stopped_step  # type: ignore[method-assign]
     progress = run(folder, 2, **changes)

@@ -175,8 +175,8 @@ def test_a_run_stops_where_copies_differ() -> None:
         steps: list[int] = []
         step = engine.queue_step
 
-        def spoiling(batches: Any, iteration: int, stop: Any) -> Any:
-            result = step(batches, iteration, stop)
+        def spoiling(batches: Any, iteration: int, *settings: Any) -> Any:
+            result = step(batches, iteration, *settings)
             steps.append(iteration)
             if iteration == 0 and dist.get_rank() == 1:
                 engine.model.get_parameter(NORM).data[0] += 1

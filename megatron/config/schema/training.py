@@ -83,6 +83,18 @@ class TrainingConfig(Section):
         unit="optimizer steps",
         ge=0,
     )
+    most_not_finite: int = setting(
+        10,
+        "More steps in a row than this whose loss or gradient is not finite, and which change nothing, end the run; "
+        "fp16 steps that a smaller loss scale mends do not count. 0 never ends it.",
+        unit="optimizer steps",
+        ge=0,
+    )
+    spike_guard: dict[str, Any] | None = setting(
+        None,
+        "What is done when the loss or the gradient norm is far above its running median: {action: skip, rollback or "
+        "stop, ...}. Unset: nothing.",
+    )
     checkpoint_activations: bool = setting(
         False, "Compute the blocks' activations again in the backward pass instead of keeping them."
     )
