@@ -323,9 +323,9 @@ def test_overwritten_weights_end_the_run_and_others_do_not(folders: tuple[Path, 
     def overwritten() -> None:
         load: Callable[..., Any] = LocalEngine.load_state
 
-        def forgetting(self: LocalEngine, *settings: Any) -> None:
+        def forgetting(self: LocalEngine, *settings: Any, **named: Any) -> None:
             masters = [master.detach().clone() for master in self._masters.values()]
-            load(self, *settings)
+            load(self, *settings, **named)
             torch.manual_seed(1)
             for master, old in zip(self._masters.values(), masters, strict=True):
                 master.data.copy_(torch.randn_like(old) * 0.02 if old.ndim > 1 else old)
