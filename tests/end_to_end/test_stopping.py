@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from megatron.checkpoint.load import CheckpointReader, find_checkpoint
+from megatron.training import run as assembly
 from megatron.training.stop import Outcome
 from tests.end_to_end.stopping import run
 from tests.end_to_end.tiny import losses, write_corpus
@@ -96,3 +97,19 @@ def test_a_stopped_run_goes_on_bitwise(
     found, wanted = tensors(tmp_path), tensors(expected)
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+@pytest.mark.parametrize(("late", "expected"), [(0, [1, 2, 3, 4, 5, 6]), (2, [3, 6])])
+def test_the_clock_of_rank_0_saves_on_all_ranks(corpus: Path, tmp_path: Path, late: int, expected: list[int]) -> None:
+    """A save is due at each step; where results are read late, when the first of them is read, with all before it."""
+
+    def train() -> Outcome:
+        assembly.steps_late = lambda device: late
+        keys = {"checkpoint_factor": None, "checkpoint_interval_minutes": 1e-9, "eval_iters": 0, "eval_interval": 100}
+        return run(tmp_path, 2, data_path=str(corpus), **keys)
+
+    assert all(outcome.stopped is None for outcome in run_ranks(2, train))
+    saved = sorted((tmp_path / "checkpoints").glob("global_step*"))
+    assert [path.name for path in saved] == [f"global_step{iteration}" for iteration in expected]
+    counted = [CheckpointReader(path).manifest.progress["consumed_tokens"] for path in saved]
+    assert counted == [iteration * 8 * 32 for iteration in expected]
