@@ -21,9 +21,8 @@ QUIET = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
     "two": (2, {}),
-    "zero 3": (2, {"zero_optimization": {"stage": 3}}),
     "pipeline": (2, {"pipe_parallel_size": 2, **QUIET}),
-    "four": (4, {"model_parallel_size": 2, **QUIET}),
+    "four": (4, {"model_parallel_size": 2, "zero_optimization": {"stage": 3}, **QUIET}),
 }  # fmt: skip
 
 
@@ -70,7 +69,6 @@ CASES: list[tuple[str, str, tuple[int, ...], int, bool]] = [
     ("one", "the test", (0,), 6, False),
     ("two", "an accumulation", (1,), 2, False),
     ("two", "a save", (0, 1), 6, True),
-    ("zero 3", "the first step", (1,), 1, False),
     ("pipeline", "an accumulation", (1,), 2, False),
     ("four", "a validation", (3,), 3, True),
 ]
