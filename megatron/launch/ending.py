@@ -15,20 +15,22 @@ from functools import partial
 
 from megatron import signals
 from megatron.config.schema.config import Config
+from megatron.launch.board import Board
 from megatron.launch.failure import Failure
 from megatron.launch.place import Place
 from megatron.launch.requeue import requeue
-from megatron.launch.worker import Worker, report
+from megatron.launch.watch import PeerWatch
+from megatron.launch.worker import report
 from megatron.training.clocks import Clocks
 from megatron.training.stop import Stopped, unbegun
 
 
-def end_at_once(config: Config, place: Place, worker: Worker) -> None:
+def end_at_once(config: Config, place: Place, board: Board | None, watch: PeerWatch | None) -> None:
     """Let a signal end this process from now on, until the loop begins; the other ranks end with it."""
 
     def end_as(stopped: Stopped) -> None:
         failure = _report_of(stopped, config, place)
-        if report(failure, worker.board, worker.watch):
+        if report(failure, board, watch):
             print(f"\n{failure}", file=sys.stderr, flush=True)
         signals.leave(failure.exit_code)
 
@@ -46,11 +48,11 @@ def end_at_once(config: Config, place: Place, worker: Worker) -> None:
         timer.start()
 
 
-def tell_stopped(stopped: Stopped, config: Config, place: Place, worker: Worker) -> int:
+def tell_stopped(stopped: Stopped, config: Config, place: Place, board: Board | None) -> int:
     """Say why a run stopped, and how it goes on, before its ranks part; return the exit code."""
     failure = _report_of(stopped, config, place)
-    if worker.board is not None:
-        worker.board.post(place.local_rank, failure)
+    if board is not None:
+        board.post(place.local_rank, failure)
     elif place.rank == 0:
         print(f"\n{failure}", file=sys.stderr, flush=True)
     return failure.exit_code

@@ -70,10 +70,10 @@ def run_worker(work: Work, argv: list[str], decoding: bool = False) -> int:
         elif place.world_size > 1 or not decoding:
             minutes = None if decoding else config.launcher.hang_timeout_minutes
             watch = PeerWatch(place, None if minutes is None else 60 * minutes)
+        if signals.is_open():
+            end_at_once(config, place, board, watch)
         start = decoding_worker if decoding else start_worker
         worker = start(config, place, board, watch)
-        if signals.is_open():
-            end_at_once(config, place, worker)
         try:
             if not decoding:
                 logger.info(f"{check.report(config)}\n")
@@ -81,7 +81,7 @@ def run_worker(work: Work, argv: list[str], decoding: bool = False) -> int:
         except DeepyError as error:
             raise locate_error(error, files, config.flat()) from error.__cause__
         stopped = outcome.stopped if isinstance(outcome, Outcome) else None
-        exit_code = 0 if stopped is None else tell_stopped(stopped, config, place, worker)
+        exit_code = 0 if stopped is None else tell_stopped(stopped, config, place, board)
         worker.finish()
     except KeyboardInterrupt:
         return _interrupted(place, watch)
