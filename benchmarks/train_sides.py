@@ -31,6 +31,7 @@ from megatron.engine.build import build_engine
 from megatron.engine.pending import PendingStep
 from megatron.model.build import DTYPES, build_model
 from megatron.objectives.build import build_objective
+from megatron.ops.compiled import mend_cpp_reductions
 from megatron.parallel.mesh import Mesh
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -102,7 +103,7 @@ def hugging_face(
     model = GPTNeoXForCausalLM(shape)
     weights = {_renamed(name): weight for name, weight in our_weights(size, precision, device).items()}
     model = _filled(model, weights, "fp32" if autocast else precision, device)
-    called = torch.compile(model) if compiled else model
+    called = _compiled(model, device) if compiled else model
 
     def loss(ids: Tensor, labels: Tensor) -> Tensor:
         with torch.autocast(device.type, DTYPES[precision], enabled=autocast):
@@ -116,7 +117,7 @@ def plain(size: Size, precision: str, device: torch.device, compiled: bool = Fal
     """Return the step of the nanoGPT-style model."""
     weights = plain_weights(our_weights(size, precision, device), size.heads)
     model = _filled(PlainGPT(size, size.length), weights, precision, device)
-    return _loop(model, torch.compile(model) if compiled else model, size, device)
+    return _loop(model, _compiled(model, device) if compiled else model, size, device)
 
 
 def litgpt(size: Size, precision: str, device: torch.device) -> Step:
@@ -158,6 +159,13 @@ SIDES: Mapping[str, Make] = {
     "plain compiled": lambda *where: plain(*where, compiled=True),
     "litgpt": litgpt,
 }
+
+
+def _compiled(model: nn.Module, device: torch.device) -> Callable[..., Any]:
+    if device.type == "cpu":
+        mend_cpp_reductions()  # without it PyTorch 2.13 cannot compile them in bf16 there
+    called: Callable[..., Any] = torch.compile(model)
+    return called
 
 
 def _filled(model: nn.Module, weights: Mapping[str, Tensor], precision: str, device: torch.device) -> nn.Module:

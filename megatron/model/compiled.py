@@ -21,6 +21,7 @@ from megatron.model.block import Block
 from megatron.model.cache import KVCache
 from megatron.model.positions import ALONE, Span
 from megatron.model.stream import Stream
+from megatron.ops.compiled import mend_cpp_reductions
 
 MOST_GRAPHS = 64
 """Graphs that blocks may have: for training and evaluation, for each shape of a batch, for blocks that differ."""
@@ -39,6 +40,8 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> int:
     compiler: Any = importlib.import_module("torch._dynamo")  # 0.7 s, so nobody else imports it
     compiler.config.disable = False  # the launcher switches it off for what others would compile
     found = blocks(model)
+    if backend == "inductor" and all(parameter.device.type == "cpu" for parameter in model.parameters()):
+        mend_cpp_reductions()
     compiler.config.recompile_limit = max(compiler.config.recompile_limit, MOST_GRAPHS, 4 * len(found))
     for block in found:
         compiled = torch.compile(block.forward, backend=backend, fullgraph=True, dynamic=False)

@@ -11,6 +11,7 @@ import importlib.util
 import itertools
 from dataclasses import dataclass
 from types import FunctionType
+from typing import Any
 
 import torch
 
@@ -55,3 +56,26 @@ def compiler_obstacle() -> str:
     except Exception as error:  # whatever torch says of a machine that it cannot compile on
         return f"needs a C++ compiler such as g++ ({' '.join(f'{type(error).__name__}: {error}'.split())})"
     return ""
+
+
+def mend_cpp_reductions() -> None:
+    """Let torch.compile write a bf16 sum over rows to two results, which on a CPU is a C++ error (torch 2.13).
+
+    Biases that are added to the same values have the same gradient: those of both branches of a parallel block. Its
+    code generator declares the rounded sum once for each result, in one scope; here each declaration has its own.
+    """
+    kernel: Any = importlib.import_module("torch._inductor.codegen.cpp").CppVecKernel
+    if getattr(kernel, _MENDED, False):
+        return
+    store = kernel.store_reduction
+
+    def in_a_scope(self: Any, *arguments: Any) -> None:
+        self.reduction_suffix.writeline("{")
+        store(self, *arguments)
+        self.reduction_suffix.writeline("}")
+
+    kernel.store_reduction = in_a_scope
+    setattr(kernel, _MENDED, True)
+
+
+_MENDED = "has_scopes"

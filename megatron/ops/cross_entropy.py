@@ -146,7 +146,7 @@ class _Gradients:
     def __init__(self, hidden: Tensor, weight: Tensor) -> None:
         self.scale = FP16_SCALE if hidden.dtype == torch.float16 else 1.0
         self.hidden = torch.empty_like(hidden)
-        fits_dtype = len(hidden) <= _chunk(weight) and weight.dtype != torch.float16
+        fits_dtype = len(hidden) <= _size(hidden, weight) and weight.dtype != torch.float16
         is_one_sum = fits_dtype or weight.dtype == torch.float32
         self.weight = take_gradient(weight) if is_one_sum else take(weight, "sum", weight.shape, torch.float32)
         self._parameter = weight
@@ -196,7 +196,7 @@ def _walk(
     gradients: _Gradients | None,
 ) -> Tensor:
     """Return the losses [t] fp32, chunk by chunk; `gradients`, where given, takes each chunk's part."""
-    size = -(-len(hidden) // -(-len(hidden) // _chunk(weight)))  # chunks of equal size
+    size = _size(hidden, weight)
     buffer = take(weight, "logits", (size, len(weight)), hidden.dtype)
     losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
     for start in range(0, len(hidden), size):
@@ -208,6 +208,18 @@ def _walk(
             gradients.add(start, logits, rows, weight, factors[start : start + size])
     keep(weight, "logits", buffer)
     return losses
+
+
+def _size(hidden: Tensor, weight: Tensor) -> int:
+    """Return the tokens of each chunk, which are equal.
+
+    On a CPU one chunk of bf16 logits takes all tokens where that is no more memory than several with their fp32 sum.
+    """
+    tokens, chunk = len(hidden), _chunk(weight)
+    if weight.dtype == torch.bfloat16 and weight.device.type == "cpu":
+        beyond = max(0, tokens - chunk) * weight.element_size() * len(weight)
+        chunk = tokens if beyond <= 4 * weight.numel() else chunk
+    return -(-tokens // -(-tokens // chunk))
 
 
 def _chunk(weight: Tensor) -> int:

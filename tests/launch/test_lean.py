@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+
+from tests.multinode.tiny_run import write
 
 ROOT = Path(__file__).resolve().parents[2]
 CODE = """
@@ -45,3 +49,22 @@ def test_optimizers_run_without_the_compiler_and_alike_with_it() -> None:
         [sys.executable, "-c", CODE], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
     )
     assert result.stdout.strip() == "done", result.stderr
+
+
+UNUSED = {
+    "deepspeed", "transformers", "triton", "torch._dynamo", "torch._inductor", "fsspec", "s3fs", "boto3", "wandb",
+    "tensorboard", "comet_ml", "sentencepiece", "tiktoken", "pandas", "scipy", "sklearn",
+}  # fmt: skip
+
+
+def test_a_run_on_a_cpu_imports_nothing_that_it_does_not_use(tmp_path: Path) -> None:
+    """Launcher and worker tell each module that they import: torch is the worker's alone, and no library is idle."""
+    write(tmp_path)
+    command = [sys.executable, "deepy.py", "train.py", str(tmp_path / "tiny.yml"), "--set", "train_iters=1"]
+    told = {**os.environ, "PYTHONPROFILEIMPORTTIME": "1", "DS_ACCELERATOR": "cpu"}
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False, env=told)
+    assert result.returncode == 0, result.stderr[-3000:]
+    imported = re.findall(r"import time:\s+\d+ \|\s+\d+ \|\s+([\w.]+)", result.stderr)
+    assert "megatron.training.loop" in imported
+    assert not UNUSED & set(imported)
+    assert imported.count("torch") == 1

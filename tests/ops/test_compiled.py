@@ -11,7 +11,7 @@ import torch._inductor.config as inductor
 from megatron.ops import choice
 from megatron.ops.catalogue import CATALOGUE
 from megatron.ops.choice import Situation, choose
-from megatron.ops.compiled import COMPILE, Compiled, own_copy
+from megatron.ops.compiled import COMPILE, Compiled, mend_cpp_reductions, own_copy
 
 CPU = Situation(torch.device("cpu"), torch.float32, 24)
 COMPILED = [name for name, operation in CATALOGUE.items() if operation.candidates[-1].name == COMPILE]
@@ -48,6 +48,23 @@ def test_true_on_a_cpu_is_compiled_by_its_compiler() -> None:
     torch.testing.assert_close(found, expected)
     gradients = [torch.autograd.grad(each.square().sum(), inputs)[0] for each in (found, expected)]
     torch.testing.assert_close(*gradients)
+
+
+def test_biases_with_one_gradient_can_be_compiled_in_bf16() -> None:
+    """PyTorch's own code generator declares their sum twice; without scopes around each it is no C++."""
+    mend_cpp_reductions()
+    mend_cpp_reductions()
+    inputs = torch.randn(64, 32, dtype=torch.bfloat16)
+    biases = [torch.randn(32, dtype=torch.bfloat16, requires_grad=True) for _ in range(2)]
+
+    def loss(inputs: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        return (inputs + first + second).square().sum()
+
+    outcomes = [
+        torch.autograd.grad(function(inputs, *biases), biases)
+        for function in (loss, torch.compile(loss, dynamic=False))
+    ]
+    torch.testing.assert_close(*outcomes, rtol=2e-2, atol=1.0)
 
 
 def test_without_a_compiler_eager_is_taken_and_the_table_says_why() -> None:

@@ -13,7 +13,7 @@ from megatron.ops.cross_entropy import (
     linear_cross_entropy_sum,
 )
 
-TOKENS, HIDDEN, VOCABULARY = 23, 9, 37
+TOKENS, HIDDEN, VOCABULARY = 23, 5, 37
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
@@ -134,3 +134,16 @@ def test_fp16_gradients_of_a_frequent_label_do_not_overflow() -> None:
     _, gradients = exact_gradients(hidden.detach(), weight.detach(), labels, weights)
     (linear_cross_entropy_sum(hidden, weight, labels, weights) * (1 / 2000)).backward()
     check_gradients([hidden, weight], [gradient / 2000 for gradient in gradients], torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"), [(8, 8), (8 + 2 * HIDDEN, 8 + 2 * HIDDEN), (9 + 2 * HIDDEN, 7), (9, 9)]
+)
+def test_bf16_takes_one_chunk_where_that_is_no_more_memory(
+    tokens: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits beyond a chunk's are 2 bytes each, and the fp32 sum that they replace has 4 for each weight."""
+    monkeypatch.setattr(cross_entropy, "_chunk", lambda weight: 8)
+    hidden, weight = torch.empty(tokens, HIDDEN), torch.empty(VOCABULARY, HIDDEN)
+    assert cross_entropy._size(hidden.bfloat16(), weight.bfloat16()) == expected
+    assert cross_entropy._size(hidden, weight) <= 8
