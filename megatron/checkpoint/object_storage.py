@@ -12,10 +12,10 @@ import contextlib
 import errno
 import importlib
 import io
+import os
 import random
 import time
 from collections.abc import Callable
-from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
@@ -46,6 +46,7 @@ class ObjectStorage:
     def __init__(self, url: str, part_size: int = PART_SIZE) -> None:
         self._url = url.rstrip("/")
         self._part_size = part_size
+        self._connection: tuple[int, Any, str] | None = None
 
     def __str__(self) -> str:
         return self._url
@@ -78,10 +79,12 @@ class ObjectStorage:
         """Return None: objects lie on no disk of this machine."""
         return None
 
-    @cached_property
+    @property
     def _opened(self) -> tuple[Any, str]:
-        """fsspec's file system and the root within it. Nothing is remembered of what it listed, since others write."""
-        return _open(self._url)
+        """fsspec's file system and the root within it, which a forked process opens for itself."""
+        if self._connection is None or self._connection[0] != os.getpid():
+            self._connection = (os.getpid(), *_open(self._url))
+        return self._connection[1:]
 
     def _path(self, name: str) -> str:
         return f"{self._opened[1]}/{name}" if name else self._opened[1]
@@ -241,7 +244,7 @@ def _text(error: Exception) -> str:
 
 
 def _open(url: str) -> tuple[Any, str]:
-    """Return fsspec's file system of a URL, and the path in it."""
+    """Return fsspec's file system of a URL, and the path in it. Of what it lists nothing is kept: others write too."""
     protocol = url.split("://", 1)[0]
     is_s3 = protocol in ("s3", "s3a")
     options: dict[str, Any] = {"use_listings_cache": False, **(_S3_OPTIONS if is_s3 else {})}

@@ -91,6 +91,11 @@ def _empty(folder: Storage) -> None:
 
 def clean_leftovers(root: Storage) -> None:
     """Remove what killed saves left behind; a checkpoint that had stepped aside and was not replaced comes back."""
+    if not root.renames:
+        for _, folder in list(_folders(root)):
+            if _is_marked(folder):
+                sweep(folder)
+        return
     for prefix in (WRITING, DELETED):
         for _, folder in list(_folders(root, prefix)):
             folder.delete()
@@ -100,10 +105,6 @@ def clean_leftovers(root: Storage) -> None:
             folder.delete()
         else:
             root.rename(folder.name, step_name(iteration))
-    if not root.renames:
-        for _, folder in list(_folders(root)):
-            if _is_marked(folder):
-                sweep(folder)
 
 
 def sweep(folder: Storage) -> None:

@@ -6,6 +6,8 @@ of a request, or to be slow. Run as a program it serves S3 on a free port and pr
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
 import re
 import socket
@@ -155,6 +157,14 @@ class S3Server:
         self.relay.close()
         self._process.kill()
         self._process.wait()
+
+
+@functools.cache
+def shared_server() -> S3Server:
+    """Return the one server of this process, which ends with it: clients keep the address that they began with."""
+    server = S3Server()
+    atexit.register(server.close)
+    return server
 
 
 def serve() -> None:
