@@ -279,19 +279,19 @@ def build_monitor(
         return Monitor(work, Silent(), total_iterations)
     name = run_name(config)
     folder = open_run_folder(config, name, start_iteration)
-    sinks = [sink for sink in _open_sinks(config, name, folder) if sink.is_open]
+    sinks = [sink for sink in _open_sinks(config, name, folder, start_iteration) if sink.is_open]
     record = _Record(folder, MetricsFile(folder / "metrics.jsonl"), sinks)
     display = build_display(total_iterations, start_iteration, config.monitor.log_interval)
     return Monitor(work, display, total_iterations, start_iteration, record, name)
 
 
-def _open_sinks(config: Config, name: str, folder: Path) -> list[GuardedSink]:
+def _open_sinks(config: Config, name: str, folder: Path, start_iteration: int) -> list[GuardedSink]:
     monitor, saved = config.monitor, saved_config(config)
     wanted: list[tuple[bool, str, Callable[[], Sink], str]] = [
         (
             monitor.tensorboard_dir is not None,
             "TensorBoard",
-            lambda: tensorboard_sink.TensorBoardSink(Path(str(monitor.tensorboard_dir)) / name),
+            lambda: tensorboard_sink.TensorBoardSink(Path(str(monitor.tensorboard_dir)) / name, start_iteration),
             tensorboard_sink.INSTALL,
         ),
         (

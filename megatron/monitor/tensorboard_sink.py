@@ -12,16 +12,21 @@ INSTALL = "pip install -r requirements/tensorboard.txt"
 
 
 class TensorBoardSink:
-    """Writes scalars to `folder`. Raises ImportError where the package is missing."""
+    """Writes scalars to `folder`. Raises ImportError where the package is missing.
 
-    def __init__(self, folder: Path) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
+    start_iteration: where the run resumes; TensorBoard drops what it was told of later ones before."""
+
+    def __init__(self, folder: Path, start_iteration: int = 0) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         self._event, self._summary = Event, Summary
         folder.mkdir(parents=True, exist_ok=True)
         self._writer = EventFileWriter(str(folder))
+        if start_iteration > 0:
+            again = SessionLog(status=SessionLog.START)
+            self._writer.add_event(Event(wall_time=time.time(), step=start_iteration + 1, session_log=again))
 
     def write(self, scalars: Mapping[str, float], iteration: int) -> None:
         """Record the numbers of an iteration."""

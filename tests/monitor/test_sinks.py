@@ -81,6 +81,23 @@ def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
     assert [(event.step, event.value) for event in events.Scalars("train/lm_loss")] == [(1, 2.5), (2, 1.5)]
 
 
+def test_tensorboard_shows_no_step_of_a_resumed_run_twice(tmp_path: Path) -> None:
+    """The first process was killed after step 5; its last checkpoint was of step 3."""
+    pytest.importorskip("tensorboard", reason="the optional package tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for start, steps in ((0, (1, 2, 3, 4, 5)), (3, (4, 5, 6))):
+        sink = TensorBoardSink(tmp_path / "run", start)
+        for step in steps:
+            sink.write({"loss": start + step}, step)
+        sink.close()
+        files = sorted((tmp_path / "run").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+        files[-1].rename(tmp_path / "run" / f"events.out.tfevents.{len(files)}")  # both began in the same second
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    found = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert found == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 7.0), (5, 8.0), (6, 9.0)]
+
+
 class FakeWandb(types.ModuleType):
     """Records what is asked of it."""
 
