@@ -15,6 +15,7 @@ import gc
 import os
 import resource
 import select
+import shutil
 import signal
 import socket
 import time
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron import whereabouts
-from megatron.launch import stacks
+from megatron.launch import flight, stacks
 from megatron.launch.failure import from_exit, from_silence
 from megatron.launch.hub import Hub, Waits
 from megatron.launch.link import Link, Message
@@ -40,12 +41,14 @@ _LINGER_SECONDS = 8.0  # for what is still to be said after the rank's end
 
 @dataclass(frozen=True)
 class Ward:
-    """The rank that a guardian watches: its process, its position, the file in which it answers, and the link to it."""
+    """The rank that a guardian watches: its process, its position, the file in which it answers, the link to it, and a
+    folder for both."""
 
     pid: int
     positions: mmap
     answers: int
     link: Link
+    folder: Path
 
 
 def run_guardian(
@@ -60,6 +63,7 @@ def run_guardian(
     except BaseException as error:
         _say(f"[warning rank {place.rank}] its watch ended: {error!r}")
     finally:
+        shutil.rmtree(ward.folder, ignore_errors=True)
         os._exit(0)
 
 
@@ -170,7 +174,8 @@ class Guardian:
             self._up.send({"said": True})
         elif "look" in message:
             doing = stacks.ask(self._ward.pid, self._ward.answers)
-            self._up.send({"doing": dataclasses.asdict(doing)})
+            record = flight.ask(self._ward.folder, [self._place.rank]).get(self._place.rank, "")
+            self._up.send({"doing": {**dataclasses.asdict(doing), "record": record}})
         elif "leave" in message:
             self._dismiss(int(message["leave"]))
         elif "bye" in message:

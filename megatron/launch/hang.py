@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from megatron.launch import flight
 from megatron.launch.stacks import Doing
 from megatron.whereabouts import Phase, Position
 
@@ -139,6 +140,9 @@ def report(ranks: Sequence[Seen], idle: float) -> str:
     waiting = [group[0] for _, group in _by_place([rank for rank in ranks if rank not in absent])]
     shown = [*absent[:2], *waiting[: 1 if absent else 2]]
     stacks = "\n\n".join(_stack(rank, rank in absent) for rank in shown)
+    records = [f"{rank.host}:{rank.doing.record}" for rank in ranks if rank.doing.record]
+    if records:
+        stacks += f"\n\nNCCL's last collectives ({flight.READER} reads them): {', '.join(records)}"
     return (
         f"The run hangs: no rank has made progress for {idle:.0f} s.\n{headline(ranks, idle)}.\n\n{stacks}\n\n"
         "All ranks were ended, exit code 1. Where this was honest work, such as a large index or a slow disk, set "

@@ -26,7 +26,7 @@ class Waits:
 
     echo: float = 2.0
     more: float = 0.3
-    answers: float = 4.0
+    answers: float = 8.0
     words: float = 1.0
 
 

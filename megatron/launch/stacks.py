@@ -32,11 +32,13 @@ _STATES = {
 @dataclass(frozen=True)
 class Doing:
     """What a process does. trouble: why it can do nothing, or "". waits_in: the collective of torch.distributed that it
-    waits in, or "". stack: its main thread's Python frames, the innermost first; "" where there was no answer."""
+    waits in, or "". stack: its main thread's Python frames, the innermost first; "" where there was no answer.
+    record: the file in which NCCL's last collectives are, or ""."""
 
     trouble: str = ""
     waits_in: str = ""
     stack: str = ""
+    record: str = ""
 
     @property
     def is_stopped(self) -> bool:

@@ -16,11 +16,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NoReturn
 
 from megatron import whereabouts
-from megatron.launch import stacks
+from megatron.launch import flight, stacks
 from megatron.launch.board import VARIABLE, Board
 from megatron.launch.failure import Failure, first_cause, from_exception, from_exit, from_hang
 from megatron.launch.hang import Seen, Stillness, missing, report, warning
@@ -88,6 +88,9 @@ class _Ranks:
             rank: self.board.ask(rank, pid) if found == "hang" else stacks.glance(pid)
             for pid, rank in self.alive.items()
         }
+        if found == "hang":
+            records = flight.ask(self.board.folder, doing)
+            doing = {rank: replace(one, record=records.get(rank, "")) for rank, one in doing.items()}
         seen = [Seen(rank, host, positions[rank], doing[rank]) for rank in positions]
         seen += [Seen(rank, host, self.board.position(rank), Doing("gone")) for rank in self.finished]
         if found == "warning":

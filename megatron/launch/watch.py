@@ -15,11 +15,14 @@ import dataclasses
 import json
 import os
 import secrets
+import shutil
 import socket
 import sys
+import tempfile
 import threading
 import time
 from mmap import mmap
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -44,6 +47,7 @@ class PeerWatch:
 
     def __init__(self, place: Place, hang_seconds: float | None = None, waits: Waits | None = None) -> None:
         self.place = place
+        self.folder = Path(tempfile.mkdtemp(prefix="deepy-watch-"))  # the guardian removes it
         self._secret = secrets.token_hex(16)
         self._port = 0
         self._is_parting = self._is_alone = False
@@ -63,7 +67,7 @@ class PeerWatch:
         sys.stderr.flush()
         pid = os.fork()
         if pid == 0:
-            ward = Ward(rank, positions, answers, Link(theirs))
+            ward = Ward(rank, positions, answers, Link(theirs), self.folder)
             run_guardian(self.place, ward, listening, self._secret, hang_seconds, waits)
         theirs.close()
         if listening is not None:
@@ -123,6 +127,7 @@ class PeerWatch:
             self._may_end.set()
             return
         if reason:
+            shutil.rmtree(self.folder, ignore_errors=True)
             line = f"rank {self.place.rank} on host {self.place.host} ends because {reason}.\n"
             os.write(2, line.encode())
         os._exit(exit_code)

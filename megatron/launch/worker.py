@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from megatron import logs, whereabouts
 from megatron.config.schema.config import Config
+from megatron.launch import flight
 from megatron.launch.board import VARIABLE, Board
 from megatron.launch.connections import choose_interface, try_gloo, try_groups
 from megatron.launch.devices import usable_cores
@@ -98,6 +99,9 @@ def _join(
     if config.kernels.compile is True:
         _keep_compiled_code()
     device = _prepare(place)
+    watcher = board or watch
+    if device.type == "cuda" and watcher is not None:
+        flight.record(watcher.folder, os.environ)
     cards = _meet(store, place, config, device, expected) if store is not None else []
     _connect(config, store, place, device)
     mesh = Mesh.create(*sizes, device)
