@@ -43,7 +43,7 @@ test: lint  ## lint, then the whole test suite
 	$(BIN)/python -m pytest -n 2
 
 bench: $(VENV)/.installed-dev  ## every benchmark, in its quick form
-	@for file in startup data train kernels fp8; do echo "== $$file"; $(BIN)/python benchmarks/$$file.py --quick || exit 1; done
+	@for file in startup data train kernels fp8 checkpoint; do echo "== $$file"; $(BIN)/python benchmarks/$$file.py --quick || exit 1; done
 
 clean:  ## remove caches, but no data, run or checkpoint
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build *.egg-info

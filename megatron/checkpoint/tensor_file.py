@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -33,6 +34,7 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_SYNC_EVERY = 32 << 20  # bytes
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -67,20 +69,62 @@ def write_tensors(file: BinaryIO, name: str, tensors: Iterable[tuple[str, Tensor
     header = _header(listed)
     file.write(header)
     ranges, offset = [], len(header)
-    for key, tensor in listed:
-        values = as_bytes(tensor)
-        ranges.append(WrittenRange(key, offset, len(values), _write_hashed(file, values)))
-        offset += len(values)
+    with _EarlySync(file) as sync:
+        for key, tensor in listed:
+            values = as_bytes(tensor)
+            ranges.append(WrittenRange(key, offset, len(values), _write_hashed(file, values, sync)))
+            offset += len(values)
     return WrittenFile(name, offset, len(header), CURRENT.hash(header), tuple(ranges))
 
 
-def _write_hashed(file: BinaryIO, values: memoryview) -> str:
+def _write_hashed(file: BinaryIO, values: memoryview, sync: _EarlySync) -> str:
     """Write a range block by block, each from the cache into which its hash has just brought it; return the proof."""
     hashes = []
     for start, stop in CURRENT.blocks(len(values)):
         hashes.append(CURRENT.hash(values[start:stop]))
         file.write(values[start:stop])
+        sync.wrote(stop - start)
     return "".join(hashes)
+
+
+class _EarlySync:
+    """Has the system write to the disk what a file was given, while more is given to it.
+
+    Otherwise it may do nothing of it until the file is synced at the end, and both times add up. A stream that is no
+    file of this machine is left alone. What fails is raised, since the system tells of it only once.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        try:
+            self._handle: int | None = file.fileno()
+        except (OSError, AttributeError):
+            self._handle = None
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._under_way: Future[None] | None = None
+        self._waiting = 0
+
+    def wrote(self, size: int) -> None:
+        """Take note of bytes that were written, and begin to sync where there are many."""
+        self._waiting += size
+        if self._handle is None or self._waiting < _SYNC_EVERY:
+            return
+        if self._under_way is not None:
+            if not self._under_way.done():
+                return
+            self._under_way.result()
+        self._under_way, self._waiting = self._thread.submit(_sync, self._handle), 0
+
+    def __enter__(self) -> _EarlySync:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._thread.shutdown()
+        if kind is None and self._under_way is not None:
+            self._under_way.result()
+
+
+def _sync(handle: int) -> None:
+    getattr(os, "fdatasync", os.fsync)(handle)  # macOS has no fdatasync
 
 
 def write_tensor_file(path: Path, tensors: Sequence[tuple[str, Tensor]]) -> WrittenFile:

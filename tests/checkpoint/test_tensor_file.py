@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 import xxhash
 from safetensors.torch import load
 
+from megatron.checkpoint import tensor_file
 from megatron.checkpoint.hashing import CURRENT, VERSION_1, Hashing
-from megatron.checkpoint.tensor_file import write_tensors
+from megatron.checkpoint.tensor_file import write_tensor_file, write_tensors
 
 
 def test_any_stream_becomes_a_safetensors_file_with_a_proof_of_each_block():
@@ -45,3 +47,17 @@ def test_a_part_of_a_range_is_proved_by_its_blocks_alone(hashing):
             damaged[start - first] ^= 1
             wrong = start // hashing.block if hashing.block else 0
             assert hashing.wrong_block(damaged, proof, number) == wrong
+
+
+def test_what_an_early_sync_finds_is_raised(tmp_path, monkeypatch):
+    """The system tells of a failed write-back only once: the sync at the end would know nothing of it."""
+    monkeypatch.setattr(tensor_file, "_SYNC_EVERY", 1)
+    tensors = [("a", torch.ones(9)), ("b", torch.ones(9))]
+    assert write_tensor_file(tmp_path / "good", tensors).size == (tmp_path / "good").stat().st_size
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tensor_file.os, "fdatasync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_tensor_file(tmp_path / "bad", tensors)
