@@ -52,7 +52,7 @@ State = dict[tuple[str, str], Tensor]
 
 
 def make_state(layers: int, width: int) -> State:
-    """Return layers of two matrices [4w, w] and [w, 4w] and a norm: with all of each 118 MB where w, the width, is 1024."""
+    """Return layers of two matrices [4w, w] and [w, 4w] and a norm, 118 MB each where w, the width, is 1024."""
     state: State = {}
     shapes = {"up": (4 * width, width), "down": (width, 4 * width), "norm": (width,)}
     for layer in range(layers):
