@@ -163,6 +163,10 @@ def test_a_run_stops_where_copies_differ() -> None:
             self.consumed_samples += 1
             return self.batches[self.consumed_samples - 1]
 
+    class Keeper(Nothing):
+        def written(self) -> list[Any]:
+            return []
+
     class Monitor(Nothing):
         @property
         def timers(self) -> Any:
@@ -184,7 +188,7 @@ def test_a_run_stops_where_copies_differ() -> None:
 
         engine.queue_step = spoiling
         batches = [matrix.micro_batches(config, batch, engine._mesh) for batch in matrix.make_batches(config)]
-        run = loop.Run(config.training, 5, engine, Loader(batches), None, Nothing(), Monitor(), Agreement(engine._mesh))  # type: ignore[arg-type]
+        run = loop.Run(config.training, 5, engine, Loader(batches), None, Keeper(), Monitor(), Agreement(engine._mesh))  # type: ignore[arg-type]
         try:
             loop.run_loop(run, Progress())
         except EngineError as error:

@@ -101,7 +101,7 @@ def test_steps_that_are_not_finite_are_counted_in_a_row() -> None:
 
 def test_the_state_survives_a_manifest_to_the_last_bit() -> None:
     state, _ = follow(guards(), [*NOISE[:30], 9.0, math.nan], GuardState())
-    progress = Progress(32, 128, 3200, 2, state)
+    progress = Progress(32, 128, 3200, 2, guard=state)
     assert Progress.from_dict(json.loads(json.dumps(progress.as_dict()))) == progress
     old = {"iteration": 3, "consumed_samples": 12, "consumed_tokens": 300, "skipped_iterations": 0}
     assert Progress.from_dict(old) == Progress(3, 12, 300, 0)
@@ -110,7 +110,7 @@ def test_the_state_survives_a_manifest_to_the_last_bit() -> None:
 def test_rollbacks_to_one_checkpoint_follow_each_other_in_the_record() -> None:
     """Both begin where the run went on, and what was left out in between lies within them."""
     at_checkpoint, _ = follow(guards(), NOISE[:20], GuardState())
-    back = Progress(20, 80, 0, 0, at_checkpoint)
+    back = Progress(20, 80, guard=at_checkpoint)
     state, found = follow(guards(), [*NOISE[:3], math.nan, 9.0], at_checkpoint, first=21)
     first = rolled_back(state, back, found[-1])
     assert [(each.begin, each.end, each.back_to) for each in first.left_out] == [(80, 100, 20)]
