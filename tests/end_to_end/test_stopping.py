@@ -20,7 +20,7 @@ from tests.ranks import run_ranks
 QUIET = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
-    "two": (2, {}),
+    "two": (2, {"async_save": True}),
     "pipeline": (2, {"pipe_parallel_size": 2, **QUIET}),
     "four": (4, {"model_parallel_size": 2, "zero_optimization": {"stage": 3}, **QUIET}),
 }  # fmt: skip
