@@ -28,6 +28,7 @@ from megatron.data.samples import (
     packed_index,
     unpacked_index,
 )
+from megatron.whereabouts import Phase, enter
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ def build_datasets(
     orders: dict[str, str] = {}
     for part, members in found.items():
         for member in members:
+            enter(Phase.DATA_INDEX)  # each file is progress, for who watches for a hang
             check_fitness(member.documents.text, vocab_size, tokenizer_fingerprint)
             if member.documents.labels is not None:
                 check_targets(member.documents.labels)
@@ -104,6 +106,7 @@ def _dataset(config: Config, member: Member, cache: IndexCache, vocab_size: int 
     packing = config.data.pack_impl
     leaks = neox_compat and packing != "packed"  # GPT-NeoX takes the documents from the beginning of the file
     documents = member.documents.from_first() if leaks else member.documents
+    enter(Phase.DATA_INDEX)
     index = PACKINGS[packing](config, documents, member.num_samples, cache)
     if neox_compat and packing == "pack_until_overflow":
         index = neox_last_sample(index)

@@ -16,7 +16,7 @@ from megatron.whereabouts import Phase, Position
 LONG = 2.0
 """How many times longer than elsewhere a rank may stay before its first step, in that step (kernels are compiled
 there), in a save and in a load."""
-_LONG_PHASES = (Phase.SAVE, Phase.LOAD, Phase.END)
+_LONG_PHASES = (Phase.SAVE, Phase.LOAD, Phase.EXAMINATION, Phase.END)
 
 
 @dataclass

@@ -7,7 +7,9 @@ keeper.save_if_due(engine, progress)
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 from megatron.checkpoint.compatible import require_same_model, require_tokenizer
@@ -172,7 +174,9 @@ class Keeper:
     def close(self) -> None:
         """Wait for a save in the background, and leave `save` to other runs."""
         if self._saver is not None:
-            self._saver.close()
+            # After an error the position stays where that happened.
+            with inside(Phase.SAVE) if sys.exception() is None else nullcontext():
+                self._saver.close()
 
     def is_due(self, progress: Progress) -> bool:
         """Say whether the keys of the config ask for a checkpoint now."""

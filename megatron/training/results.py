@@ -112,12 +112,11 @@ class Results:
         try:
             while len(self._queued) > left:
                 step = self._queued.popleft()
-                enter(Phase.RESULT)
+                _mark(Phase.RESULT)
                 found.append((step, self._result_of(step)))
         finally:
             self._untold += time.perf_counter() - self._begin
-            if sys.exception() is None:
-                enter(Phase.LOGGING)
+            _mark(Phase.LOGGING)
             for step, result in found:
                 self._monitor.log_step(step.iteration, result, self._untold / len(found))
                 progress = self._count(progress, step, result)
@@ -155,3 +154,9 @@ class Results:
             self._read(Progress(), 0)
         except Exception as later:
             logger.debug("%d queued steps are lost: %s", len(self._queued) + 1, later)
+
+
+def _mark(phase: Phase) -> None:
+    """Say what this rank does, unless an error is on its way: the report names the place of the error."""
+    if sys.exception() is None:
+        enter(phase)

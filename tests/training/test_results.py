@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
+from megatron import whereabouts
 from megatron.engine.base import StepResult
 from megatron.engine.wishes import NONE, Wish
 from megatron.training.progress import Progress
 from megatron.training.results import Results
+from megatron.whereabouts import Phase
 
 
 @dataclass
@@ -113,3 +115,21 @@ def test_a_batch_without_labels_is_said(caplog: pytest.LogCaptureFixture) -> Non
 
     run(Results(Told(), late=0), [Masked(1)])  # type: ignore[arg-type]
     assert "iteration 1 trained on nothing" in caplog.text
+
+
+def test_after_an_error_the_place_is_that_of_the_error() -> None:
+    """Though the steps that are left are still read."""
+    told = Told()
+
+    def fail() -> None:
+        with Results(told, late=2) as results:  # type: ignore[arg-type]
+            run(results, [Queued(1)])
+            assert not told.steps
+            whereabouts.begin_step(2)
+            whereabouts.enter(Phase.BACKWARD, 1)
+            raise ValueError("backward")
+
+    with pytest.raises(ValueError, match="backward"):
+        fail()
+    assert told.steps
+    assert whereabouts.current().doing() == "micro-batch 1, in backward"
