@@ -221,7 +221,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="where to write; default: the system's temporary folder")
     options = parser.parse_args()
     logs.setup(level="WARNING")
-    layers, rounds = (4, 3) if options.quick else (17, 7)
+    layers, rounds = (4, 3) if options.quick else (8, 5)
     with tempfile.TemporaryDirectory(prefix="checkpoint", dir=options.folder) as name:
         results = measure(Path(name), layers, rounds, cold=not options.quick)
     for key, value in results.items():

@@ -11,6 +11,7 @@ from megatron.checkpoint.hashing import CURRENT
 from megatron.checkpoint.load import CheckpointReader, find_checkpoint
 from megatron.checkpoint.save import save_checkpoint
 from megatron.engine.build import build_engine
+from megatron.errors import DamagedCheckpointError
 from megatron.model.build import build_model
 from megatron.objectives.build import build_objective
 from tests.parallel.matrix import VOCAB, make_config, make_mesh
@@ -65,3 +66,24 @@ def test_all_ranks_together_read_a_checkpoint_about_once(
         changes_tensor_axis = layout.get("model_parallel_size", 1) > size
         assert total <= sum(read) <= total * (1.5 if changes_tensor_axis else 1.1), name
         assert max(read) <= sum(read) * (0.7 if name == "pipeline" else 1.1 / world_size), name
+
+
+def fails(root: Path, flat: dict[str, Any], world_size: int) -> str:
+    engine, _, _ = make_engine(flat, world_size)
+    with pytest.raises(DamagedCheckpointError) as caught:
+        engine.load_state(CheckpointReader(find_checkpoint(root)), with_optimizer=True)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_damage_that_one_rank_reads_stops_all_and_is_named_on_all(tmp_path: Path, stage: int) -> None:
+    run_ranks(1, save, tmp_path, {"stage": 0}, 1)
+    path = find_checkpoint(tmp_path).local_path("rank_00000.safetensors")
+    assert path is not None
+    data = bytearray(path.read_bytes())
+    entry = CheckpointReader(find_checkpoint(tmp_path)).manifest.tensors["exp_avg"]["layers.1.mlp.linear2.weight"]
+    data[entry.pieces[0].offset] ^= 1
+    path.write_bytes(data)
+    messages = run_ranks(2, fails, tmp_path, {"stage": stage}, 2)
+    assert messages[0] == messages[1]
+    assert "The values of exp_avg/layers.1.mlp.linear2.weight/0 do not match their hash" in messages[0]
