@@ -23,6 +23,7 @@ from megatron.errors import EngineError
 from megatron.monitor.build import Monitor
 from megatron.monitor.metrics import read_metrics
 from megatron.parallel.mesh import Mesh
+from megatron.training import run as training_run
 from megatron.training.persistence import Keeper
 from megatron.training.run import train
 from tests.end_to_end.tiny import config, losses, write_corpus
@@ -153,6 +154,21 @@ def test_a_resumed_run_decides_as_the_one_that_never_stopped(
     assert progress == expected
     assert losses(broken) == losses(whole)
     assert same(whole, broken)
+
+
+@pytest.mark.parametrize("action", ["skip", "rollback"])
+def test_results_that_are_read_late_change_no_decision(folders: tuple[Path, Path], action: str) -> None:
+    """As on a GPU: two more steps are queued before a spike is known; a rollback drops them."""
+    at_once, late = folders
+
+    def read_late() -> dict[str, Any]:
+        training_run.steps_late = lambda device: 2
+        return run(late, **guarded(action))
+
+    [expected] = run_ranks(1, lambda: run(at_once, **guarded(action)))
+    [found] = run_ranks(1, read_late)
+    assert found == expected
+    assert same(at_once, late)
 
 
 def test_a_rollback_is_the_checkpoint_with_the_samples_left_out(folders: tuple[Path, Path]) -> None:
