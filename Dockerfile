@@ -3,7 +3,7 @@
 FROM nvidia/cuda:13.0.1-devel-ubuntu24.04
 
 ENV DEBIAN_FRONTEND=noninteractive PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1
-# openssh and pdsh are for several machines, g++ is for the image's nvcc; the rest is what Python and git need.
+# openssh and pdsh are for several machines (docs/multinode.md), g++ is for the image's nvcc; the rest is what Python and git need.
 RUN apt-get update && apt-get install -y --no-install-recommends \
         ca-certificates g++ git make openssh-client pdsh python3 python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/*

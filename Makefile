@@ -8,7 +8,7 @@ LOCK := -c requirements/lock.txt
 export DS_BUILD_OPS := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test lint bench clean
+.PHONY: help install quickstart test multinode lint bench clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' Makefile | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -41,6 +41,9 @@ lint: $(VENV)/.installed-dev  ## ruff, mypy and the import contract
 
 test: lint  ## lint, then the whole test suite
 	$(BIN)/python -m pytest -n 2
+
+multinode: $(VENV)/.installed-dev  ## train over two hosts made of namespaces: pdsh, MPI, Slurm, torchrun, failures (root)
+	@PYTHON=$(BIN)/python tests/multinode/run
 
 bench: $(VENV)/.installed-dev  ## every benchmark, in its quick form
 	@for file in startup data train kernels fp8 checkpoint; do echo "== $$file"; $(BIN)/python benchmarks/$$file.py --quick || exit 1; done

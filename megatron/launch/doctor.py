@@ -18,10 +18,11 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
+from megatron.launch.around import other_hosts
 from megatron.launch.devices import torch_has_cuda, usable_cores, visible_gpus
+from megatron.launch.finding import Finding
 from megatron.planning.machine import total_memory
 
 REQUIRED = ("deepspeed", "numpy", "pydantic", "yaml", "safetensors", "tokenizers", "transformers", "rich")
@@ -44,18 +45,6 @@ OPTIONAL = (
 GIBIBYTE = 2**30
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report. problem: "" where all is well."""
-
-    name: str
-    value: str
-    problem: str = ""
-
-    def __str__(self) -> str:
-        return f"  {self.name:<27} {self.value}" + (f"\n  {'':<27}   {self.problem}" if self.problem else "")
-
-
 def main(argv: list[str]) -> int:
     """Print the report; return 0 where training can run, else 1."""
     if argv:
@@ -69,6 +58,7 @@ def main(argv: list[str]) -> int:
     _print("Required packages", required)
     _print("Optional packages", [_optional(*row) for row in OPTIONAL])
     _print("Compilers", compilers())
+    _print("Other hosts", other_hosts(os.environ))
     broken = [finding for finding in required if finding.problem]
     print(verdict(broken))
     return 1 if broken else 0

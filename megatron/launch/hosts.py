@@ -23,8 +23,8 @@ _PROGRAMS = {
     "mvapich": ((("mpiexec.hydra", "mpiexec", "mpirun"), "mvapich2"),),
     "slurm": ((("srun",), "slurm-client"),),
 }
-# A word of the version of MPI's programs, which go by the same names.
-_MPI_VERSIONS = {"openmpi": "Open MPI", "mpich": "HYDRA", "mvapich": "HYDRA"}
+# Words of the version of MPI's programs, which go by the same names.
+_MPI_VERSIONS = {"openmpi": ("open mpi", "openrte", "open-mpi"), "mpich": ("hydra",), "mvapich": ("hydra",)}
 
 
 @dataclass(frozen=True)
@@ -195,14 +195,14 @@ def program_of(launcher: str) -> str:
 
 def _other_mpi(launcher: str) -> list[Problem]:
     """Return a problem where the program belongs to another MPI, whose options are others."""
-    program, word = program_of(launcher), _MPI_VERSIONS[launcher]
+    program = program_of(launcher)
     said = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=30, check=False)
     text = said.stdout + said.stderr
-    if word.lower() in text.lower() or not text.strip():
+    kinds = [kind for kind, words in _MPI_VERSIONS.items() if any(word in text.lower() for word in words)]
+    if not kinds or launcher in kinds:
         return []
-    other = "openmpi" if "open mpi" in text.lower() else "mpich"
     why = f"but {shutil.which(program)} is another MPI's ({text.strip().splitlines()[0]})."
-    return [Problem(f"launcher = {launcher}", why, f"Set launcher to {other}, or put the right one first in PATH.")]
+    return [Problem(f"launcher = {launcher}", why, f"Set launcher to {kinds[0]}, or put the right one first in PATH.")]
 
 
 def _unreachable(hosts: Sequence[Host]) -> list[Problem]:

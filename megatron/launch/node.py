@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from megatron import signals
 from megatron.errors import LaunchError, Problem
 from megatron.launch.devices import usable_cores, visible_gpus
 from megatron.launch.failure import explain_signal
@@ -38,7 +39,8 @@ def main(argv: list[str]) -> int:
     index, address, port, script = int(argv[0]), argv[1], int(argv[2]), argv[3]
     environments = node_environments(parse_hosts(os.environ[HOSTS_VARIABLE]), index, address, port, os.environ)
     command = [sys.executable, "-u", script, *argv[4:]]
-    with _noted_pid(node_pid_file(os.environ[RUN_VARIABLE], index)):
+    folder = os.environ.get("XDG_RUNTIME_DIR") or "/tmp"
+    with _noted_pid(f"{folder}/{node_pid_file(os.environ[RUN_VARIABLE], index)}"):
         return Ranks(command, environments).see_through(sys.stdin.fileno())
 
 
@@ -85,6 +87,7 @@ class Ranks:
             for environment in environments
         }
         self.codes: list[int] = []
+        self._sent: set[int] = set()
 
     def see_through(self, connection: int) -> int:
         """Wait for the end of every rank; return 0, or the code of the first that failed, or 75 to start again.
@@ -110,10 +113,11 @@ class Ranks:
                 schedule = [(first, signal.SIGTERM), (first + KILL_SECONDS, signal.SIGKILL)]
             while schedule and schedule[0][0] <= time.monotonic():
                 self._send(schedule.pop(0)[1])
-        failed = [code for code in self.codes if code != os.EX_TEMPFAIL]
+        failed = [code for code in self.codes if code != signals.EXIT_CODE]
         return [*failed, *self.codes, 0][0]
 
     def _send(self, number: int) -> None:
+        self._sent.add(number)
         for process in self.alive:
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(number)
@@ -122,7 +126,7 @@ class Ranks:
         """Take leave of every rank that has ended; one that a signal ended could not say so itself."""
         for process in [process for process in self.alive if process.poll() is not None]:
             rank, status = self.alive.pop(process), process.returncode
-            if status < 0:
+            if status < 0 and -status not in self._sent:
                 why = explain_signal(-status, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
                 print(f"rank {rank} on host {socket.gethostname()}: {why}", file=sys.stderr, flush=True)
             if status:

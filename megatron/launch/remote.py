@@ -122,13 +122,14 @@ def _pdsh_words(hosts: Sequence[Host]) -> list[str]:
 
 def pdsh_signal_command(hosts: Sequence[Host], run: str, name: str) -> list[str]:
     """Return the command that sends a signal ("TERM") to each host's part of a run."""
-    path = node_pid_file(run, "%n")
-    return [*_pdsh_words(hosts), f'test ! -f {path} || kill -s {name} "$(cat {path})"']
+    path = "${XDG_RUNTIME_DIR:-/tmp}/" + node_pid_file(run, "%n")
+    return [*_pdsh_words(hosts), f'test ! -f "{path}" || kill -s {name} "$(cat "{path}")"']
 
 
 def node_pid_file(run: str, index: object) -> str:
-    """Return the file in which a host's part of a run notes its process id, while it runs."""
-    return f"/tmp/deepy-{run}-{index}.pid"
+    """Return the name of the file in XDG_RUNTIME_DIR, or else /tmp, in which a host's part of a run notes its process
+    id while it runs."""
+    return f"deepy-{run}-{index}.pid"
 
 
 def _openmpi(remote: Remote, launcher: LauncherConfig, environ: Mapping[str, str]) -> list[str]:

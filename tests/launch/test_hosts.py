@@ -124,3 +124,14 @@ def test_nothing_is_started_where_a_host_cannot_be_reached(
     assert said.count("ssh cannot log into it (Permission denied).") == 2
     assert "Traceback" not in said
     assert cli.main([*words, "--print"]) == 0
+
+
+def test_the_launcher_of_another_mpi_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    programs(tmp_path, monkeypatch, mpirun='echo "mpirun (Open MPI) 4.1.4"')
+    require_reachable(HOSTS, "openmpi")
+    with pytest.raises(
+        LaunchError, match=r"launcher = mvapich: but .*mpirun is another MPI's .* Set launcher to openmpi"
+    ):
+        require_reachable(HOSTS, "mvapich")
+    programs(tmp_path, monkeypatch, mpirun='echo "HYDRA build details:"')
+    require_reachable(HOSTS, "mvapich")

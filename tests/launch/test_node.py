@@ -46,12 +46,18 @@ time.sleep(20)
 def start(folder: Path, who: str = "", does: str = "") -> tuple[subprocess.Popen[str], Path]:
     (folder / "rank.py").write_text(RANK)
     run = f"test{os.getpid()}-{time.monotonic_ns()}"
-    environ = {**os.environ, "DEEPY_HOSTS": "n1:0,1", "DEEPY_RUN": run, "DS_ACCELERATOR": "cpu"}
+    environ = {
+        **os.environ,
+        "DEEPY_HOSTS": "n1:0,1",
+        "DEEPY_RUN": run,
+        "DS_ACCELERATOR": "cpu",
+        "XDG_RUNTIME_DIR": str(folder),
+    }
     command = [sys.executable, "-c", "import sys; from megatron.launch import node; sys.exit(node.main(sys.argv[1:]))"]
     command += ["0", "127.0.0.1", "7", str(folder / "rank.py"), who, does]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     process = subprocess.Popen(command, cwd=ROOT, env=environ, text=True, **pipes)  # type: ignore[call-overload]
-    return process, Path(f"/tmp/deepy-{run}-0.pid")
+    return process, folder / f"deepy-{run}-0.pid"
 
 
 def until_up(process: subprocess.Popen[str]) -> list[str]:

@@ -53,7 +53,7 @@ def test_over_pdsh_each_host_is_told_by_a_pdsh_of_its_own(tmp_path: Path) -> Non
     deadline = time.monotonic() + 10
     while not (tmp_path / "said").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
-    path = "/tmp/deepy-run-%n.pid"
+    path = '"${XDG_RUNTIME_DIR:-/tmp}/deepy-run-%n.pid"'
     expected = f'-R ssh -S -f 1024 -w n1 test ! -f {path} || kill -s TERM "$(cat {path})"\n'
     assert (tmp_path / "said").read_text() == expected
     process.kill()

@@ -41,7 +41,7 @@ def test_pdsh_starts_a_part_of_the_run_on_every_host() -> None:
 
 
 def test_a_stop_reaches_each_host_by_the_id_of_its_process() -> None:
-    path = "/tmp/deepy-run-%n.pid"
+    path = '"${XDG_RUNTIME_DIR:-/tmp}/deepy-run-%n.pid"'
     assert pdsh_signal_command(TWO, "run", "TERM")[-1] == f'test ! -f {path} || kill -s TERM "$(cat {path})"'
 
 

@@ -66,7 +66,7 @@ lab_ssh() {  # let the hosts log into each other by ssh, with keys and configura
   cp "$LAB/id.pub" "$LAB/authorized_keys"
   chmod 600 "$LAB/id" "$LAB/authorized_keys"
   printf '%s\n' "HostKey $LAB/host_key" "AuthorizedKeysFile $LAB/authorized_keys" 'PermitRootLogin prohibit-password' \
-    'PasswordAuthentication no' 'UsePAM no' 'StrictModes no' 'PidFile none' >"$LAB/sshd_config"
+    'PasswordAuthentication no' 'UsePAM no' 'StrictModes no' 'PidFile none' 'SetEnv XDG_RUNTIME_DIR=/run' >"$LAB/sshd_config"
   printf '%s\n' 'Host *' " IdentityFile $LAB/id" ' IdentitiesOnly yes' ' StrictHostKeyChecking no' \
     ' UserKnownHostsFile /dev/null' ' LogLevel ERROR' >"$LAB/ssh_config"
   for number in 1 2; do
@@ -82,11 +82,14 @@ lab_close() {
   local pid
   for pid in "${LAUNCHED[@]}"; do kill -KILL "$pid" 2>/dev/null; done
   for pid in "${LAUNCHED[@]}"; do wait "$pid" 2>/dev/null; done
-  [ -z "$LAB" ] || [ -n "${LAB_KEEP:-}" ] || rm -rf "$LAB"
+  [ -z "$LAB" ] || [ -n "${LAB_KEEP:-}" ] || rm -rf "$LAB" 2>/dev/null || { sleep 1; rm -rf "$LAB"; }  # the last processes of a host may still have written
   exit $code
 }
 
 # --- the training run that every script starts, and what must come of it ---
+
+# Keys that change no loss of a training step and give each step a second, for a signal to arrive in between.
+SLOWLY=(eval_interval=1 eval_iters=60)
 
 lab_run() {  # write the tiny config and corpus into $LAB, and the local run's losses, once for all scripts of a driver
   REFERENCE=${REFERENCE:-$LAB/reference}
@@ -99,11 +102,24 @@ same_losses() {  # same_losses WHAT [FOLDER]: the run in the lab has the losses 
 }
 
 expect_code() {  # expect_code WANTED GOT WHAT
-  [ "$1" = "$2" ] || { echo "$3: exit code $2, and not $1"; exit 1; }
+  [ "$1" = "$2" ] || { echo "$3: exit code $2, and not $1; the log ends with:"; tail -30 "$LAB/log"; exit 1; }
 }
 
 expect_text() {  # expect_text FILE PATTERN: the file has a line with the pattern
   grep -Eq -- "$2" "$1" || { echo "'$2' is not in $1, which ends with:"; tail -30 "$1"; exit 1; }
+}
+
+failing_script() {  # failing_script CODE_OF_RANK_1 CODE_OF_RANK_0: a script without torch whose ranks end with these
+  cat >"$LAB/failing.py" <<PY
+import sys, time
+from megatron.launch.place import find_place
+from megatron.launch.prelude import prepare
+import os
+prepare(__file__)
+rank = find_place(os.environ).rank
+time.sleep(0.3 * (1 - rank))
+sys.exit($1 if rank else $2)
+PY
 }
 
 inner() {  # inner PID: the process that a background `on` started on its host, as this machine numbers it
@@ -116,7 +132,53 @@ await() {  # await SECONDS COMMAND...: try until the command succeeds
   local tries=$(($1 * 10))
   shift
   until "$@" >/dev/null 2>&1; do
-    [ $((tries -= 1)) -gt 0 ] || { echo "never came true: $*"; exit 1; }
+    [ $((tries -= 1)) -gt 0 ] || { echo "never came true: $*"; [ ! -f "$LAB/log" ] || tail -30 "$LAB/log"; exit 1; }
     sleep 0.1
   done
 }
+
+lab_slurm() {  # start a controller on node1 and a slurmd on either host; everything of theirs lies in $LAB
+  local number conf=$LAB/slurm.conf
+  dd if=/dev/urandom of="$LAB/munge.key" bs=128 count=1 status=none
+  chmod 600 "$LAB/munge.key"
+  cat >"$conf" <<CONF
+ClusterName=lab
+SlurmctldHost=node1
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket=/run/munge.socket
+CryptoType=crypto/munge
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+MpiDefault=none
+ReturnToService=2
+JobRequeue=1
+StateSaveLocation=$LAB/state
+SlurmdSpoolDir=$LAB/spool%n
+SlurmctldPidFile=/run/slurmctld.pid
+SlurmdPidFile=/run/slurmd.pid
+SlurmctldLogFile=$LAB/slurmctld.log
+SlurmdLogFile=$LAB/slurmd%n.log
+SlurmdParameters=config_overrides
+SchedulerParameters=batch_sched_delay=0,sched_interval=1
+KillWait=20
+NodeName=node[1-2] CPUs=2 RealMemory=2000 State=UNKNOWN
+PartitionName=lab Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=FORCE:4
+CONF
+  mkdir -p "$LAB/state"
+  export SLURM_CONF=$conf
+  for number in 1 2; do
+    on $number munged --force --key-file="$LAB/munge.key" --socket=/run/munge.socket --pid-file=/run/munged.pid \
+      --log-file="$LAB/munged$number.log" --seed-file="$LAB/munged$number.seed" || skip "munged does not start here"
+  done
+  on 1 slurmctld -c
+  for number in 1 2; do on $number slurmd -N node$number || skip "slurmd does not start here"; done
+  await 20 slurm_is_up
+}
+
+slurm_is_up() { [ "$(on 1 sinfo -h -t idle -o %D)" = 2 ]; }
