@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -83,16 +84,19 @@ class LocalStorage:
         os.replace(temporary, path)
         _sync_folder(path.parent)
 
-    def write_stream(self, name: str, fill: Callable[[BinaryIO], T]) -> T:
-        """Write a new file with `fill(file)`, sync it, and return what `fill` did."""
+    def write_stream(
+        self, name: str, fill: Callable[[BinaryIO], T], check: Callable[[T], None] = lambda result: None
+    ) -> T:
+        """Write a new file with `fill(file)`, sync it while `check(result)` reads it back, and return the result."""
         path = self.root / name
+        file = open(path, "xb")  # noqa: SIM115
         try:
-            with open(path, "xb") as file:
+            with file, ThreadPoolExecutor(1) as syncer:
                 result = fill(file)
                 file.flush()
-                os.fsync(file.fileno())
-        except FileExistsError:
-            raise
+                synced = syncer.submit(os.fsync, file.fileno())
+                check(result)
+                synced.result()
         except BaseException:
             path.unlink(missing_ok=True)
             raise

@@ -141,12 +141,16 @@ class ObjectStorage:
         """Write a small object in one request: it appears whole or not at all."""
         self._call(name, lambda files, path: files.pipe_file(path, content))
 
-    def write_stream(self, name: str, fill: Callable[[BinaryIO], T]) -> T:
-        """Upload what `fill(file)` writes, part by part, and return what `fill` did.
+    def write_stream(
+        self, name: str, fill: Callable[[BinaryIO], T], check: Callable[[T], None] = lambda result: None
+    ) -> T:
+        """Upload what `fill(file)` writes, part by part, call `check(result)` when it is there, and return the result.
 
         `fill` is called again, from the beginning, where the upload failed. The object appears when all of it is there.
         """
-        return self._call(name, lambda files, path: self._upload(files, path, fill))
+        result = self._call(name, lambda files, path: self._upload(files, path, fill))
+        check(result)
+        return result
 
     def _upload(self, files: Any, path: str, fill: Callable[[BinaryIO], T]) -> T:
         upload = files.open(path, "wb", block_size=self._part_size, autocommit=False)

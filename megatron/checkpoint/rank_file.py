@@ -27,8 +27,9 @@ def write_rank_file(folder: Storage, name: str, owned: Sequence[StatePiece]) -> 
     Raises CheckpointError where other bytes come back than were written, OSError as the storage does.
     """
     listed = [(_key(piece), piece.data.reshape(-1)) for piece in owned]
-    written = folder.write_stream(name, lambda file: write_tensors(file, name, listed))
-    verify(folder, written)
+    written = folder.write_stream(
+        name, lambda file: write_tensors(file, name, listed), lambda done: verify(folder, done)
+    )
     return _table(owned, written), written
 
 
@@ -65,8 +66,8 @@ class _Block:
 def verify(folder: Storage, written: WrittenFile) -> None:
     """Read a file back from the storage and compare it with the hashes of what was to be written.
 
-    A local file has been synced; what is compared is what the operating system would give any other reader. From an
-    object store every byte is fetched again: checksums of stores differ in kind, and some have none.
+    Of a local file, what is compared is what the operating system gives any other reader, while it is being synced.
+    From an object store every byte is fetched again: checksums of stores differ in kind, and some have none.
     """
     window = _REMOTE_WINDOW if folder.local_path() is None else _LOCAL_WINDOW
     with ThreadPoolExecutor(_THREADS) as pool:

@@ -72,10 +72,13 @@ class Storage(Protocol):
         """Write a small file, replacing what was there: whole or not at all, and durable."""
         ...
 
-    def write_stream(self, name: str, fill: Callable[[BinaryIO], T]) -> T:
+    def write_stream(
+        self, name: str, fill: Callable[[BinaryIO], T], check: Callable[[T], None] = lambda result: None
+    ) -> T:
         """Write a new, durable file by `fill(file)`, and return what `fill` returned; nothing is left where it failed.
 
-        `fill` may be called again, from the beginning, where a store failed.
+        `fill` may be called again, from the beginning, where a store failed. `check(result)` is called once the file
+        can be read, and may raise; on a file system it runs while the file is synced.
         """
         ...
 

@@ -148,15 +148,20 @@ def test_a_bucket_that_fails_costs_the_copy_and_not_the_checkpoint(tmp_path, s3,
 
 
 def save_until_killed(root: Any, first: int) -> int:
-    """Save in the background in a fork, again and again; return its process id."""
+    """Save in the background in a fork, again and again; return its process id once it has begun."""
+    ready, tell = os.pipe()
     pid = os.fork()
     if pid:
+        os.close(tell)
+        assert os.read(ready, 1) == b"1"
+        os.close(ready)
         return pid
     try:
         torch.set_num_threads(1)
         saver = make_saver(root, async_save=True, keep_last_n_checkpoints=2)
         for iteration in range(first, first + 1000):
             save(saver, iteration)
+            os.write(tell, b"1" if iteration == first else b"")
             time.sleep(0.002)
     finally:
         os._exit(1)
