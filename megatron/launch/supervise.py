@@ -172,7 +172,7 @@ def _watch(ranks: _Ranks, patience: Patience) -> int | None:
             ranks.send(schedule.pop(0)[1])
         had_failed = bool(ranks.failures)
         ranks.reap()
-        if asked is None:
+        if signal.SIGINT not in ranks.signalled:
             ranks.look(now)
         if ranks.failures and not had_failed:
             first = now + patience.echo

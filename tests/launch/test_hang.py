@@ -173,3 +173,15 @@ def test_slow_steps_are_no_hang(tmp_path: Path) -> None:
     code, stderr, seconds = finish(slow.format(seconds=1.5), tmp_path)
     assert (code, stderr) == (0, "")
     assert seconds > 2.5
+
+
+def test_a_run_that_hangs_while_it_stops_is_ended_too(tmp_path: Path) -> None:
+    """Whoever asks a run to stop grants it an hour to save."""
+    stuck = "os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
+    deaf = "def body(rank):\n    signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+    code, stderr, seconds = finish(
+        SUPERVISED.replace("def body(rank):", deaf).format(stuck=stuck, seconds=0.6), tmp_path
+    )
+    assert code == 1
+    assert seconds < 15
+    assert "The run hangs: no rank has made progress for" in stderr
