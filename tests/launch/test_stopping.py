@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +19,7 @@ from megatron.config.resolve import resolve
 from megatron.config.transport import pack
 from megatron.launch import prelude
 from megatron.launch.entry import run_worker
+from megatron.launch.failure import from_exit
 from megatron.launch.port import free_port
 from megatron.launch.prelude import PAYLOAD_FLAG
 from megatron.launch.requeue import requeue
@@ -27,6 +30,7 @@ from tests.end_to_end.stopping import CHANGES, send_in, wait_for
 from tests.end_to_end.tiny import settings, write_corpus
 from tests.launch.forked import Forked, fork
 
+ROOT = Path(__file__).resolve().parents[2]
 NOTHING_LOST = "before its first step: nothing is lost; start the same command again. Exit code 75."
 
 
@@ -217,3 +221,28 @@ def test_what_scontrol_answers_is_said(tmp_path: Path) -> None:
     assert requeue(job) == "Job 4_1 is not requeued, scontrol answered: Requested operation is disabled."
     tool.write_text("#!/bin/sh\nexec /bin/sleep 20\n")
     assert "Job 4_1 is not requeued: scontrol gave no answer" in requeue(job, seconds=0.1)
+
+
+@pytest.mark.parametrize("has_board", [False, True])
+def test_during_the_imports(has_board: bool) -> None:
+    """Before torch is there; under deepy.py the launcher says it, of a rank that has left no report."""
+    code = "import time; from megatron.launch.prelude import prepare; prepare('train.py', stoppable=True)\n"
+    code += "print('ready', flush=True); time.sleep(60)"
+    environment = {**os.environ, **({"DEEPY_BOARD": "/nowhere"} if has_board else {})}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.terminate()
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 75
+    assert ("stopped by SIGTERM before its first step: nothing is lost" in said) != has_board
+    failure = from_exit(75, 0, 0, 1, "n1")
+    assert str(failure) == f"stopped by a signal {NOTHING_LOST}"
+    assert failure.exit_code == 75
