@@ -32,11 +32,11 @@ def test_ranks_are_counted_host_by_host(monkeypatch: pytest.MonkeyPatch) -> None
 RANK = """
 import os, signal, sys, time
 def end(number, frame):
-    print("rank", os.environ["RANK"], "got", signal.Signals(number).name, flush=True)
+    sys.stdout.write(f"rank {os.environ['RANK']} got {signal.Signals(number).name}\\n")  # whole, beside the other's
     sys.exit(75)
 for number in (signal.SIGTERM, signal.SIGUSR1):
     signal.signal(number, end)
-print("rank", os.environ["RANK"], "is up", flush=True)
+sys.stdout.write(f"rank {os.environ['RANK']} is up\\n")
 if os.environ["RANK"] in sys.argv[1].split(","):
     exec(sys.argv[2])
 time.sleep(20)

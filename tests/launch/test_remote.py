@@ -114,7 +114,8 @@ from megatron.config.transport import unpack
 _apply_sent_environment(sys.argv)
 place = find_place(os.environ).listening_at(None, 1)
 seed = unpack(sys.argv[sys.argv.index("--deepy-payload") + 1]).numerics.seed
-print("WORKER", place.rank, place.world_size, place.master_addr, place.master_port, os.environ["NCCL_NAME"], seed)
+words = "WORKER", place.rank, place.world_size, place.master_addr, place.master_port, os.environ["NCCL_NAME"], seed
+sys.stdout.write(" ".join(map(str, words)) + "\\n")
 """
 
 
