@@ -1,5 +1,5 @@
-"""The S3 server of the checkpoints' tests."""
+"""The S3 server and the small disk of the checkpoints' tests."""
 
-from tests.checkpoint.conftest import s3
+from tests.checkpoint.conftest import s3, small_disk
 
-__all__ = ["s3"]
+__all__ = ["s3", "small_disk"]

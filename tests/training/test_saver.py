@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.checkpoint import object_storage
+from megatron.checkpoint import object_storage, writer
 from megatron.checkpoint.load import CheckpointReader, find_checkpoint
 from megatron.checkpoint.local_storage import LocalStorage
 from megatron.checkpoint.save import take_snapshot
@@ -98,6 +98,25 @@ def test_a_failure_behind_is_told_at_the_next_step_and_the_last_save_tries_again
     save(saver, 2, last=True)
     saver.close()
     assert assert_good(tmp_path, 2) == 2
+
+
+def test_a_disk_that_becomes_full_behind_costs_one_checkpoint(small_disk, said, monkeypatch):
+    saver = make_saver(small_disk, async_save=True)
+    save(saver, 1)
+    save(saver, 1)
+    monkeypatch.setattr(writer, "_SLACK", -(1 << 30))  # as if someone else filled the disk after the check
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes((24 << 20) - (64 << 10)))
+    big = {("w", "weight"): torch.zeros(1 << 20)}
+    saver.save(2, lambda: take_snapshot(2, whole(big), {}, small_config(), {}), last=False)
+    saver._settle()
+    ballast.unlink()
+    assert any("saving iteration 2 failed in the background." in line and "became full" in line for line in said)
+    assert_good(small_disk, 1)
+    save(saver, 3, last=True)
+    saver.close()
+    assert assert_good(small_disk, 3) == 3
+    assert sorted(path.name for path in small_disk.iterdir()) == [".lock", "global_step1", "global_step3", "latest"]
 
 
 def _no_space(*_: Any) -> Any:
