@@ -133,7 +133,7 @@ def _sides(options: argparse.Namespace) -> list[str]:
 def _measured(size: Size, precision: str, sides: Sequence[str], quick: bool, peak: float) -> list[Row]:
     """Return the rows of one size after printing them."""
     sides = [side for side in sides if side != AUTOCAST or precision == "bf16"]
-    warm, steps, rounds = (1, 3, 1) if quick and not ON_GPU else (3, 10, 1) if ON_GPU else (1, 4, 3)
+    warm, steps, rounds = (1, 2, 1) if quick and not ON_GPU else (3, 10, 1) if ON_GPU else (1, 4, 3)
     turns: dict[str, list[Turn]] = {side: [] for side in sides}
     for number in range(rounds):
         for side in sides:

@@ -3,7 +3,8 @@
 A small model is done with a kernel before the host has launched the next. torch.cuda.make_graphed_callables records
 the kernels of both passes once, for batches of one shape, which are then copied into the buffers of the recording.
 Gradients leave the recording as from any backward pass, so accumulation, reduction and update stay as they are. Random
-streams are seeded before each micro-batch as without graphs: a replay reads the seed anew. Evaluation is not recorded.
+streams are seeded before each micro-batch as without graphs: a replay reads the seed anew. Evaluation is not recorded,
+nor is the update: the learning rate, which changes at each step, is a number of the host in its kernels.
 
 No part of this has run on a GPU yet.
 """
