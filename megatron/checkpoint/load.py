@@ -61,7 +61,7 @@ def _find(root: Storage, iteration: int | None) -> Storage:
             Problem(
                 what=f"{source} = {wanted}",
                 why=f"{root} holds no checkpoint of this iteration. There are: {', '.join(map(str, found))}.",
-                fix=f"Choose one of them, for example --iteration {max(found)}.",
+                fix=f"Choose one of them, for example iteration: {max(found)}.",
             )
         )
     return found[wanted]
@@ -220,7 +220,7 @@ class CheckpointReader:
         root = self.folder.parent
         for iteration, folder in reversed(_others(root).items()):
             if folder.name != self.folder.name and _looks_whole(folder):
-                fix = f"{folder} is complete. Load it with load: {root} and --iteration {iteration}."
+                fix = f"{folder} is complete. Load it with load: {root} and iteration: {iteration}."
                 return type(error)(*(Problem(p.what, p.why, fix, p.where) for p in error.problems))
         return error
 

@@ -82,7 +82,7 @@ def test_a_truncated_file_is_named_with_the_checkpoint_to_use_instead(root):
         CheckpointReader(find_checkpoint(root))
     message = str(caught.value)
     assert f"{path}: damaged checkpoint: The file is truncated" in message
-    assert f"{root / 'global_step4'} is complete. Load it with load: {root} and --iteration 4." in message
+    assert f"{root / 'global_step4'} is complete. Load it with load: {root} and iteration: 4." in message
     path.unlink()
     with pytest.raises(CheckpointError, match="The file is missing"):
         CheckpointReader(find_checkpoint(root))
