@@ -15,7 +15,6 @@ for number in 1 2; do
   wait "${ranks[$number]}"
   code=$?
   cp "$LAB/log$number" "$LAB/log"
-  tail -n 2 "$LAB/log" >&2
   [ $code != 0 ] && [ $code != 124 ] || { echo "rank $((number - 1)): exit code $code"; tail -30 "$LAB/log"; exit 1; }
 done
 echo "both ranks ended $(($(date +%s) - begin)) s after the link was taken down"
