@@ -165,20 +165,3 @@ def read_into(path: Path, offset: int, buffer: memoryview) -> int:
         while filled < len(buffer) and (count := file.readinto(buffer[filled:])):
             filled += count
     return filled
-
-
-def read_range(path: Path, offset: int, size: int) -> bytearray:
-    """Return `size` bytes at `offset`; fewer where the file ends before that."""
-    values = bytearray(size)
-    filled = read_into(path, offset, memoryview(values))
-    return values if filled == size else values[:filled]
-
-
-def hash_range(path: Path, offset: int, size: int) -> str:
-    """Return the proof of `size` bytes at `offset`, or of those that are there, in constant memory."""
-    hashes = []
-    with open(path, "rb") as file:
-        file.seek(offset)
-        for start, stop in CURRENT.blocks(size):
-            hashes.append(CURRENT.hash(file.read(stop - start)))
-    return "".join(hashes)
