@@ -2,7 +2,8 @@
 
 On a file system the operating system holds the lock for as long as the process lives, so a killed run leaves nothing to
 clean up. An object store has no locks: there an object names the owner, who writes it anew every 15 seconds. A run that
-finds one waits until it is renewed, and then stops, or until that has not happened for 60 seconds, and then takes it.
+finds one waits until it is renewed, and then stops, or until that has not happened for 60 seconds, and then takes it;
+that of a process which was on this machine and is no more it takes at once.
 Two runs that begin within the same second are told apart by reading it again; that is a courtesy, and no guarantee.
 """
 
@@ -15,6 +16,7 @@ import platform
 import secrets
 import threading
 import time
+from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from megatron import logs
@@ -106,7 +108,7 @@ class _ObjectLock:
     def _wait_for_others(self) -> None:
         """Return once no other run holds the lock; raise where one shows that it lives."""
         first = self._read()
-        if not first or time.time() - float(first.get("time", 0)) > _LONG_AGO:
+        if not first or time.time() - float(first.get("time", 0)) > _LONG_AGO or _has_ended(first.get("process")):
             return
         logger.info("%s is locked by %s; waiting up to %.0f s for a sign of life", self._root, first["owner"], _LOST)
         deadline = time.monotonic() + _LOST
@@ -127,7 +129,8 @@ class _ObjectLock:
         return found if isinstance(found, dict) and "owner" in found else {}
 
     def _beat(self, number: int) -> None:
-        content = {"owner": _me(), "token": self._token, "time": time.time(), "beat": number}
+        process = _process(os.getpid())
+        content = {"owner": _me(), "token": self._token, "time": time.time(), "beat": number, "process": process}
         self._root.write(layout.LOCK, json.dumps(content).encode())
 
     def _keep(self) -> None:
@@ -154,6 +157,25 @@ class _ObjectLock:
 
 def _me() -> str:
     return f"process {os.getpid()} on {platform.node()}"
+
+
+def _process(pid: int) -> list[str | int] | None:
+    """Return what names a process of this machine once and for all: boot, name space of process ids, id and when it
+    began; None where it is not there, or the system does not say."""
+    try:
+        began = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return [boot, os.readlink("/proc/self/ns/pid"), pid, began]
+    except (OSError, IndexError):
+        return None
+
+
+def _has_ended(process: object) -> bool:
+    """Say whether a process that `_process` named was one of this machine, and is no more."""
+    here = _process(os.getpid())
+    if here is None or not isinstance(process, list) or len(process) != 4 or process[:2] != here[:2]:
+        return False
+    return _process(int(process[2])) != process
 
 
 def _taken(root: Storage, owner: str) -> CheckpointError:

@@ -216,3 +216,17 @@ def test_a_bucket_is_locked_by_who_lives(root, monkeypatch):
     root.write(".lock", json.dumps({**dead, "time": 0}).encode())
     FolderLock(root, MESH).release()
     assert threading.active_count() < 30
+
+
+def test_a_bucket_that_a_process_of_this_machine_left_by_its_end_is_free_at_once(root):
+    def hold() -> None:
+        FolderLock(root, MESH)
+        os._exit(1)
+
+    if (pid := os.fork()) == 0:
+        hold()
+    os.waitpid(pid, 0)
+    assert json.loads(root.read(".lock"))["owner"].startswith(f"process {pid} ")
+    began = time.monotonic()
+    FolderLock(root, MESH).release()
+    assert time.monotonic() - began < 10
