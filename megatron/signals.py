@@ -7,8 +7,10 @@ again).
     inbox.numbers                     # the signals that came, in order
 
 A thread hears of a signal even where the main thread is inside a collective that never ends, because the system's
-handler writes into a pipe. A scheduler and a launcher may both pass the same SIGTERM on, so that a second one counts
-only a second later. Nothing but the standard library is used here, and nothing newer than Python 3.8.
+handler writes into a pipe. A scheduler and a launcher may both pass the same SIGTERM on, over ssh too, so that a second
+one counts only some seconds later; and never in a Slurm job, since Slurm sends another one half a minute before it
+kills, at the end of a grace time which a save may still need. Nothing but the standard library is used here, and
+nothing newer than Python 3.8.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ STOPPING = (signal.SIGTERM, signal.SIGUSR1)
 EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: nothing is lost, start me again. The config may name another."""
 NOTHING_LOST = "before its first step: nothing is lost; start the same command again."
-ECHO_SECONDS = 1.0
+ECHO_SECONDS = 5.0
 """A SIGTERM that comes sooner after the one before is the same request, passed on by somebody else."""
 
 
@@ -93,7 +95,7 @@ class Inbox:
         if number == signal.SIGTERM:
             now, before = time.monotonic(), self._last_term
             self._last_term = now
-            if before is not None and now - before > ECHO_SECONDS:
+            if before is not None and now - before > ECHO_SECONDS and "SLURM_JOB_ID" not in os.environ:
                 leave(128 + number)
         with self._lock:
             if self._end is not None:

@@ -9,11 +9,10 @@ from __future__ import annotations
 import mmap
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
 from megatron import whereabouts
-from megatron.launch import stacks
+from megatron.launch import scratch, stacks
 from megatron.launch.failure import Failure
 from megatron.launch.stacks import Doing
 from megatron.whereabouts import RECORD_BYTES, Position
@@ -33,7 +32,7 @@ class Board:
     @classmethod
     def create(cls, ranks: int) -> Board:
         """Make the board of `ranks` local ranks; call `remove` in the end."""
-        folder = Path(tempfile.mkdtemp(prefix="deepy-"))
+        folder = scratch.make()
         (folder / "positions").write_bytes(bytes(RECORD_BYTES * ranks))
         for rank in range(ranks):
             (folder / f"stack-{rank}").touch()

@@ -106,7 +106,11 @@ def _fail(error: Exception, place: Place, watch: PeerWatch | None) -> int:
     if report(failure, find_board(os.environ), watch):
         if place.rank > 0:
             # Before the ranks have met, all are likely to fail for the same reason: rank 0 is given the time to say it.
+            if signals.is_open():
+                signals.open_inbox().on_first(lambda number: signals.leave(failure.exit_code))
             time.sleep(2)
+            if watch is None and failure.is_mistake and place.is_local_known and place.local_rank > 0:
+                return failure.exit_code  # the config, of which one rank of each host speaks
         print(f"\n{failure}", file=sys.stderr, flush=True)
     return failure.exit_code
 

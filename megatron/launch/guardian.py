@@ -36,6 +36,7 @@ _SET_NAME = 15  # PR_SET_NAME of prctl(2)
 _CONNECT_SECONDS = 20.0
 _LEAVE_SECONDS = 2.0  # for a rank that was asked to leave, before it is killed
 _FAILED_SECONDS = 10.0  # for a rank that failed and was told that this is known: to end with its own exit code
+_MOST_BYTES = 1 << 12  # of a first message
 _LINGER_SECONDS = 8.0  # for what is still to be said after the rank's end
 
 
@@ -245,8 +246,8 @@ class _HubServer:
 
     def serve(self) -> None:
         """Take in who comes, hear everybody, and do what is due."""
-        while select_many([self._listening], 0):
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # without descriptors left, say
+            while select_many([self._listening], 0):
                 self._guests.append(Link(self._listening.accept()[0]))
         for link in list(self._guests):
             self._greet(link)
@@ -275,11 +276,13 @@ class _HubServer:
             link.close()
 
     def _hear(self, link: Link) -> list[Message]:
-        try:
-            return link.messages()
-        except (ValueError, AttributeError):  # no JSON: not one of ours
-            link.close()
-            return []
+        """Return what a guest says; one that is none of ours, a port scanner perhaps, is sent away."""
+        with contextlib.suppress(ValueError):
+            messages = link.messages()
+            if link.pending < _MOST_BYTES and all(isinstance(message, dict) for message in messages):
+                return messages
+        link.close()
+        return []
 
     def part(self) -> None:
         """Leave the others to themselves."""

@@ -60,7 +60,7 @@ def read_hostfile(path: str) -> list[Host]:
 
     Raises LaunchError where it is missing, empty, has a line of another form, or names a host twice."""
     try:
-        lines = Path(path).read_text().splitlines()
+        lines = Path(path).read_text(errors="replace").splitlines()
     except OSError as error:
         raise LaunchError(
             Problem(
@@ -74,7 +74,7 @@ def read_hostfile(path: str) -> list[Host]:
         line = text.split("#", 1)[0].strip()
         if not line:
             continue
-        match = re.fullmatch(r"(\S+)\s+slots\s*=\s*(\d+)", line)
+        match = re.fullmatch(r"(\S+)\s+slots\s*=\s*(\d+)(?:\s+max[-_]slots\s*=\s*\d+)?", line)
         if match is None or int(match[2]) == 0:
             problems.append(
                 Problem(line, "is not a host with its number of devices.", "Write `name slots=8`.", f"{path}:{number}")

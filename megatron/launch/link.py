@@ -28,6 +28,11 @@ class Link:
         if end.family != socket.AF_UNIX:
             _notice_silence(end)
 
+    @property
+    def pending(self) -> int:
+        """The bytes of a message of which the end has not come yet."""
+        return len(self._received)
+
     def fileno(self) -> int:
         """Return the descriptor, for select."""
         return self.socket.fileno()

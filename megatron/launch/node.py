@@ -31,6 +31,7 @@ PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 GRACE_SECONDS = 20.0
 """How long ranks may outlive the first that failed: they learn of it in a second, and let it print its report."""
 KILL_SECONDS = 5.0
+LATE_SECONDS = 15.0
 _SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
@@ -88,6 +89,7 @@ class Ranks:
         }
         self.codes: list[int] = []
         self._sent: set[int] = set()
+        self._cut_at: float | None = None
 
     def see_through(self, connection: int) -> int:
         """Wait for the end of every rank; return 0, or the code of the first that failed, or 75 to start again.
@@ -101,10 +103,12 @@ class Ranks:
             ready = select.select(listened, [], [], wait)[0]
             if connection in ready and not os.read(connection, 4096):
                 listened.remove(connection)
-                self._send(signal.SIGTERM)
+                self._cut_at = time.monotonic()
+                if not self._sent:
+                    self._send(signal.SIGTERM)
             if self._wake in ready:
                 for number in os.read(self._wake, 4096):
-                    if number != signal.SIGCHLD:
+                    if number != signal.SIGCHLD and not self._is_late(number):
                         self._send(number)
             had_ended = bool(self.codes)
             self._reap()
@@ -115,6 +119,11 @@ class Ranks:
                 self._send(schedule.pop(0)[1])
         failed = [code for code in self.codes if code != signals.EXIT_CODE]
         return [*failed, *self.codes, 0][0]
+
+    def _is_late(self, number: int) -> bool:
+        """Whether a SIGTERM only repeats what the broken connection has said: a scheduler ends pdsh, and a moment later
+        the launcher passes on what the scheduler told it. To the ranks a second one would mean "at once"."""
+        return number == signal.SIGTERM and self._cut_at is not None and time.monotonic() - self._cut_at < LATE_SECONDS
 
     def _send(self, number: int) -> None:
         self._sent.add(number)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from megatron.errors import LaunchError, Problem
 from megatron.launch.hosts import HOSTS_VARIABLE, parse_hosts
-from megatron.launch.slurm import node_names
+from megatron.launch.slurm import is_task, node_names, of_step
 
 _UNKNOWN = "this launcher starts processes, but does not say where the first one listens."
 # (rank, world size, local rank, local size) by launcher. DeepSpeed's own launcher sets LOCAL_SIZE.
@@ -94,6 +94,7 @@ def find_place(environ: Mapping[str, str]) -> Place:
 
     Raises LaunchError where the variables contradict each other.
     """
+    environ = of_step(environ)
     names = _require_agreement(environ)
     if names is None:
         return Place()
@@ -179,7 +180,7 @@ def _rank_and_size(names: tuple[str, ...], environ: Mapping[str, str]) -> tuple[
 
 def _is_set(names: tuple[str, ...], environ: Mapping[str, str]) -> bool:
     """Whether a launcher's variables are there; an interactive shell inside a Slurm job is no launched process."""
-    if names[0] == "SLURM_PROCID" and environ.get("SLURM_STEP_ID") is None:
+    if names[0] == "SLURM_PROCID" and not is_task(environ):
         return False
     return names[0] in environ and names[1] in environ
 

@@ -54,8 +54,15 @@ def prepare(script: str, stoppable: bool = False) -> None:
 
 
 def _end_at_once(number: int) -> None:
-    """End a process that has not begun; deepy.py, which has left its board here, says so itself."""
-    if "DEEPY_BOARD" not in os.environ:
+    """End a process that has not begun; deepy.py, which has left its board here, says so itself.
+
+    Ranks behind the first do not advise: a launcher ends them like this where rank 0 has failed, too."""
+    rank = os.environ.get("RANK", "0")
+    if "DEEPY_BOARD" in os.environ:
+        pass
+    elif rank != "0":
+        sys.stderr.write("rank %s was ended by %s before its first step\n" % (rank, signal.Signals(number).name))  # noqa: UP031
+    else:
         sys.stderr.write("\nstopped by %s %s\n" % (signal.Signals(number).name, signals.NOTHING_LOST))  # noqa: UP031
     signals.leave(signals.EXIT_CODE)
 

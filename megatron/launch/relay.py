@@ -58,7 +58,10 @@ def run_remote(command: list[str], launcher: str, hosts: Sequence[Host], run: st
     is_pdsh = launcher == "pdsh"  # in a session of its own the terminal's Ctrl-C does not reach it, only us
     process = subprocess.Popen(command, start_new_session=is_pdsh, stdin=subprocess.DEVNULL if is_pdsh else None)
     relay = Relay(process, launcher, hosts, run)
-    old = {number: signal.signal(number, relay.pass_on) for number in (signal.SIGINT, *ASKS_TO_END)}
+    taken = {signal.SIGINT, *ASKS_TO_END}
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup: the terminal's end is not the run's
+        taken.remove(signal.SIGHUP)
+    old = {number: signal.signal(number, relay.pass_on) for number in taken}
     try:
         status = process.wait()
     finally:

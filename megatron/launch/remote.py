@@ -19,6 +19,7 @@ from urllib.parse import quote
 from megatron.config.schema.run import LauncherConfig
 from megatron.launch.hosts import HOSTS_VARIABLE, Host, describe_hosts, program_of
 from megatron.launch.prelude import ENVIRONMENT_FLAG, PAYLOAD_FLAG
+from megatron.launch.slurm import is_task
 
 HOME = Path(__file__).resolve().parents[2]
 """Where deepy.py and the scripts lie."""
@@ -26,8 +27,8 @@ RUN_VARIABLE = "DEEPY_RUN"
 """A word that no other run has; a host's part of the run is found by it."""
 # Variables that change how torch, its collectives or our messages behave, and so must be alike on all machines.
 _FORWARDED = re.compile(
-    r"(DS_|NCCL_|GLOO_|OMP_|MKL_|TORCH_|PYTORCH_|HF_|WANDB_|COMET_|AWS_|TOKENIZERS_|TRITON_|FI_)\w*"
-    r"|LOGLEVEL|DEEPY_LAUNCH_TIME"
+    r"(DS_|NCCL_|GLOO_|OMP_|MKL_|TORCH_|PYTORCH_|HF_|WANDB_|COMET_|AWS_|TOKENIZERS_|TRITON_|FI_|UCX_)\w*"
+    r"|LOGLEVEL|CUDA_DEVICE_MAX_CONNECTIONS|CUDA_LAUNCH_BLOCKING|DEEPY_LAUNCH_TIME"
 )
 # What must be set before the interpreter starts.
 _PATHS = ("PYTHONPATH", "LD_LIBRARY_PATH")
@@ -162,6 +163,9 @@ def _slurm(remote: Remote, launcher: LauncherConfig, environ: Mapping[str, str])
     else:
         words += ["--distribution=arbitrary", f"--nodelist={','.join(h.name for h in hosts for _ in h.slots)}"]
     words += ["--export=ALL", "--kill-on-bad-exit=0", "--wait=120", f"--chdir={os.getcwd()}"]
+    if environ.get("SLURM_CPUS_PER_TASK"):  # of sbatch and salloc; srun takes no notice of it since Slurm 22.05
+        words.append(f"--cpus-per-task={environ['SLURM_CPUS_PER_TASK']}")
+    words += ["--overlap"] if is_task(environ) else []  # the step around us holds what the ranks are to use
     words += [f"--comment={launcher.comment}"] if launcher.comment else []
     words += [f"--account={launcher.account}"] if launcher.account else []
     return words + remote.worker_words()

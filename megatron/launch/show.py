@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -49,8 +50,9 @@ def show_remote(command: Sequence[str], hosts: Sequence[Host], launcher: Launche
         f"--nnodes={len(hosts)} --nproc_per_node={size} --master_addr={address} --master_port={launcher.master_port}"
     )
     lines += ["# The same with torchrun, one line for each host:"]
+    torchrun = f"cd {shlex.quote(os.getcwd())} && exec {python} -m torch.distributed.run {where}"
     lines += [
-        f"ssh {host.name} {python} -m torch.distributed.run {where} --node_rank={number} {words}"
+        f"ssh {host.name} {shlex.quote(f'{torchrun} --node_rank={number} {words}')}"
         for number, host in enumerate(hosts)
     ]
     names = ",".join(host.name for host in hosts)

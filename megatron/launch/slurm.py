@@ -7,6 +7,25 @@ from collections.abc import Mapping
 
 from megatron.launch.hosts import Host
 
+_LAST_STEP = 0xFFFFFFF0  # beyond it are a batch script, and the shell that salloc opens
+
+
+def is_task(environ: Mapping[str, str]) -> bool:
+    """Whether srun has started this process as a task of a step; a script or a shell in a job is none."""
+    step = environ.get("SLURM_STEP_ID", "")
+    return step.isdigit() and int(step) < _LAST_STEP
+
+
+def of_step(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables of a task with the sizes of its own step: those of the job may be others."""
+    own = dict(environ)
+    if is_task(environ) and environ.get("SLURM_STEP_NUM_TASKS"):
+        own["SLURM_NTASKS"] = environ["SLURM_STEP_NUM_TASKS"]
+        sizes, node = counts(environ.get("SLURM_STEP_TASKS_PER_NODE", "")), environ.get("SLURM_NODEID", "")
+        if node.isdigit() and int(node) < len(sizes):
+            own["SLURM_NTASKS_PER_NODE"] = str(sizes[int(node)])
+    return own
+
 
 def node_names(text: str) -> list[str]:
     """Return the nodes of Slurm's short form: `n[07-09,12],m1` -> n07, n08, n09, n12, m1."""

@@ -27,7 +27,6 @@ from megatron.launch.hang import Seen, Stillness, missing, report, warning
 from megatron.launch.stacks import Doing
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-_WATCHED = {*FORWARDED, signal.SIGCHLD}
 _SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 _FROM_KERNEL = 0x80  # SI_KERNEL of sigaction(2): a key in the terminal, which every rank has received as well
 
@@ -128,8 +127,8 @@ def run_ranks(
     """
     board = Board.create(len(environments))
     ranks = _Ranks(board, len(environments), stillness=Stillness(hang_seconds))
-    launcher = os.getpid()
-    old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)
+    launcher, listened = os.getpid(), _listened()
+    old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, listened)
     try:
         for local_rank, environment in enumerate(environments):
             pid = os.fork()
@@ -139,7 +138,7 @@ def run_ranks(
                 os.environ.update({**environment, VARIABLE: str(board.folder)})
                 _become_rank(body, local_rank, board, launcher)
             ranks.alive[pid] = local_rank
-        asked = _watch(ranks, patience or Patience())
+        asked = _watch(ranks, patience or Patience(), listened)
         positions = [board.position(rank) for rank in range(len(environments))]
         steps = [position.step for position in positions if position is not None and position.step is not None]
     finally:
@@ -151,13 +150,19 @@ def run_ranks(
     return _conclude(ranks.failures, asked, max(steps, default=None))
 
 
-def _watch(ranks: _Ranks, patience: Patience) -> int | None:
+def _listened() -> set[signal.Signals]:
+    """Return the signals that the launcher takes; nohup's SIGHUP is for nobody, though a blocked one would arrive."""
+    is_nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return {*FORWARDED, signal.SIGCHLD} - ({signal.SIGHUP} if is_nohup else set())
+
+
+def _watch(ranks: _Ranks, patience: Patience, listened: set[signal.Signals]) -> int | None:
     """Wait until no rank lives; return the first signal that asked the run to end, if one did."""
     asked: int | None = None
     schedule: list[tuple[float, int]] = []
     while ranks.alive:
         wait = max(0.0, schedule[0][0] - time.monotonic()) if schedule else 1.0
-        info = signal.sigtimedwait(_WATCHED, min(wait, ranks.stillness.interval))
+        info = signal.sigtimedwait(listened, min(wait, ranks.stillness.interval))
         now = time.monotonic()
         if info is not None and info.si_signo in FORWARDED:
             asked = asked or info.si_signo

@@ -18,16 +18,14 @@ import secrets
 import shutil
 import socket
 import sys
-import tempfile
 import threading
 import time
 from mmap import mmap
-from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron import whereabouts
-from megatron.launch import stacks
+from megatron import signals, whereabouts
+from megatron.launch import scratch, stacks
 from megatron.launch.failure import Failure
 from megatron.launch.guardian import Ward, run_guardian
 from megatron.launch.hub import Waits
@@ -47,7 +45,7 @@ class PeerWatch:
 
     def __init__(self, place: Place, hang_seconds: float | None = None, waits: Waits | None = None) -> None:
         self.place = place
-        self.folder = Path(tempfile.mkdtemp(prefix="deepy-watch-"))  # the guardian removes it
+        self.folder = scratch.make()  # the guardian removes it
         self._secret = secrets.token_hex(16)
         self._port = 0
         self._is_parting = self._is_alone = False
@@ -130,4 +128,4 @@ class PeerWatch:
             shutil.rmtree(self.folder, ignore_errors=True)
             line = f"rank {self.place.rank} on host {self.place.host} ends because {reason}.\n"
             os.write(2, line.encode())
-        os._exit(exit_code)
+        signals.leave(exit_code)

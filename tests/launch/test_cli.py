@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -72,7 +74,11 @@ def test_print_of_several_hosts_is_what_would_run_and_the_same_without_us(
     assert "# 4 processes on 2 hosts, by pdsh:\npdsh -R ssh -S -f 1024 -w n1,n2 'cd " in text
     assert "train.py --deepy-payload" in text
     where = "--nnodes=2 --nproc_per_node=2 --master_addr=n1 --master_port=29500"
-    assert f"ssh n2 {sys.executable} -m torch.distributed.run {where} --node_rank=1 train.py {config}" in text
+    [line] = [line for line in text.splitlines() if line.startswith("ssh n2 ")]
+    there = shlex.split(shlex.split(line)[2])  # as the other host's shell takes it
+    assert there[:3] == ["cd", os.getcwd(), "&&"]
+    run = f"{sys.executable} -m torch.distributed.run {where} --node_rank=1 train.py {config}"
+    assert " ".join(there[4:]).startswith(run)
     assert f"srun --nodes=2 --ntasks-per-node=2 --nodelist=n1,n2 {sys.executable} train.py {config}" in text
     assert "tell-nobody" not in text
 

@@ -84,6 +84,20 @@ def test_ranks_end_when_the_first_host_is_gone(tmp_path: Path) -> None:
     assert process.wait(timeout=10) == 75
 
 
+def test_what_the_broken_connection_said_is_not_said_again(tmp_path: Path) -> None:
+    """A scheduler ends pdsh, and deepy.py passes on what the scheduler told it too: a second SIGTERM would not save."""
+    save = "sys.stdout.write('asked\\n'), time.sleep(0.5), sys.stdout.write('saved\\n'), os._exit(75)"
+    process, noted = start(tmp_path, "0,1", f"signal.signal(15, lambda *_: ({save})); print('ready')")
+    assert {line for _ in range(2) for line in until_up(process)} == {"rank 0 is up", "rank 1 is up", "ready"}
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.close()
+    assert {process.stdout.readline() for _ in range(2)} == {"asked\n"}
+    os.kill(int(noted.read_text()), signal.SIGTERM)
+    assert process.wait(timeout=10) == 75
+    assert process.stdout.read().split() == ["saved", "saved"]
+
+
 def test_the_first_failure_is_the_code_and_the_rest_are_seen_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

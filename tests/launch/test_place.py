@@ -44,6 +44,18 @@ def test_a_shell_inside_a_slurm_job_is_one_process() -> None:
     assert find_place({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}).world_size == 1
 
 
+@pytest.mark.parametrize("step", ["4294967290", "4294967291"])
+def test_the_shell_that_salloc_opens_and_a_batch_script_are_one_process(step: str) -> None:
+    shell = {**SLURM, "SLURM_PROCID": "0", "SLURM_STEP_ID": step, "SLURM_STEP_NUM_TASKS": "1"}
+    assert find_place(shell).world_size == 1
+
+
+def test_a_step_that_is_smaller_than_its_job() -> None:
+    step = {**SLURM, "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "3", "SLURM_STEP_TASKS_PER_NODE": "1,2"}
+    place = find_place({**step, "SLURM_LOCALID": "0", "SLURM_NODEID": "1"})
+    assert (place.rank, place.world_size, place.local_rank, place.local_world_size) == (1, 3, 0, 2)
+
+
 def test_plain_variables_mean_one_machine() -> None:
     place = find_place({"RANK": "1", "WORLD_SIZE": "2"}).listening_at(None, 1234)
     assert place.environment() == {

@@ -74,6 +74,9 @@ def test_slurm_is_told_nodes_tasks_account_and_comment() -> None:
     for word in ("--nodes=2", "--ntasks=4", "--ntasks-per-node=2", "--nodelist=n1,n2"):
         assert word in words
     assert {"--comment=a run", "--account=physics", "MASTER_PORT=29500"} <= set(words)
+    assert not {word for word in words if word.startswith(("--overlap", "--cpus-per-task"))}
+    inside = command("slurm", {"SLURM_STEP_ID": "0", "SLURM_CPUS_PER_TASK": "12"})
+    assert {"--overlap", "--cpus-per-task=12"} <= set(inside)
     words = command("slurm", on=(Host("n1", (0, 1)), Host("n2", (0,))))
     assert {"--ntasks=3", "--distribution=arbitrary", "--nodelist=n1,n1,n2"} <= set(words)
 

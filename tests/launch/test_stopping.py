@@ -153,7 +153,7 @@ def test_what_is_not_saved_is_lost_and_says_so(folder: Path) -> None:
     assert "Nothing was saved, since save is not set: the 2 steps of this run are lost." in said
 
 
-def test_a_second_sigterm_ends_at_once(folder: Path) -> None:
+def test_a_second_sigterm_ends_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first comes twice, as from a scheduler and a launcher; the second while the rank stands still."""
 
     def send(rank: int) -> None:
@@ -162,9 +162,10 @@ def test_a_second_sigterm_ends_at_once(folder: Path) -> None:
         (folder / "asked").touch()
         time.sleep(60)
 
+    monkeypatch.setattr(signals, "ECHO_SECONDS", 0.2)
     [rank] = plain(folder, "a save", send, 1)
     wait_for(folder / "asked")
-    time.sleep(1.3)
+    time.sleep(0.3)
     os.kill(rank.pid, signal.SIGTERM)
     begin = time.monotonic()
     code, said = rank.end()

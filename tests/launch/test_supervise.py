@@ -251,3 +251,21 @@ def test_nothing_is_left_in_the_temporary_folder(tmp_path: Path) -> None:
     code = PREAMBLE + "run(lambda rank: 0, 2)"
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, env=environment, check=True, timeout=30)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_under_nohup_the_end_of_the_terminal_is_not_the_runs(tmp_path: Path) -> None:
+    """A blocked signal arrives even where it is ignored; it began the countdown to the run's end."""
+    code = """
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+def body(rank):
+    (meet / "up").touch()
+    wait_for("told")
+    time.sleep(0.2)
+    return 0
+run(body, 1, asked=0.0, failed=0.0)
+"""
+    process = start(code, tmp_path)
+    wait_for(tmp_path / "up")
+    process.send_signal(signal.SIGHUP)
+    (tmp_path / "told").touch()
+    assert process.wait(timeout=10) == 0

@@ -320,7 +320,7 @@ def test_strangers_are_sent_away() -> None:
 
     listening = listen()
     server = _HubServer(Place(0, 2, 0, 2), listening, "secret", None, Waits())
-    for word in (b'{"hello": "wrong", "rank": 1, "host": "x"}\n', b"GET / HTTP/1.1\n\n"):
+    for word in (b'{"hello": "wrong", "rank": 1, "host": "x"}\n', b"GET / HTTP/1.1\n\n", b"7\n", b"x" * 5000):
         guest = socket.create_connection(("127.0.0.1", listening.getsockname()[1]))
         guest.sendall(word)
         deadline = time.monotonic() + 5
