@@ -16,7 +16,6 @@ says whose it is, and manifest.json last. What has no manifest is no checkpoint;
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
@@ -41,63 +40,6 @@ def step_name(iteration: int) -> str:
 def rank_file(rank: int) -> str:
     """Return the name of the file that a global rank writes."""
     return f"rank_{rank:05d}.safetensors"
-
-
-def list_steps(root: Path, prefix: str = "") -> dict[int, Path]:
-    """Return iteration -> folder of every checkpoint that has a manifest, in ascending order.
-
-    prefix: WRITING, REPLACED or DELETED lists those folders instead, with or without a manifest.
-    """
-    found: dict[int, Path] = {}
-    if root.is_dir():
-        for entry in root.iterdir():
-            match = _STEP.fullmatch(entry.name.removeprefix(prefix)) if entry.name.startswith(prefix) else None
-            if match and entry.is_dir() and (prefix or (entry / MANIFEST).is_file()):
-                found[int(match[1])] = entry
-    return dict(sorted(found.items()))
-
-
-def loadable_steps(root: Path) -> dict[int, Path]:
-    """Return iteration -> folder of all that can be loaded, with those whose replacement was cut off half-way."""
-    whole = list_steps(root)
-    aside = {step: path for step, path in list_steps(root, REPLACED).items() if (path / MANIFEST).is_file()}
-    return dict(sorted({**aside, **whole}.items()))
-
-
-def foreign_steps(root: Path) -> list[str]:
-    """Return the names of the step folders that are no checkpoints of ours: another program's, or incomplete copies."""
-    entries = root.iterdir() if root.is_dir() else ()
-    found = (e.name for e in entries if _STEP.fullmatch(e.name) and e.is_dir() and not (e / MANIFEST).is_file())
-    return sorted(found)
-
-
-def read_latest(root: Path) -> int | None:
-    """Return the iteration that `latest` names, or None where there is no such file or it names none."""
-    try:
-        match = _STEP.fullmatch((root / LATEST).read_text(encoding="utf-8").strip())
-    except (OSError, UnicodeDecodeError):
-        return None
-    return int(match[1]) if match else None
-
-
-def write_latest(root: Path, iteration: int) -> None:
-    """Point `latest` at a checkpoint, atomically and durably."""
-    temporary = root / f".{LATEST}"
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(step_name(iteration))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, root / LATEST)
-    sync_folder(root)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names within a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def foreign_kind(folder: Path) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable
@@ -129,8 +130,12 @@ class LocalStorage:
 
 
 def _sync_folder(folder: Path) -> None:
+    """Make the names within a folder durable, where its file system can: some (SMB, FUSE) refuse to."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.ENOSYS):
+            raise
     finally:
         os.close(handle)

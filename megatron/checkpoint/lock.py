@@ -28,7 +28,8 @@ from megatron.parallel.mesh import Mesh
 
 logger = logs.get_logger(__name__)
 
-_BEAT, _LOST, _LONG_AGO = 15.0, 60.0, 600.0  # seconds: between signs of life; until a lock counts as left; surely left
+_BEAT, _LOST = 15.0, 60.0  # seconds between signs of life; until a lock without one counts as left
+_LONG_AGO = 86400.0  # seconds after which it surely is, wrong clocks and time zones granted
 _SETTLE = 1.0  # seconds after which a claim is read again
 
 

@@ -91,7 +91,7 @@ class Manifest:
 
 def to_bytes(manifest: Manifest) -> bytes:
     """Return the content of `manifest.json`."""
-    body = {"format": FORMAT, "version": VERSION, **asdict(manifest)}
+    body = json.loads(json.dumps({"format": FORMAT, "version": VERSION, **asdict(manifest)}))  # as it will be read
     body["checksum"] = _checksum(body)
     return json.dumps(body, indent=1).encode()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from megatron import logs
 from megatron.checkpoint.steps import delete_step, whole_steps
 from megatron.checkpoint.storage import Storage
@@ -37,27 +39,31 @@ def prune(root: Storage, saved: int, keep_last: int | None) -> None:
     """Delete the oldest checkpoints before `saved` so that `keep_last` remain; None keeps all.
 
     Checkpoints of later iterations belong to another run in the same folder; they are named and left alone.
-    A checkpoint that cannot be deleted is a warning: the save itself has succeeded.
+    What fails here is a warning: the save itself has succeeded.
     """
-    steps = whole_steps(root)
-    later = [step for step in steps if step > saved]
-    if later:
-        logger.warning(
-            "%s also holds checkpoints of later iterations (%s), of another run; they are left alone, and `latest` "
-            "now names global_step%d",
-            root,
-            ", ".join(map(str, later)),
-            saved,
-        )
-    if keep_last is not None:
-        keep_earlier(root, saved, keep_last - 1)
+    try:
+        later = [step for step in whole_steps(root) if step > saved]
+        if later:
+            logger.warning(
+                "%s also holds checkpoints of later iterations (%s), of another run; they are left alone, and `latest` "
+                "now names global_step%d",
+                root,
+                ", ".join(map(str, later)),
+                saved,
+            )
+        if keep_last is not None:
+            keep_earlier(root, saved, keep_last - 1)
+    except OSError as error:
+        logger.warning("old checkpoints in %s could not be looked for: %s", root, error)
 
 
-def keep_earlier(root: Storage, iteration: int, number: int) -> None:
-    """Delete the oldest checkpoints before `iteration` so that at most `number` of them remain."""
+def keep_earlier(root: Storage, iteration: int, number: int, good: Iterable[int | None] = ()) -> None:
+    """Delete the oldest checkpoints before `iteration` so that at most `number` of them remain, and those in `good`."""
     steps = whole_steps(root)
     earlier = [step for step in steps if step < iteration]
     for step in earlier[: max(0, len(earlier) - number)]:
+        if step in good:
+            continue
         try:
             delete_step(root, steps[step])
         except OSError as error:

@@ -10,12 +10,16 @@ import os
 import platform
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+from megatron import logs
 from megatron.checkpoint.layout import DELETED, LATEST, MANIFEST, MARK, REPLACED, WRITING, step_name
 from megatron.checkpoint.storage import Storage
 
+logger = logs.get_logger(__name__)
+
 _STEP = re.compile(r"global_step(\d+)")
+_RANK_FILE = re.compile(r"rank_\d{5}(\.[0-9a-f]{8})?\.safetensors")
 _MARK_FORMAT = "deepy checkpoint under way"
 
 
@@ -25,9 +29,21 @@ def whole_steps(root: Storage) -> dict[int, Storage]:
 
 
 def foreign_folders(root: Storage) -> list[str]:
-    """Return the names of the step folders that are no checkpoints of ours: another program's, or incomplete copies."""
+    """Return the names of the step folders that are no checkpoints of ours, but another program's."""
     found = (folder for _, folder in _folders(root) if folder.size(MANIFEST) is None and not _is_marked(folder))
-    return [folder.name for folder in found]
+    return [folder.name for folder in found if not _was_ours(folder)]
+
+
+def incomplete_folders(root: Storage) -> list[str]:
+    """Return the names of the step folders that hold parts of a checkpoint of ours: no save leaves such a one."""
+    found = (folder for _, folder in _folders(root) if folder.size(MANIFEST) is None and not _is_marked(folder))
+    return [folder.name for folder in found if _was_ours(folder)]
+
+
+def _was_ours(folder: Storage) -> bool:
+    """Say whether a folder without a manifest can only be what is left, or has arrived, of a checkpoint of ours."""
+    files = folder.files()
+    return any(_RANK_FILE.fullmatch(name) for name in files) or not (files or folder.folders())
 
 
 def readable_steps(root: Storage) -> dict[int, Storage]:
@@ -44,10 +60,12 @@ def _folders(root: Storage, prefix: str = "") -> Iterator[tuple[int, Storage]]:
 
 
 def latest_step(root: Storage) -> int | None:
-    """Return the iteration that `latest` names, or None where there is no such file or it names none."""
+    """Return the iteration that `latest` names, or None where there is no such file or it names none.
+
+    Raises OSError where it cannot be read now: another checkpoint must not take the place of the one it names."""
     try:
         match = _STEP.fullmatch(root.read(LATEST).decode().strip())
-    except (OSError, UnicodeDecodeError):
+    except (FileNotFoundError, UnicodeDecodeError):
         return None
     return int(match[1]) if match else None
 
@@ -66,7 +84,7 @@ def mark(folder: Storage) -> None:
 def _is_marked(folder: Storage) -> bool:
     try:
         return bool(json.loads(folder.read(MARK)).get("format") == _MARK_FORMAT)
-    except (OSError, ValueError, AttributeError):
+    except (FileNotFoundError, ValueError, AttributeError):
         return False
 
 
@@ -90,21 +108,31 @@ def _empty(folder: Storage) -> None:
 
 
 def clean_leftovers(root: Storage) -> None:
-    """Remove what killed saves left behind; a checkpoint that had stepped aside and was not replaced comes back."""
+    """Remove what killed saves left behind; a checkpoint that had stepped aside and was not replaced comes back.
+
+    What cannot be removed, since another process reads it for instance, stays until the next save.
+    """
     if not root.renames:
         for _, folder in list(_folders(root)):
             if _is_marked(folder):
-                sweep(folder)
+                _try(lambda: sweep(folder), folder)  # noqa: B023
         return
     for prefix in (WRITING, DELETED):
         for _, folder in list(_folders(root, prefix)):
-            folder.delete()
+            _try(folder.delete, folder)
     whole = whole_steps(root)
     for iteration, folder in list(_folders(root, REPLACED)):
         if iteration in whole:
-            folder.delete()
+            _try(folder.delete, folder)
         else:
             root.rename(folder.name, step_name(iteration))
+
+
+def _try(clean: Callable[[], None], folder: Storage) -> None:
+    try:
+        clean()
+    except OSError as error:
+        logger.warning("what is left in %s could not be removed: %s", folder, error)
 
 
 def sweep(folder: Storage) -> None:
@@ -112,7 +140,10 @@ def sweep(folder: Storage) -> None:
     if folder.size(MANIFEST) is None:
         _empty(folder)
         return
-    needed = set(json.loads(folder.read(MANIFEST))["files"])
+    try:
+        needed = set(json.loads(folder.read(MANIFEST))["files"])
+    except (ValueError, KeyError, TypeError):
+        return  # it is damaged, and nobody knows what it needs
     for name in folder.files():
         if name.startswith("rank_") and name not in needed:
             folder.delete(name)

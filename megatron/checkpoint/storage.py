@@ -9,12 +9,14 @@ A `Storage` is one folder; names are relative to it, with "/" between folders.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, Protocol, TypeVar
 
 from megatron.checkpoint.local_storage import LocalStorage
 from megatron.checkpoint.object_storage import PART_SIZE, ObjectStorage
+from megatron.errors import CheckpointError, Problem
 
 T = TypeVar("T")
 
@@ -109,13 +111,18 @@ def is_url(root: str) -> bool:
 
 
 def storage_of(root: str | Path | Storage, part_size: int = PART_SIZE) -> Storage:
-    """Return the storage of a folder or URL, or `root` itself where it is one already.
+    """Return the storage of a folder ("~" is the home) or URL, or `root` itself where it is one already.
 
     part_size: bytes of one part of an upload to an object store.
-    Raises CheckpointError where an object store's library is missing, when it is first used.
+    Raises CheckpointError where a URL lacks a slash, and, when it is first used, where an object store's library is
+    missing.
     """
     if isinstance(root, str) and is_url(root):
         return ObjectStorage(root, part_size)
     if isinstance(root, str | Path):
-        return LocalStorage(Path(str(root).removeprefix("file://").removeprefix("local://")))
+        name = str(root).removeprefix("file://").removeprefix("local://")
+        if re.match(r"(s3a?|gcs|gs|az|abfs|file|memory):/", name):
+            why = "it is neither a folder nor a URL."
+            raise CheckpointError(Problem(str(root), why, f"Write {name.replace(':/', '://', 1)}"))
+        return LocalStorage(Path(name).expanduser())
     return root

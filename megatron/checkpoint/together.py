@@ -28,8 +28,7 @@ def together(mesh: Mesh, action: Callable[[], T], explain: Callable[[OSError], P
 
     explain: turns an error of the file system into a Problem.
     Raises CheckpointError on every rank, with the problems of all that failed, where any failed; where one of them
-    found damage, DamagedCheckpointError. An exception that
-    is a bug keeps its traceback on the rank that raised it.
+    found damage, DamagedCheckpointError. An exception that is a bug keeps its traceback on the rank that raised it.
     """
     bug: Exception | None = None
     try:
@@ -37,7 +36,7 @@ def together(mesh: Mesh, action: Callable[[], T], explain: Callable[[OSError], P
     except DeepyError as error:
         mine = _Outcome(problems=tuple(error.problems), is_damage=isinstance(error, DamagedCheckpointError))
     except OSError as error:
-        mine = _Outcome(problems=(explain(error),))
+        mine = _Outcome(problems=(_explained(error, explain),))
     except Exception as error:
         bug = error
         mine = _Outcome(problems=(Problem(f"rank {mesh.world.rank} failed", repr(error), "See its traceback."),))
@@ -49,6 +48,14 @@ def together(mesh: Mesh, action: Callable[[], T], explain: Callable[[OSError], P
         kind = DamagedCheckpointError if any(outcome.is_damage for outcome in outcomes) else CheckpointError
         raise kind(*dict.fromkeys(problems))
     return [outcome.value for outcome in outcomes]  # type: ignore[misc]
+
+
+def _explained(error: OSError, explain: Callable[[OSError], Problem]) -> Problem:
+    """Return the problem behind an error, also where looking for its reason fails: the other ranks wait to hear."""
+    try:
+        return explain(error)
+    except Exception:
+        return Problem("the storage", f"{error.strerror or error}.", "See that it answers.")
 
 
 def _gather(mesh: Mesh, mine: _Outcome) -> list[_Outcome]:

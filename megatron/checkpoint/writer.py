@@ -57,13 +57,16 @@ class Snapshot:
         return sum(piece.data.numel() * piece.data.element_size() for piece in self.pieces)
 
 
-def write_snapshot(snapshot: Snapshot, root: Storage, mesh: Mesh, keep_last: int | None) -> Storage:
+def write_snapshot(
+    snapshot: Snapshot, root: Storage, mesh: Mesh, keep_last: int | None, good: int | None = None
+) -> Storage:
     """Write `<root>/global_step<iteration>` and return it; every rank of the mesh must call it.
 
-    keep_last: how many checkpoints stay; None keeps all.
+    keep_last: how many checkpoints stay; None keeps all. good: an iteration whose checkpoint in `root` is known to be
+    whole (the run saved it, or began from it): it stays until this one counts, as does the one that `latest` names.
     Raises CheckpointError on every rank where any rank cannot write; earlier checkpoints are intact then.
     """
-    writer = _Writer(snapshot, root, mesh, keep_last)
+    writer = _Writer(snapshot, root, mesh, keep_last, good)
     try:
         writer.begin()
         writer.finish(writer.write())
@@ -78,11 +81,12 @@ def write_snapshot(snapshot: Snapshot, root: Storage, mesh: Mesh, keep_last: int
 class _Writer:
     """The steps of one save. Each is taken by all ranks together, and fails on all where it fails on one."""
 
-    def __init__(self, snapshot: Snapshot, root: Storage, mesh: Mesh, keep_last: int | None) -> None:
+    def __init__(self, snapshot: Snapshot, root: Storage, mesh: Mesh, keep_last: int | None, good: int | None) -> None:
         self.snapshot = snapshot
         self.root = root
         self.mesh = mesh
         self.keep_last = keep_last
+        self.good = good
         self.place = place_of(root, snapshot.iteration)
         self._begun = False
 
@@ -98,7 +102,8 @@ class _Writer:
         self.root.make()
         steps.clean_leftovers(self.root)
         if self.keep_last is not None:  # which may be lower than before; one stays until this one is safe
-            keep_earlier(self.root, self.snapshot.iteration, max(1, self.keep_last))
+            good = (self.good, steps.latest_step(self.root))
+            keep_earlier(self.root, self.snapshot.iteration, max(1, self.keep_last), good)
         free = self.root.free()
         if free is not None and free < total + _SLACK:
             why = f"The checkpoint needs {amount(total)} and {amount(_SLACK)} besides for what describes it; "
@@ -143,6 +148,7 @@ class _Writer:
         tokenizer = {**extra.pop("tokenizer", {}), "files": files}
         contents.write_yaml(folder, snapshot.config, extra.pop("config_files", None) or {})
         written = [file for _, file in parts if file is not None]
+        self._require_files([file.name for file in written])
         manifest = Manifest(
             iteration=snapshot.iteration,
             tensors=merge_tensors(table for table, _ in parts),
@@ -156,6 +162,14 @@ class _Writer:
         )
         self.place.publish(to_bytes(manifest))
         steps.set_latest(self.root, snapshot.iteration)
+
+    def _require_files(self, names: Sequence[str]) -> None:
+        """Raise where a file that a rank has written is not there: a manifest would promise what nobody has."""
+        missing = sorted(set(names) - set(self.place.folder.files()))
+        if missing:
+            why = f"{missing[0]} has been written, and is gone: another run may save here, or clean up."
+            fix = "See that nothing else writes to or deletes in this folder; earlier checkpoints are intact."
+            raise CheckpointError(Problem(f"checkpoint {self.place.final}", why, fix))
 
     def discard(self) -> None:
         """Remove what a failed save wrote, so that its room is free again."""

@@ -146,7 +146,7 @@ class Keeper:
             tell_changes(reader, self._config, self._extra)
             together(self._mesh, lambda: self._require_same_samples(reader, progress), _no_file)
         if source.is_own and self._saver is not None:
-            self._saver.last_saved = progress.iteration
+            self._saver.goes_on_from(progress.iteration)
         return progress
 
     def _finetunes(self, source: Source) -> bool:
@@ -164,7 +164,9 @@ class Keeper:
         iteration = self._saver.newest() if self._saver is not None else None
         if iteration is None:
             return None
-        source = Source(find_checkpoint(str(self._config.checkpoint.save), iteration), is_own=True)
+        save = str(self._config.checkpoint.save)
+        found = together(self._mesh, lambda: find_checkpoint(save, iteration), _no_file)
+        source = Source(found[self._mesh.world.rank], is_own=True)
         with inside(Phase.LOAD):
             opened = load_or_earlier(
                 engine, self._shapes, open_or_earlier(source, self._mesh), self._config, self._mesh

@@ -28,7 +28,7 @@ _TOLD = 0.05  # seconds; a shorter wait for an earlier save is not worth a line
 class Saver:
     """Saves to the folder or URL `save`, and then to `s3_path` where that is set; every rank makes the same calls.
 
-    last_saved: the newest iteration that is saved, or being saved.
+    last_saved: the newest iteration that is saved, or being saved, with its copy.
     Raises CheckpointError where another run saves there, or where nothing can be written.
     """
 
@@ -42,6 +42,7 @@ class Saver:
         self._background: BackgroundSaver | None = None
         self._written: list[tuple[int, Storage, float]] = []
         self.last_saved: int | None = None
+        self._good: int | None = None  # the newest iteration that is known to be whole in `save`
         try:
             for root in (self._root, self._copy):
                 if root is not None:
@@ -50,6 +51,10 @@ class Saver:
             self.close()
             raise
         self._background = BackgroundSaver(mesh, available_memory) if settings.async_save else None
+
+    def goes_on_from(self, iteration: int) -> None:
+        """Take note that the run has been restored from this checkpoint of its own."""
+        self.last_saved = self._good = iteration
 
     def save(self, iteration: int, snapshot: Callable[[], Snapshot], last: bool) -> None:
         """Save what `snapshot()` returns, unless this iteration is saved; a save under way is waited for first.
@@ -73,7 +78,8 @@ class Saver:
 
     def _write(self, snapshot: Snapshot, mesh: Mesh) -> Storage:
         """Write to `save`, then to `s3_path`; in the background this is what the thread does."""
-        folder = write_snapshot(snapshot, self._root, mesh, self._keep_last)
+        folder = write_snapshot(snapshot, self._root, mesh, self._keep_last, self._good)
+        self._good = snapshot.iteration
         if self._copy is not None:
             began = time.perf_counter()
             try:
@@ -93,9 +99,9 @@ class Saver:
         return found
 
     def newest(self) -> int | None:
-        """Return the newest iteration that is saved, once a save under way has ended; None where there is none."""
+        """Return the newest iteration that is whole in `save`, once a save under way has ended; None where none is."""
         self._settle()
-        return self.last_saved
+        return self._good
 
     def _settle(self) -> None:
         """Wait for the save under way, and say how long that took."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from megatron.checkpoint.load import CheckpointReader, find_checkpoint
-from megatron.checkpoint.steps import foreign_folders, latest_step, readable_steps
+from megatron.checkpoint.steps import foreign_folders, incomplete_folders, latest_step, readable_steps, whole_steps
 from megatron.checkpoint.storage import Storage, storage_of
 from megatron.checkpoint.together import together
 from megatron.config.schema.run import CheckpointConfig
@@ -91,6 +91,8 @@ def find_source(config: CheckpointConfig) -> Source | None:
     saved = readable_steps(save) if save else {}
     if save and (foreign := foreign_folders(save)):
         raise _foreign(config, foreign)
+    if save and (incomplete := incomplete_folders(save)):
+        _tell_incomplete(save, incomplete, saved)
     if config.resume == "auto" and save and saved:
         return _newest(config, save, saved)
     if config.load is not None and save and not saved and _is_same(storage_of(config.load), save):
@@ -101,7 +103,32 @@ def find_source(config: CheckpointConfig) -> Source | None:
     is_own = folder is not None and save is not None and _is_same(folder.parent, save)
     if saved and (not is_own or config.finetune):
         raise _occupied(config, max(saved), is_own)
+    if config.iteration is not None and folder is None:
+        why = f"{save or 'The run'} holds no checkpoint, and load names none."
+        raise CheckpointError(Problem(f"iteration = {config.iteration}", why, "Set load, or leave iteration out."))
+    if config.s3_path and not is_own:
+        _require_free(config, storage_of(config.s3_path), folder)
     return Source(folder, is_own) if folder else None
+
+
+def _tell_incomplete(save: Storage, names: list[str], saved: dict[int, Storage]) -> None:
+    """Say which checkpoints lack their manifest; raise where there is no whole one, and a run would begin anew."""
+    listed = ", ".join(names[:3])
+    if not saved:
+        why = f"of the checkpoints {listed} there is no manifest.json: they are incomplete, and there is no other."
+        fix = "Restore it from a copy, or move them away, or set save to another folder."
+        raise CheckpointError(Problem(f"save = {save}", why, fix))
+    logger.warning("INCOMPLETE CHECKPOINTS in %s: %s without a manifest.json; they are passed over", save, listed)
+
+
+def _require_free(config: CheckpointConfig, copy: Storage, folder: Storage | None) -> None:
+    """Raise where `s3_path` holds copies of another run, unless this one goes on from them."""
+    held = whole_steps(copy)
+    goes_on = folder is not None and not config.finetune and _is_same(folder.parent, copy)
+    if held and not goes_on:
+        why = f"it already holds checkpoints, up to iteration {max(held)}, and this run would write over them."
+        fix = f"Set s3_path to a folder of this run's own, or load: {copy} to continue from there."
+        raise CheckpointError(Problem(f"s3_path = {config.s3_path}", why, fix))
 
 
 def _is_same(one: Storage, other: Storage) -> bool:
@@ -113,15 +140,27 @@ def _is_same(one: Storage, other: Storage) -> bool:
 def _newest(config: CheckpointConfig, save: Storage, saved: dict[int, Storage]) -> Source:
     """Return the newest checkpoint of the run's own folder, which is the one that `latest` names, or the given one."""
     if config.iteration is not None:
+        if config.iteration < max(saved):
+            logger.warning(
+                "iteration: %d takes the run back, though %s holds iteration %d; so does every later start with this "
+                "key: leave it out once a checkpoint has been saved",
+                *(config.iteration, save, max(saved)),
+            )
         return Source(find_checkpoint(save, config.iteration), is_own=True)
     latest = latest_step(save)
+    newest = latest if latest in saved else max((step for step in saved if step < (latest or 0)), default=max(saved))
     if latest is not None and latest not in saved:
         logger.warning(
             "THE NEWEST CHECKPOINT IS GONE: %s/latest names iteration %d, which is not there. resume: auto takes "
             "iteration %d instead.",
-            *(save, latest, max(saved)),
+            *(save, latest, newest),
         )
-    newest = latest if latest in saved else max(saved)
+    if newest < max(saved):
+        logger.warning(
+            "%s also holds iteration %d, after the one that its file `latest` names: of a run that was taken back, or "
+            "saved in the moment of a kill. resume: auto takes iteration %d; iteration: %d takes that one.",
+            *(save, max(saved), newest, max(saved)),
+        )
     earlier = tuple(folder for step, folder in reversed(saved.items()) if step < newest)
     return Source(saved[newest], is_own=True, earlier=earlier)
 
@@ -141,7 +180,7 @@ def _occupied(config: CheckpointConfig, newest: int, is_own: bool) -> Checkpoint
 def _foreign(config: CheckpointConfig, names: list[str]) -> CheckpointError:
     """Return the error of a run whose checkpoints would replace folders that are not this library's."""
     listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    why = f"it holds {listed} without a manifest.json (of GPT-NeoX, or an incomplete copy), which saves would replace."
+    why = f"it holds {listed} without a manifest.json (of GPT-NeoX, or another program), which saves would replace."
     return CheckpointError(Problem(f"save = {config.save}", why, "Move them away, or set save to another folder."))
 
 

@@ -178,3 +178,18 @@ def test_one_failing_rank_fails_the_save_on_all_and_costs_nothing(tmp_path):
     assert all("The disk became full" in answer for answer in answers)
     assert_good(tmp_path, 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["global_step1", "latest"]
+
+
+def test_a_file_that_someone_deletes_meanwhile_is_not_promised(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    write = writer.write_rank_file
+
+    def write_and_lose(folder, name, owned):
+        written = write(folder, name, owned)
+        folder.delete(name)
+        return written
+
+    monkeypatch.setattr(writer, "write_rank_file", write_and_lose)
+    with pytest.raises(CheckpointError, match=r"rank_00000\.safetensors has been written, and is gone"):
+        save(tmp_path, 2, keep_last=1)
+    assert_good(tmp_path, 1)

@@ -77,14 +77,14 @@ def test_the_manifest_says_what_the_run_was(tmp_path):
     tokenizer.write_text("{}")
     config = small_config(tokenizer_type="HFTokenizer", vocab_file=str(tokenizer))
     record = {"name": "HFTokenizer", "fingerprint": "ab"}
-    extra = {"tokenizer": record, "config_files": {"a.yml": "x: 1\n"}, "loss": 2.5}
+    extra = {"tokenizer": record, "config_files": {"a.yml": "x: 1\n"}, "loss": 2.5, "epochs": {10: 1, 9: 2}}
     folder = save_checkpoint(tmp_path / "run", 5, whole(make_state()), {"consumed_samples": 20}, config, extra, MESH)
     manifest = CheckpointReader(folder).manifest
     assert manifest.iteration == 5
     assert manifest.progress == {"consumed_samples": 20}
     assert manifest.config["model"]["hidden_size"] == 8
     assert manifest.tokenizer == {**record, "files": {"vocab_file": "tokenizer/tokenizer.json"}}
-    assert manifest.extra == {"loss": 2.5}
+    assert manifest.extra == {"loss": 2.5, "epochs": {"10": 1, "9": 2}}  # whatever json makes of it, it is proved
     assert manifest.versions["torch"].startswith("2.")
     assert (folder / "configs" / "a.yml").read_text() == "x: 1\n"
     assert (folder / "tokenizer" / "tokenizer.json").read_text() == "{}"

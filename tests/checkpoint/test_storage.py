@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import uuid
 
 import pytest
@@ -88,6 +90,27 @@ def test_names(tmp_path):
     assert storage_of("s3://bucket").parent == storage_of("s3://bucket")
     assert storage_of(f"file://{tmp_path}") == LocalStorage(tmp_path)
     assert [is_url(text) for text in ("s3://b/x", "/a/b", "file:///a", "a:b")] == [True, False, False, False]
+
+
+def test_a_url_that_lacks_a_slash_is_no_folder():
+    with pytest.raises(CheckpointError, match=r"s3:/bucket/run: .*Write s3://bucket/run"):
+        storage_of("s3:/bucket/run")
+
+
+def test_a_folder_that_refuses_to_be_synced(tmp_path, monkeypatch):
+    """As SMB's and some FUSE's do; any other error is one."""
+    answers = [22, 5]
+    fsync = os.fsync
+
+    def refuse(handle):
+        if not stat.S_ISDIR(os.fstat(handle).st_mode):
+            return fsync(handle)
+        raise OSError(answers.pop(0), "no")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    storage_of(tmp_path).write("a", b"1")
+    with pytest.raises(OSError, match="no"):
+        storage_of(tmp_path).write("b", b"1")
 
 
 def test_a_missing_library_is_named(monkeypatch):

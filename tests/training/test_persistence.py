@@ -12,12 +12,15 @@ import pytest
 from megatron.checkpoint.compatible import changed_settings
 from megatron.checkpoint.layout import LOCK, MANIFEST, step_name
 from megatron.checkpoint.load import CheckpointReader
+from megatron.checkpoint.local_storage import LocalStorage
 from megatron.checkpoint.lock import FolderLock
+from megatron.checkpoint.steps import foreign_folders
 from megatron.checkpoint.storage import storage_of
 from megatron.config.resolve import resolve
 from megatron.config.schema.run import CheckpointConfig
 from megatron.errors import CheckpointError
 from megatron.parallel.mesh import Mesh
+from megatron.training import source as source_module
 from megatron.training.source import Source, find_source
 from tests.end_to_end.tiny import settings
 
@@ -88,6 +91,62 @@ def test_folders_of_another_program_are_not_replaced(tmp_path: Path, resume: str
         CheckpointError, match=r"it holds global_step1000 without a manifest.*which saves would replace"
     ):
         source(save=str(tmp_path), resume=resume)
+
+
+def test_a_checkpoint_of_ours_without_its_manifest_is_passed_over(tmp_path: Path, monkeypatch: Any) -> None:
+    """No save leaves such a one: a deletion that was broken off does, and a copy that is under way."""
+    said: list[str] = []
+    monkeypatch.setattr(source_module.logger, "warning", lambda text, *values: said.append(text % values))
+    checkpoints(tmp_path, 2, 4)
+    (tmp_path / "latest").write_text("global_step4")
+    (tmp_path / "global_step4" / "manifest.json").unlink()
+    assert foreign_folders(storage_of(tmp_path)) == []
+    found = source(save=str(tmp_path), resume="auto")
+    assert found is not None
+    assert found.folder.name == "global_step2"
+    assert said[0].startswith("INCOMPLETE CHECKPOINTS in")
+    assert "latest names iteration 4, which is not there. resume: auto takes iteration 2" in said[1]
+    (tmp_path / "global_step2" / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"global_step2, global_step4 there is no manifest\.json.*no other"):
+        source(save=str(tmp_path), resume="auto")
+
+
+def test_which_checkpoint_is_the_newest(tmp_path: Path, monkeypatch: Any) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(source_module.logger, "warning", lambda text, *values: said.append(text % values))
+    checkpoints(tmp_path, 2, 6, 8)
+    for latest, newest in (("global_step6", 6), ("global_step5", 2), ("global_step1", 8), ("", 8)):
+        (tmp_path / "latest").write_text(latest)
+        found = source(save=str(tmp_path), resume="auto")
+        assert found is not None
+        assert found.folder.name == f"global_step{newest}"
+    assert "also holds iteration 8, after the one that its file `latest` names" in said[0]
+    found = source(save=str(tmp_path), resume="auto", iteration=6)
+    assert found is not None
+    assert "iteration: 6 takes the run back, though" in said[-1]
+
+    def fail(*_: object) -> bytearray:
+        raise OSError(5, "the store does not answer")
+
+    monkeypatch.setattr(LocalStorage, "read", fail)
+    with pytest.raises(OSError, match="does not answer"):
+        source(save=str(tmp_path), resume="auto")  # and not another one than `latest` names
+
+
+def test_an_iteration_that_no_folder_has_is_no_fresh_start(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"iteration = 4: .* holds no checkpoint, and load names none"):
+        source(save=str(tmp_path), resume="auto", iteration=4)
+
+
+def test_copies_of_another_run_are_not_written_over(tmp_path: Path) -> None:
+    copies = tmp_path / "copies"
+    checkpoints(copies, 2)
+    keys = {"save": str(tmp_path / "own"), "resume": "auto", "s3_path": str(copies)}
+    with pytest.raises(CheckpointError, match=r"s3_path = .*up to iteration 2, .*load: .*copies to continue"):
+        source(**keys)
+    assert source(**keys, load=str(copies)) is not None
+    checkpoints(tmp_path / "own", 2)
+    assert source(**keys) is not None
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:

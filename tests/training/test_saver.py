@@ -161,6 +161,7 @@ def test_a_bucket_that_fails_costs_the_copy_and_not_the_checkpoint(tmp_path, s3,
     assert_good(tmp_path, 2)
     s3.faults()
     assert list(whole_steps(storage_of(f"{bucket}/copy"))) == [1]
+    assert saver.newest() == 2  # to which a run may go back
     save(saver, 2, last=True)
     saver.close()
     assert list(whole_steps(storage_of(f"{bucket}/copy"))) == [1, 2]

@@ -46,6 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DeepyError as error:
         print(error, file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        print(f"cannot be read: {error.strerror or error} ({error.filename or 'no name'})", file=sys.stderr)
+        return 2
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
