@@ -8,7 +8,6 @@ complete only when whoever used it has been through its own; PyTorch checks that
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +22,8 @@ from megatron.engine.step import Update
 from megatron.engine.verdict import Verdict
 from megatron.errors import DivergedError, Problem
 from megatron.objectives.build import Objective
-from megatron.ops.adamw import sum_of_squares
+from megatron.ops.adamw import coefficient_of, sum_of_squares
+from megatron.optim.where import step_where
 from megatron.parallel.collectives import TensorRegion
 from megatron.parallel.grad_sync import is_partial
 from megatron.parallel.mesh import Mesh
@@ -87,8 +87,8 @@ class InBackwardEngine(LocalEngine):
             return
         if self._one_pass is not None:
             self._one_pass.step(squares, 1.0, 0.0)
-        elif math.isfinite(float(squares)):
-            self._optimizer.step()
+        elif master.grad is not None:
+            step_where(self._optimizer, [master.grad], coefficient_of(squares.sqrt(), 1.0, 0.0))
             if parameter is not master:
                 parameter.copy_(master)
 
@@ -99,11 +99,10 @@ class InBackwardEngine(LocalEngine):
         for name, master in self._masters.items():
             if name not in self._squares:
                 self._apply(name, torch.zeros_like(master))
-        norm = math.sqrt(float(self._sum_of_squares()))
+        norm = self._sum_of_squares().sqrt()
         if self._examiner is not None:
             return Update(norm, skipped=True)
-        is_finite = math.isfinite(norm) and math.isfinite(float(verdict.loss))
-        return Update(norm, skipped=False, diverged=float(not is_finite))
+        return Update(norm, skipped=False, diverged=verdict.refuses(norm))
 
     def _diverged(self) -> DivergedError:
         return DivergedError(

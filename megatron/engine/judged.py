@@ -3,6 +3,9 @@
 All of them ask one function whether the gradient's norm is valid, once in a step, with the norm that is summed over
 all ranks, before anything changes (DeepSpeed 0.19). Within the step that function asks the verdict as well. A step
 that is left out for its limits, or for its loss, is no overflow to the fp16 loss scale.
+
+The fp16 loss scale moves behind the step: DeepSpeed moves it before it divides the gradients by it, so that those of
+each step that raises the scale would be halved.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ def judged(optimizer: Any, verdict: Verdict, keep_scale: bool = False) -> Iterat
     keep_scale: leave the fp16 loss scale as it is."""
     module = sys.modules[type(optimizer).__module__]
     is_invalid, found = getattr(module, _ASKED), Judgement()
+    overflows: list[bool] = []
     scale = float(getattr(optimizer, "loss_scale", 1.0))
 
     def is_refused(norm: Any) -> bool:
@@ -46,21 +50,27 @@ def judged(optimizer: Any, verdict: Verdict, keep_scale: bool = False) -> Iterat
             found.norm = None if found.is_allowed else value
         return not found.is_allowed
 
-    def update_scale(has_overflow: bool = False) -> None:
-        if keep_scale:
-            return
-        try:
-            type(optimizer)._update_scale(optimizer, has_overflow and found.norm is None)
-        except Exception as error:
-            if "loss scale already at minimum" not in str(error):
-                raise
-            found.is_end_of_scale = True
+    def note_overflow(has_overflow: bool = False) -> None:
+        overflows.append(has_overflow and found.norm is None)
 
     setattr(module, _ASKED, is_refused)
     if hasattr(optimizer, "_update_scale"):
-        optimizer._update_scale = update_scale
+        optimizer._update_scale = note_overflow
     try:
         yield found
     finally:
         setattr(module, _ASKED, is_invalid)
         vars(optimizer).pop("_update_scale", None)
+    if overflows and not keep_scale:
+        found.is_end_of_scale = _move_scale(optimizer, overflows[-1])
+
+
+def _move_scale(optimizer: Any, has_overflow: bool) -> bool:
+    """Adjust the fp16 loss scale after a step, and return whether it overflowed at the smallest one."""
+    try:
+        optimizer._update_scale(has_overflow)
+    except Exception as error:
+        if "loss scale already at minimum" not in str(error):
+            raise
+        return True
+    return False

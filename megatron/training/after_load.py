@@ -75,6 +75,6 @@ class AfterLoad:
                 fix="Load the weights alone (finetune: true, or no_load_optim: true) to see which: if the loss stays, "
                 "the optimizer's state of the checkpoint does not belong to its weights; if it jumps again, set a "
                 "smaller learning rate or a longer warmup. If neither helps, this is a defect of the engine: report "
-                "it with the configuration. No checkpoint was saved.",
+                "it with the configuration. Checkpoints that this run has saved since are spoilt.",
             )
         )

@@ -61,7 +61,7 @@ class Evaluator:
                 return None
         loss = loss_sum / num_tokens if num_tokens else math.nan
         characters = self._sum(num_characters)
-        by_character = math.exp(loss_sum / characters) if characters else None
+        by_character = math.exp(min(loss_sum / characters, 700.0)) if characters else None
         return Evaluation(loss, num_tokens, by_character)
 
     def _count_characters(self, batches: list[Batch]) -> int:

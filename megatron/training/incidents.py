@@ -134,12 +134,13 @@ class Incidents:
         )
 
     def _go_back(self, progress: Progress, results: Results, incident: Incident) -> Progress | None:
-        """Return to the last checkpoint, behind the samples of the spike; None where there is none yet."""
-        results.drop()
+        """Return to the last checkpoint, behind the samples of the spike; None, and nothing is changed, where there is
+        none yet."""
         back = self.keeper.go_back(self.engine)
         if back is None:
             logger.warning("iteration %d: there is no checkpoint yet to go back to", incident.iteration)
             return None
+        results.drop()
         guard = rolled_back(progress.guard, back, incident)
         most = self.guards.spikes.most_in_a_row if self.guards.spikes is not None else 0
         if guard.rollbacks_to(back.iteration) > most:
@@ -158,7 +159,7 @@ class Incidents:
             "going back from iteration %d to the checkpoint of iteration %d; samples %d to %d are left out",
             *(incident.iteration, back.iteration, skipped.begin, skipped.end - 1),
         )
-        return replace(back, consumed_samples=incident.end, guard=guard)
+        return replace(back, consumed_samples=incident.end, owes_validation=False, guard=guard)
 
 
 def rolled_back(guard: GuardState, back: Progress, incident: Incident) -> GuardState:

@@ -162,7 +162,7 @@ class Keeper:
 
         Returns how far the run had come there, or None where there is no such checkpoint. Every rank calls it."""
         iteration = self._saver.newest() if self._saver is not None else None
-        if iteration is None:
+        if self._saver is None or iteration is None:
             return None
         save = str(self._config.checkpoint.save)
         found = together(self._mesh, lambda: find_checkpoint(save, iteration), _no_file)
@@ -171,7 +171,9 @@ class Keeper:
             opened = load_or_earlier(
                 engine, self._shapes, open_or_earlier(source, self._mesh), self._config, self._mesh
             )
-        return Progress.from_dict(opened.reader.manifest.progress)
+        progress = Progress.from_dict(opened.reader.manifest.progress)
+        self._saver.goes_on_from(progress.iteration)
+        return progress
 
     def close(self) -> None:
         """Wait for a save in the background, and leave `save` to other runs."""

@@ -79,6 +79,28 @@ def test_an_overflow_skips_the_step_and_lowers_the_scale(stage):
     assert run_ranks(2, resume)[0] == through
 
 
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_a_step_that_raises_the_scale_has_the_whole_gradient(stage):
+    """The optimizer's averages are those of a run whose scale stays."""
+
+    def run(window: int) -> tuple:
+        fp16 = {"initial_scale_power": 6, "loss_scale_window": window}
+        config = tiny.config(1, stage=stage, precision="fp16", gradient_clipping=0.0, fp16=fp16)
+        engine = tiny.make_engine(config)
+        results = tiny.train(engine, config, 0, 5)
+        averages = [piece[-1].flatten() for piece in tiny.full_state(engine) if piece[1] == "exp_avg"]
+        return torch.cat(averages), [(result.loss_scale, result.grad_norm) for result in results]
+
+    def both() -> tuple:
+        return run(2), run(100)
+
+    type(get_accelerator()).is_fp16_supported = lambda self: True
+    (moving, steps), (staying, steady) = run_ranks(1, both)[0]
+    assert [scale for scale, _ in steps] == [64.0, 64.0, 64.0, 128.0, 128.0]
+    assert [norm for _, norm in steps] == pytest.approx([norm for _, norm in steady], rel=1e-3)
+    assert (moving - staying).norm() < 0.01 * staying.norm()
+
+
 @pytest.mark.parametrize("stage", [0, 1])
 def test_a_run_that_overflows_at_the_smallest_scale_ends(stage):
     def run() -> None:

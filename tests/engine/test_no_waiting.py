@@ -111,6 +111,15 @@ def test_no_optimizer_makes_a_step_wait(kind: str, precision: str) -> None:
     assert results[0].grad_norm > 0
 
 
+@pytest.mark.parametrize("kind", ["adam", "lion"])
+def test_updates_in_the_backward_pass_read_nothing(kind: str) -> None:
+    keys = {"optimizer_in_backward": True, "gradient_clipping": 0.0, "train_micro_batch_size_per_gpu": 8}
+    optimizer = {"type": kind, "params": {"lr": 1e-3}}
+    ((found, results),) = run_ranks(1, lambda: reads_of_steps(1, optimizer=optimizer, precision="bf16", **keys))
+    assert not found
+    assert results[0].grad_norm > 0
+
+
 def test_the_count_can_fail() -> None:
     """Reads of all sorts are counted."""
     value = torch.ones(2)

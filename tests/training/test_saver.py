@@ -93,10 +93,15 @@ def test_a_failure_behind_is_told_at_the_next_step_and_the_last_save_tries_again
         assert "saving iteration 2 failed in the background." in said[-1]
         assert "The earlier ones are intact, the last is global_step1" in said[-1]
         assert_good(tmp_path, 1)
+        assert saver.newest() == 1  # where a rollback goes
         with pytest.raises(CheckpointError, match="The disk became full"):
             save(saver, 2, last=True)
     save(saver, 2, last=True)
+    assert saver.newest() == 2
+    saver.goes_on_from(1)  # since the second turned out to be damaged
+    save(saver, 2)
     saver.close()
+    assert [iteration for iteration, _, _ in saver.written()] == [2, 2]
     assert assert_good(tmp_path, 2) == 2
 
 
