@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.optim import Optimizer
 
+from megatron.engine import local
 from megatron.ops import adamw
 from megatron.ops.choice import Choices, Situation
 from megatron.optim.build import build_optimizer
@@ -25,6 +28,13 @@ SITUATION = Situation(torch.device("cpu"), torch.float32, tiny.HIDDEN)
 FORMULAE = {"adamw_update_": adamw.adamw_update_reference_, "sum_of_squares": adamw.sum_of_squares}
 
 
+def step_apart(optimizer: Optimizer, gradients: list[Tensor], coefficient: Tensor) -> None:
+    """Clip, then call torch's AdamW; or leave the step out."""
+    if math.isfinite(float(coefficient)):
+        torch._foreach_mul_(gradients, coefficient)
+        optimizer.step()
+
+
 def run(way: str, world_size: int, steps: int, **keys: Any) -> tuple[list[Any], list[tuple]]:
     """Train and return results and state. way: "fused", what every run does; "formula", its formula in the place of
     the kernel; "apart", norm, clipping and update one after another, as optimizers other than AdamW have it."""
@@ -36,6 +46,7 @@ def run(way: str, world_size: int, steps: int, **keys: Any) -> tuple[list[Any], 
     assert engine._one_pass is not None
     if way == "apart":
         engine._one_pass = None
+        local.step_where = step_apart
     results = tiny.train(engine, config, 0, steps)
     engine.check_masters()
     return results, tiny.full_state(engine)

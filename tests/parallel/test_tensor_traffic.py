@@ -49,8 +49,8 @@ def activations(count: int, element: int = 4) -> int:
 
 
 def others(partial: int) -> int:
-    """Bytes of the loss, of `partial` numbers of partial gradients, of the norm, and of the wish to stop."""
-    return 3 * ROWS * LENGTH * 4 + partial * 4 + 8 + 2 * 8
+    """Bytes of the loss, of `partial` numbers of partial gradients, of the norm, and of what ranks wish and decided."""
+    return 3 * ROWS * LENGTH * 4 + partial * 4 + 8 + 7 * 8
 
 
 GATHERED = 4 * LAYERS + 2  # also the number of all-reduces without sequence parallelism
