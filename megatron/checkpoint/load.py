@@ -92,6 +92,9 @@ def _nothing_there(root: Storage) -> CheckpointError:
     missing = "It holds no checkpoint" if place == root else "There is no such folder"
     folders = place.folders()
     names = sorted([f"{name}/" for name in folders] + [name for name in place.files() if name != layout.LOCK])
+    if root.local_path() is None and not place.exists():
+        fix = "See that its name is right, and that this user may list it."
+        return CheckpointError(Problem(f"load = {root}", f"There is no such bucket or folder: {place}.", fix))
     inside = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
     near = [str(place.at(name)) for name in folders[:_MOST_SEARCHED] if readable_steps(place.at(name))]
     fix = f"Set load to {' or '.join(near[:3])}." if near else "Set load to a folder that holds global_step<N> folders."

@@ -237,7 +237,7 @@ def _is_of_the_store(error: Exception) -> bool:
 def _as_os_error(error: Exception, name: str) -> OSError:
     """Return the error of a store's library as one of a file system."""
     if type(error).__name__ == "NoCredentialsError":
-        return PermissionError(errno.EACCES, "no credentials were found", name)
+        return PermissionError(errno.EACCES, "no credentials were found (environment, ~/.aws, a role ...)", name)
     return OSError(errno.EIO, _text(error), name)
 
 

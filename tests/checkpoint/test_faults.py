@@ -59,7 +59,7 @@ def test_kill_at_any_moment_never_costs_the_last_good_checkpoint(tmp_path):
     dice = random.Random(5)
     last = 1
     save(tmp_path, last)
-    for attempt in range(12):
+    for attempt in range(8):
         pid = save_until_killed(tmp_path, last + 1)
         deadline = time.monotonic() + 20
         while not attempt and not (tmp_path / "global_step3").exists() and time.monotonic() < deadline:

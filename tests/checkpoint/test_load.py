@@ -93,7 +93,7 @@ def test_any_flipped_bit_is_found_and_its_file_named(root):
     dice = random.Random(3)
     for path in (folder / "rank_00000.safetensors", folder / "manifest.json"):
         good = path.read_bytes()
-        for _ in range(40):
+        for _ in range(20):
             bad = bytearray(good)
             bad[dice.randrange(len(bad))] ^= 1 << dice.randrange(8)
             path.write_bytes(bad)
@@ -229,7 +229,7 @@ def test_a_checkpoint_of_version_1_is_read_and_proved(tmp_path):
 
 def test_a_checkpoint_behind_a_url(tmp_path, monkeypatch):
     root = storage_of("memory://a-checkpoint-behind-a-url/run")
-    with pytest.raises(CheckpointError, match="There is no such folder"):
+    with pytest.raises(CheckpointError, match="There is no such bucket or folder"):
         find_checkpoint(str(root))
     for iteration in (4, 8):
         snapshot = take_snapshot(iteration, whole(make_state(iteration)), {}, small_config(), {})
