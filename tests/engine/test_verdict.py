@@ -38,8 +38,12 @@ def same(first: list[tuple], second: list[tuple]) -> bool:
     return all(torch.equal(a[-1], b[-1]) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+PRECISIONS = {0: ("fp32", "bf16", "fp16"), 1: ("fp32", "bf16", "fp16"), 2: ("bf16",), 3: ("bf16", "fp16")}
+EACH = [(stage, precision) for stage, precisions in PRECISIONS.items() for precision in precisions]
+"""ZeRO 1 and 2 are one optimizer of DeepSpeed's, but for bf16 under ZeRO 1."""
+
+
+@pytest.mark.parametrize(("stage", "precision"), EACH)
 def test_a_step_beyond_a_limit_is_left_out(stage: int, precision: str) -> None:
     """Each limit by itself, of the value itself (which passes) and the number below it (which does not)."""
 
@@ -85,7 +89,7 @@ def test_what_was_left_out_leaves_no_trace(stage: int) -> None:
     assert same(with_spike, without)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 3])
 def test_a_loss_that_is_not_finite_is_left_out_though_its_gradient_is(stage: int) -> None:
     def run() -> tuple:
         engine, config = tiny_engine(2, stage=stage)
