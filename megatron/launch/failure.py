@@ -48,6 +48,7 @@ class Failure:
     doing: where in the step it was, such as `micro-batch 3, in backward`; "" where that is not known.
     is_mistake: True for a DeepyError, whose text stands by itself.
     is_echo: True where the error only tells that another rank is gone.
+    is_lost: True where nothing is left of the rank; `step` and `doing` are the last that was heard of it.
     """
 
     rank: int
@@ -60,6 +61,7 @@ class Failure:
     is_echo: bool = False
     when: float = 0.0
     doing: str = ""
+    is_lost: bool = False
 
     def to_json(self) -> str:
         """Return the failure as one line of JSON."""
@@ -82,7 +84,7 @@ class Failure:
         lines = self.text.strip().splitlines() or [""]
         what = lines[-1] if lines[0].startswith("Traceback") else lines[0].split(". ")[0]
         what = what if len(what) <= _BRIEF else f"{what[:_BRIEF]} ..."
-        ended = "ended" if self.is_mistake else f"failed {self.at}"
+        ended = "ended" if self.is_mistake else f"{'was lost' if self.is_lost else 'failed'} {self.at}"
         return f"rank {self.rank} on host {self.host} {ended} ({what.rstrip('.')})"
 
     def __str__(self) -> str:
@@ -97,6 +99,8 @@ class Failure:
                 "the other ranks' output and `dmesg | tail` on their hosts may name the reason; most often a machine "
                 f"ran out of memory. What rank {self.rank} saw: {saw}"
             )
+        if self.is_lost:
+            return f"{rank} on host {self.host} was lost {self.at}: {self.text} The other ranks were stopped."
         others = " The other ranks were stopped." if self.world_size > 1 else ""
         return f"{self.text.rstrip()}\n\n{rank} on host {self.host} failed {at}, exit code {self.exit_code}.{others}"
 
@@ -156,14 +160,15 @@ def from_silence(peak_bytes: int, rank: int, world_size: int, host: str, positio
     return Failure(rank, world_size, host, step, 1, text, when=time.time(), doing=doing)
 
 
-def from_loss(rank: int, world_size: int, host: str, position: Position | None) -> Failure:
-    """Return the report of a rank of which nothing is left to say anything."""
-    text = (
-        f"The connection with rank {rank} on host {host} was lost: that machine or its network is gone, or all of the "
-        "rank's processes were killed at once."
-    )
+def from_loss(rank: int, world_size: int, host: str, position: Position | None, reached: int | None = None) -> Failure:
+    """Return the report of a rank of which nothing is left to say anything.
+
+    position: where it was heard of last. reached: the furthest step of the ranks; it was there, where it is later."""
+    text = "that machine or its network is gone, or all of the rank's processes were killed at once."
     step, doing = _place(position)
-    return Failure(rank, world_size, host, step, 1, text, when=time.time(), doing=doing)
+    if reached is not None and (step is None or step < reached):
+        step, doing = reached, ""
+    return Failure(rank, world_size, host, step, 1, text, when=time.time(), doing=doing, is_lost=True)
 
 
 def from_hang(text: str, rank: int, world_size: int, host: str) -> Failure:

@@ -164,7 +164,9 @@ class Guardian:
         if self._up is not None and not self._up.is_open and not self._is_parting and self._ward_ended is None:
             rank, host = self._place.rank, self._place.host
             if self._kill_at is None:
-                _say(f"rank {rank} on host {host} ends because the machine or the watch of rank 0 is gone.")
+                position = whereabouts.read(self._ward.positions) or whereabouts.Position()
+                at = "before its first step" if position.step is None else f"at step {position.step}"
+                _say(f"rank {rank} on host {host} ends {at} because the machine or the watch of rank 0 is gone.")
             self._up = None
             self._dismiss()
 

@@ -88,7 +88,11 @@ class Hub:
             return
         member.has_left = True
         if not any(failure.rank == rank for failure in self._failures):
-            self._note(from_loss(rank, self._world_size, member.host, member.position))
+            steps = [
+                one.position.step for one in self.members.values() if one.position and one.position.step is not None
+            ]
+            reached = max(steps, default=None)
+            self._note(from_loss(rank, self._world_size, member.host, member.position, reached))
 
     def part(self) -> None:
         """Leave the others to themselves: rank 0 has ended well."""

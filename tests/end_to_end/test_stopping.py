@@ -62,8 +62,6 @@ def stop(folder: Path, layout: str, phase: str, ranks: tuple[int, ...], **change
 # layout, phase, who gets the signal, the step after which the run stops, whether it owes a validation
 CASES: list[tuple[str, str, tuple[int, ...], int, bool]] = [
     ("one", "the first validation", (0,), 0, True),
-    ("one", "an accumulation", (0,), 2, False),
-    ("one", "a validation", (0,), 3, True),
     ("one", "the end of a validation", (0,), 4, False),
     ("one", "the last validation", (0,), 6, True),
     ("one", "the test", (0,), 6, False),

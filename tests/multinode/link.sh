@@ -17,4 +17,6 @@ for number in 1 2; do
   cp "$LAB/log$number" "$LAB/log"
   [ $code != 0 ] && [ $code != 124 ] || { echo "rank $((number - 1)): exit code $code"; tail -30 "$LAB/log"; exit 1; }
 done
+expect_text "$LAB/log1" 'rank 1 of 2 on host node2 was lost at step [0-9]+|rank 0 of 2 on host node1'
+expect_text "$LAB/log2" 'rank 1 on host node2 ends at step [0-9]+ because the machine or the watch of rank 0 is gone'
 echo "both ranks ended $(($(date +%s) - begin)) s after the link was taken down"
