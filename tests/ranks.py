@@ -14,6 +14,7 @@ way back: return plain values or small CPU tensors.
 from __future__ import annotations
 
 import datetime
+import gc
 import importlib
 import os
 import pickle
@@ -37,6 +38,9 @@ _PRELOADED = (
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "deepspeed.runtime.superoffload.superoffload_stage3",
     "deepspeed.runtime.bf16_optimizer",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
+    "matplotlib.ticker",
 )
 
 
@@ -93,6 +97,7 @@ def _start(rank: int, n: int, folder: str, function: Callable[..., Any], args: t
         sender.close()
         return _Rank(rank, pid, receiver)
     try:
+        gc.freeze()  # else each collection would go through, and copy, all that pytest has made
         receiver.close()
         succeeded, answer = _work(rank, n, folder, function, args, timeout)
         sender.send_bytes(answer)

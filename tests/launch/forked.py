@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import time
@@ -40,6 +41,7 @@ def fork(function: Callable[[], int], output: Path, environment: Mapping[str, st
     if pid:
         return Forked(pid, output)
     code = 99
+    gc.freeze()  # as in tests/ranks.py
     try:
         sys.stdout = sys.stderr = output.open("w", buffering=1)
         os.dup2(sys.stdout.fileno(), 1)
