@@ -24,6 +24,7 @@ import torch.distributed as dist
 from megatron import logs
 from megatron.config.schema.config import Config
 from megatron.errors import LaunchError, Problem
+from megatron.launch.hang import ranges
 from megatron.launch.hosts import HOSTS_VARIABLE, parse_hosts
 from megatron.launch.interface import address_towards, why_unreachable
 from megatron.launch.place import Place
@@ -285,15 +286,3 @@ def _with_hosts(ranks: set[int], hosts: Sequence[str]) -> str:
     """Return ranks with the hosts that they are on, where these are known: `ranks 2-3 (n2)`."""
     names = sorted({hosts[rank] for rank in ranks}) if hosts else []
     return ranges(ranks) + (f" ({', '.join(names)})" if names else "")
-
-
-def ranges(ranks: set[int]) -> str:
-    """Return ranks briefly: {0, 1, 2, 5} -> `ranks 0-2, 5`."""
-    pieces: list[list[int]] = []
-    for rank in sorted(ranks):
-        if pieces and pieces[-1][-1] == rank - 1:
-            pieces[-1].append(rank)
-        else:
-            pieces.append([rank])
-    listed = ", ".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in pieces)
-    return f"rank{'s'[: len(ranks) > 1]} {listed}"

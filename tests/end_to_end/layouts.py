@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.end_to_end.test_resume import run, tensors
-from tests.end_to_end.tiny import losses
+from tests.end_to_end.test_resume import run
+from tests.end_to_end.tiny import losses, tensors
 from tests.ranks import run_ranks
 
 

@@ -18,7 +18,7 @@ from megatron.checkpoint.load import CheckpointReader, find_checkpoint
 from megatron.errors import CheckpointError
 from tests.checkpoint.s3_server import S3Server
 from tests.end_to_end.test_resume import run
-from tests.end_to_end.tiny import losses, write_corpus
+from tests.end_to_end.tiny import losses, stored, write_corpus
 from tests.ranks import RankError, preload, run_ranks
 
 OFTEN = {
@@ -49,12 +49,6 @@ def newest(save: str) -> int:
         return -1
     reader.verify()
     return reader.manifest.iteration
-
-
-def state(save: str) -> dict[tuple[str, str], torch.Tensor]:
-    """Return everything that the newest checkpoint holds."""
-    reader = CheckpointReader(find_checkpoint(save))
-    return {(kind, name): reader.read(name, kind) for kind in reader.kinds for name in reader.names(kind)}  # type: ignore[misc]
 
 
 TWO_RANKS = {"zero_optimization": {"stage": 3}, "gradient_accumulation_steps": 1, "async_save": True}
@@ -96,7 +90,7 @@ def test_no_kill_costs_more_than_what_was_not_yet_saved(
         kills -= kill_until_done(broken, world_size, {**keys, "save": save}, dice, seconds)
         for event in ("step", "validation"):
             assert losses(whole, event) == losses(broken, event)
-        expected, found = state(keys["save"]), state(save)
+        expected, found = stored(keys["save"]), stored(save)
         assert expected.keys() == found.keys()
         assert all(torch.equal(expected[key], found[key]) for key in expected)
 

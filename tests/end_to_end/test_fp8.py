@@ -17,7 +17,7 @@ from megatron.checkpoint.model import load_model
 from megatron.parallel.layers import ColumnParallelLinear, RowParallelLinear, multiply_by
 from megatron.parallel.mesh import Mesh
 from megatron.training.run import train
-from tests.end_to_end.tiny import config, losses, write_corpus
+from tests.end_to_end.tiny import config, losses, tensors, write_corpus
 from tests.model.models import random_tokens, small_model
 from tests.ops.test_fp8 import Recorder
 from tests.ranks import run_ranks
@@ -32,12 +32,6 @@ def run(folder: Path, **changes: Any) -> tuple[dict[int, float], str]:
     with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
         train(config(folder, **{**QUIET, **changes}), Mesh.single())
     return losses(folder), said.getvalue()
-
-
-def tensors(folder: Path) -> dict[tuple[str, str], Tensor]:
-    """Return everything that the newest checkpoint holds."""
-    reader = CheckpointReader(find_checkpoint(folder / "checkpoints"))
-    return {(kind, name): reader.read(name, kind) for kind in reader.kinds for name in reader.names(kind)}  # type: ignore[misc]
 
 
 def test_it_learns_what_bf16_learns(tmp_path: Path) -> None:

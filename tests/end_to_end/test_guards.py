@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.checkpoint.load import CheckpointReader, find_checkpoint
+from megatron.checkpoint.load import find_checkpoint
 from megatron.data.loaders import BatchLoader
 from megatron.engine.base import StepResult
 from megatron.engine.local import LocalEngine
@@ -27,7 +27,7 @@ from megatron.parallel.mesh import Mesh
 from megatron.training import run as training_run
 from megatron.training.persistence import Keeper
 from megatron.training.run import train
-from tests.end_to_end.tiny import config, losses, write_corpus
+from tests.end_to_end.tiny import config, losses, tensors, write_corpus
 from tests.ranks import RankError, run_ranks
 
 LENGTH, SPIKE, SAMPLES = 18, 14, 4
@@ -77,11 +77,6 @@ def run(folder: Path, world_size: int = 1, at: tuple[int, ...] = (POISON,), **ch
     sizes = tiny.parallel
     mesh = Mesh.create(sizes.model_parallel_size, max(1, sizes.pipe_parallel_size), sizes.context_parallel_size)
     return train(tiny, mesh).progress.as_dict()
-
-
-def tensors(folder: Path) -> dict[tuple[str, str], torch.Tensor]:
-    reader = CheckpointReader(find_checkpoint(folder / "checkpoints"))
-    return {(kind, name): reader.read(name, kind) for kind in reader.kinds for name in reader.names(kind)}  # type: ignore[misc]
 
 
 def same(first: Path, second: Path) -> bool:

@@ -11,8 +11,8 @@ import torch
 from megatron.checkpoint.load import CheckpointReader, find_checkpoint
 from megatron.checkpoint.model import load_model
 from tests.end_to_end.layouts import assert_the_same_run
-from tests.end_to_end.test_resume import run, tensors
-from tests.end_to_end.tiny import losses, write_corpus
+from tests.end_to_end.test_resume import run
+from tests.end_to_end.tiny import losses, tensors, write_corpus
 from tests.ranks import run_ranks
 
 TIED = {"no_weight_tying": False, "num_layers": 3}

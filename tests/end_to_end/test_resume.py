@@ -16,7 +16,7 @@ from megatron.engine.step import StepEngine
 from megatron.errors import CheckpointError
 from megatron.parallel.mesh import Mesh
 from megatron.training.run import train
-from tests.end_to_end.tiny import config, losses, write_corpus
+from tests.end_to_end.tiny import config, losses, tensors, write_corpus
 from tests.ranks import RankError, run_ranks
 
 
@@ -39,12 +39,6 @@ def run_killed(folder: Path, at: int, **changes: Any) -> None:
 
     StepEngine.queue_step = dying_step  # type: ignore[method-assign]
     run(folder, **changes)
-
-
-def tensors(folder: Path) -> dict[tuple[str, str], torch.Tensor]:
-    """Return everything that the newest checkpoint holds."""
-    reader = CheckpointReader(find_checkpoint(folder / "checkpoints"))
-    return {(kind, name): reader.read(name, kind) for kind in reader.kinds for name in reader.names(kind)}  # type: ignore[misc]
 
 
 @pytest.fixture

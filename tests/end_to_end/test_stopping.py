@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.checkpoint.load import CheckpointReader, find_checkpoint
+from megatron.checkpoint.load import CheckpointReader
 from megatron.training import run as assembly
 from megatron.training.stop import Outcome
 from tests.end_to_end.stopping import run
-from tests.end_to_end.tiny import losses, write_corpus
+from tests.end_to_end.tiny import losses, tensors, write_corpus
 from tests.ranks import run_ranks
 
 QUIET = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
@@ -43,12 +43,6 @@ def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
         return folder
 
     return train
-
-
-def tensors(folder: Path) -> dict[tuple[str, str], torch.Tensor]:
-    """Return everything that the newest checkpoint holds."""
-    reader = CheckpointReader(find_checkpoint(folder / "checkpoints"))
-    return {(kind, name): reader.read(name, kind) for kind in reader.kinds for name in reader.names(kind)}  # type: ignore[misc]
 
 
 def stop(folder: Path, layout: str, phase: str, ranks: tuple[int, ...], **changes: Any) -> Outcome:

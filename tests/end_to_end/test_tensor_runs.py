@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from tests.end_to_end.layouts import assert_the_same_run
-from tests.end_to_end.test_resume import run, tensors
-from tests.end_to_end.tiny import write_corpus
+from tests.end_to_end.test_resume import run
+from tests.end_to_end.tiny import tensors, write_corpus
 from tests.ranks import run_ranks
 
 # 512 ids make 540 rows in one process; a new model would have 720 on two tensor parallel ranks.

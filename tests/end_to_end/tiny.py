@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
+from megatron.checkpoint.load import CheckpointReader, find_checkpoint
 from megatron.config.resolve import resolve
 from megatron.config.schema.config import Config
 from megatron.data.indexed import IndexedWriter
@@ -72,3 +74,14 @@ def losses(folder: Path, event: str = "step") -> dict[int, float]:
     """Return iteration -> loss of one kind of event of the tiny run: "step", "validation" or "test"."""
     records = read_metrics(folder / "runs" / "tiny" / "metrics.jsonl")
     return dict(zip(*series(records, event, "loss"), strict=True))
+
+
+def stored(save: str) -> dict[tuple[str, str], Tensor]:
+    """Return everything that the newest checkpoint of a folder or URL holds, by kind and name."""
+    reader = CheckpointReader(find_checkpoint(save))
+    return {(kind, name): reader.read(name, kind) for kind in reader.kinds for name in reader.names(kind)}  # type: ignore[misc]
+
+
+def tensors(folder: Path) -> dict[tuple[str, str], Tensor]:
+    """Return everything that the newest checkpoint of the tiny run holds."""
+    return stored(str(folder / "checkpoints"))
