@@ -69,14 +69,14 @@ class PlainGPT(nn.Module):
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """Return the loss, a scalar."""
         x = self.embedding(tokens)
-        cos, sin = self.cos.to(x.dtype), self.sin.to(x.dtype)
         for block in self.blocks:
-            x = block(x, cos, sin)
+            x = block(x, self.cos, self.sin)
         logits = self.head(self.norm(x))
         return F.cross_entropy(logits.float().view(-1, VOCABULARY), labels.view(-1))
 
 
 def _turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    cos, sin = cos.to(heads.dtype), sin.to(heads.dtype)
     turned, kept = heads.split([cos.shape[-1], heads.shape[-1] - cos.shape[-1]], dim=-1)
     first, second = turned.chunk(2, dim=-1)
     return torch.cat([turned * cos + torch.cat([-second, first], dim=-1) * sin, kept], dim=-1)

@@ -6,7 +6,8 @@ On a GPU 125M to 6.9B in bf16 with 2048 tokens to a sequence; without one 19M an
 tokens, on OMP_NUM_THREADS (2) cores. `train_sides.py` says what the sides are and `train_sizes.py` has the shapes.
 The sides take turns, and each turn is a process that is alone: beside another process, even an idle one, a side that
 asks the system for memory in each step falls by a fifth on a CPU. The first steps of a turn are not counted: they
-compile and warm up. All sides begin from the same weights, and their first losses must be equal.
+compile and warm up. All sides begin from the same weights; their losses must be equal, before any update and
+after some.
 
     tokens/s      of the median step of all turns
     MFU           share of the peak, in both conventions: attention counted in full, and half of it, as causal. The peak
@@ -16,8 +17,8 @@ compile and warm up. All sides begin from the same weights, and their first loss
 
 --quick: the first size (GPU: three), ours beside Hugging Face's eager, fewer steps, and on a CPU 2 sequences.
 --enforce fails, a line for each miss, where ours is below 1.3 times the fastest other (CPU), takes more memory than
-another that keeps fp32 weights (CPU), or is below the aimed tokens/s (H200), or where DeepSpeed's engine takes over 1.1
-times as long as ours. Run it on a quiet machine.
+another (CPU), or is below the aimed tokens/s (H200), or where DeepSpeed's engine takes over 1.1 times as long as ours.
+"pure" sides are shown, and not judged: they train something else. Run it on a quiet machine.
 """
 
 from __future__ import annotations
@@ -51,15 +52,15 @@ from megatron.ops.linear import linear
 from megatron.planning.speed import GPUS
 
 AIM = 1.3
-OURS, DEEPSPEED, AUTOCAST = "ours", "deepspeed", "hf autocast"
+OURS, DEEPSPEED, PURE = "ours", "deepspeed", "pure"
 DEEPSPEED_AIM = 1.1
 """DeepSpeed's engine may take so many times as long as ours."""
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3}
-"""Largest difference of the losses before any update, relative."""
+"""Largest difference of the losses before any update, relative; after two 10 times as much."""
 
-OWN_TOLERANCE = {"litgpt": {"fp32": 1e-5, "bf16": 1e-2}}
-"""LitGPT's loss is itself a bf16 number."""
+OWN_TOLERANCE = {"litgpt pure": {"fp32": 1e-5, "bf16": 1e-2}}
+"""LitGPT's loss is itself a bf16 number there."""
 
 QUICK = {True: (OURS, "ours fused", "ours compiled", "hf"), False: (OURS, "hf")}
 GPU_ONLY = ("ours fused", "ours recorded")
@@ -132,7 +133,7 @@ def _sides(options: argparse.Namespace) -> list[str]:
 
 def _measured(size: Size, precision: str, sides: Sequence[str], quick: bool, peak: float) -> list[Row]:
     """Return the rows of one size after printing them."""
-    sides = [side for side in sides if side != AUTOCAST or precision == "bf16"]
+    sides = [side for side in sides if PURE not in side or precision == "bf16"]
     warm, steps, rounds = (1, 2, 1) if quick and not ON_GPU else (3, 10, 1) if ON_GPU else (1, 4, 3)
     turns: dict[str, list[Turn]] = {side: [] for side in sides}
     for number in range(rounds):
@@ -146,7 +147,7 @@ def _measured(size: Size, precision: str, sides: Sequence[str], quick: bool, pea
     if OURS not in good:
         raise SystemExit(f"ours did not run at {size.name} in {precision}")
     for side, found in good.items():
-        _require_equal(side, precision, found[0].loss, good[OURS][0].loss)
+        _require_equal(side, precision, found[0].losses, good[OURS][0].losses)
     rows = [_row(size, precision, side, found, good[OURS], peak) for side, found in good.items()]
     _print(rows)
     return rows
@@ -166,10 +167,13 @@ def _row(size: Size, precision: str, side: str, turns: list[Turn], ours: list[Tu
     )  # fmt: skip
 
 
-def _require_equal(side: str, precision: str, loss: float, ours: float) -> None:
+def _require_equal(side: str, precision: str, losses: Sequence[float], ours: Sequence[float]) -> None:
     tolerance = OWN_TOLERANCE.get(side, TOLERANCE)[precision]
-    if not abs(loss - ours) <= tolerance * abs(ours):
-        raise SystemExit(f"{side} computes another function in {precision}: its first loss is {loss}, ours {ours}")
+    for when, step, factor in (("before any update", 0, 1), ("after two updates", 2, 10)):
+        if not abs(losses[step] - ours[step]) <= factor * tolerance * abs(ours[step]):
+            raise SystemExit(
+                f"{side} computes another function in {precision}: {when} its loss is {losses[step]}, ours {ours[step]}"
+            )
 
 
 def _print(rows: Sequence[Row]) -> None:
@@ -204,14 +208,13 @@ def _missed(rows: dict[str, Row], size: Size, device: str) -> list[str]:
     ours = rows[OURS]
     if "H200" in device and ours.tokens_per_second < size.aim:
         found.append(f"{ours.tokens_per_second:,.0f} tokens/s, the aim is {size.aim:,.0f}")
-    others = [row for side, row in rows.items() if not side.startswith(OURS) and side != DEEPSPEED]
+    known = (OURS, DEEPSPEED)
+    others = [row for side, row in rows.items() if not side.startswith(known) and PURE not in side]
     if not ON_GPU and others:
         best = min(others, key=lambda row: row.ratio)
         if best.ratio < AIM:
             found.append(f"ours is {best.ratio:.2f} times as fast as {best.side}, the aim is {AIM}")
-    masters = [row for row in others if row.precision == "fp32" or row.side == AUTOCAST]
-    if not ON_GPU and masters:
-        least = min(masters, key=lambda row: row.memory)
+        least = min(others, key=lambda row: row.memory)
         if ours.memory > least.memory:
             found.append(f"ours takes {ours.memory:.2f} GiB, {least.side} {least.memory:.2f}")
     if DEEPSPEED in rows and rows[DEEPSPEED].ratio > DEEPSPEED_AIM:

@@ -3,13 +3,14 @@
     ours        the library's engine: fp32 masters, norm and clipping of the gradient, AdamW. "fused" asks for every
                 fused kernel, "compiled" for compiled blocks (on a GPU on top), "recorded" for CUDA graphs
     deepspeed   the same through DeepSpeed's ZeRO stage 1, at world size 1
-    hf          Hugging Face's GPTNeoXForCausalLM in the plain loop, with PyTorch's fused AdamW
+    hf          Hugging Face's GPTNeoXForCausalLM in the plain loop: clipping, PyTorch's fused AdamW
     plain       a nanoGPT-style model (plain_gpt.py) in that loop
     litgpt      LitGPT's model and loss in that loop, where it is installed
 
-and hf and plain under torch.compile. In bf16 all but ours train bf16 parameters without fp32 masters, 8 bytes for each
-instead of 18, and only ours clip: less work. "hf autocast" keeps fp32 parameters and computes in bf16. A side's step
-returns the loss before its update.
+and hf and plain under torch.compile. All clip, as these programs do unless told otherwise. In bf16 they do what their
+own training programs do: fp32 parameters, which are ours' masters, under autocast. "pure" sides train bf16 parameters
+without masters instead: 8 bytes for each where ours has 18 with its gradient, and updates below half a percent of a
+weight are lost. A side's step returns the loss before its update.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from benchmarks.plain_gpt import PlainGPT, plain_weights
-from benchmarks.train_sizes import OPTIMIZER, ROTARY_SHARE, VOCABULARY, Size, settings
+from benchmarks.train_sizes import CLIP, OPTIMIZER, ROTARY_SHARE, VOCABULARY, Size, settings
 from benchmarks.train_turns import Make, Step
 from megatron.config.resolve import resolve
 from megatron.data.batch import Batch
@@ -89,10 +90,8 @@ def through_deepspeed(size: Size, precision: str, device: torch.device) -> Step:
     return ours(size, precision, device, zero_optimization={"stage": 1}, engine="deepspeed")
 
 
-def hugging_face(
-    size: Size, precision: str, device: torch.device, compiled: bool = False, autocast: bool = False
-) -> Step:
-    """Return the step of Hugging Face's model. autocast: on fp32 parameters."""
+def hugging_face(size: Size, precision: str, device: torch.device, compiled: bool = False, pure: bool = False) -> Step:
+    """Return the step of Hugging Face's model. pure: its parameters are of this precision too."""
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     shape = GPTNeoXConfig(
@@ -102,28 +101,29 @@ def hugging_face(
     )  # fmt: skip
     model = GPTNeoXForCausalLM(shape)
     weights = {_renamed(name): weight for name, weight in our_weights(size, precision, device).items()}
-    model = _filled(model, weights, "fp32" if autocast else precision, device)
+    model = _filled(model, weights, precision if pure else "fp32", device)
     called = _compiled(model, device) if compiled else model
 
     def loss(ids: Tensor, labels: Tensor) -> Tensor:
-        with torch.autocast(device.type, DTYPES[precision], enabled=autocast):
-            found: Tensor = called(input_ids=ids, labels=labels, shift_labels=labels).loss
+        found: Tensor = called(input_ids=ids, labels=labels, shift_labels=labels).loss
         return found
 
-    return _loop(model, loss, size, device)
+    return _loop(model, _autocast(loss, precision, device, pure), size, device)
 
 
-def plain(size: Size, precision: str, device: torch.device, compiled: bool = False) -> Step:
-    """Return the step of the nanoGPT-style model."""
+def plain(size: Size, precision: str, device: torch.device, compiled: bool = False, pure: bool = False) -> Step:
+    """Return the step of the nanoGPT-style model; pure: see `hugging_face`."""
     weights = plain_weights(our_weights(size, precision, device), size.heads)
-    model = _filled(PlainGPT(size, size.length), weights, precision, device)
-    return _loop(model, _compiled(model, device) if compiled else model, size, device)
+    model = _filled(PlainGPT(size, size.length), weights, precision if pure else "fp32", device)
+    called = _compiled(model, device) if compiled else model
+    return _loop(model, _autocast(called, precision, device, pure), size, device)
 
 
-def litgpt(size: Size, precision: str, device: torch.device) -> Step:
-    """Return the step of LitGPT's model with its own loss.
+def litgpt(size: Size, precision: str, device: torch.device, pure: bool = False) -> Step:
+    """Return the step of LitGPT's model with its own loss; pure: see `hugging_face`.
 
-    Raises ImportError where LitGPT is not installed.
+    Under autocast its logits become fp32 where Fabric makes them so: as they leave the model. Raises ImportError where
+    LitGPT is not installed.
     """
     from litgpt.config import Config as LitConfig
     from litgpt.model import GPT
@@ -139,8 +139,11 @@ def litgpt(size: Size, precision: str, device: torch.device) -> Step:
     theirs["embed_out.weight"] = theirs.pop("lm_head.weight")
     weights: dict[str, Tensor] = {}
     copy_weights_gpt_neox(shape, weights, theirs)
-    model = _filled(GPT(shape), weights, precision, device)
-    return _loop(model, lambda ids, labels: chunked_cross_entropy(model(ids), labels), size, device)
+    model = _filled(GPT(shape), weights, precision if pure else "fp32", device)
+    if pure:
+        return _loop(model, lambda ids, labels: chunked_cross_entropy(model(ids), labels), size, device)
+    called = _autocast(model, precision, device)
+    return _loop(model, lambda ids, labels: chunked_cross_entropy(called(ids).float(), labels), size, device)
 
 
 FUSED = dict.fromkeys(
@@ -154,11 +157,27 @@ SIDES: Mapping[str, Make] = {
     "deepspeed": through_deepspeed,
     "hf": hugging_face,
     "hf compiled": lambda *where: hugging_face(*where, compiled=True),
-    "hf autocast": lambda *where: hugging_face(*where, autocast=True),
+    "hf pure": lambda *where: hugging_face(*where, pure=True),
     "plain": plain,
     "plain compiled": lambda *where: plain(*where, compiled=True),
+    "plain pure": lambda *where: plain(*where, pure=True),
     "litgpt": litgpt,
+    "litgpt pure": lambda *where: litgpt(*where, pure=True),
 }
+
+
+def _autocast(
+    called: Callable[..., Tensor], precision: str, device: torch.device, pure: bool = False
+) -> Callable[..., Tensor]:
+    """Return the function, computing in this precision on fp32 parameters; itself where they have it already."""
+    if pure or precision == "fp32":
+        return called
+
+    def computed(*inputs: Tensor) -> Tensor:
+        with torch.autocast(device.type, DTYPES[precision]):
+            return called(*inputs)
+
+    return computed
 
 
 def _compiled(model: nn.Module, device: torch.device) -> Callable[..., Any]:
@@ -185,6 +204,7 @@ def _loop(model: nn.Module, loss_of: Loss, size: Size, device: torch.device) -> 
     def step() -> Tensor:
         loss = loss_of(ids, labels)
         loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()

@@ -59,6 +59,7 @@ def settings(size: Size, precision: str, on_gpu: bool) -> dict[str, Any]:
         "precision": precision,
         "optimizer": {"type": "Adam", "params": OPTIMIZER},
         "weight_decay": 0.0,
+        "gradient_clipping": CLIP,
         "lr_decay_style": "constant",
         "warmup": 0.0,
         "train_iters": 1000,
@@ -68,3 +69,5 @@ def settings(size: Size, precision: str, on_gpu: bool) -> dict[str, Any]:
 
 
 OPTIMIZER = {"lr": 1e-4, "betas": [0.9, 0.95], "eps": 1e-8}
+CLIP = 1.0
+"""Largest norm of the gradient: the default of nanoGPT's, LitGPT's and Hugging Face's own training programs."""

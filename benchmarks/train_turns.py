@@ -30,12 +30,12 @@ Make = Callable[[Size, str, torch.device], Step]
 
 @dataclass(frozen=True)
 class Turn:
-    """What a turn found. loss: of its first step. seconds, processor: of each counted step. memory: GiB.
+    """What a turn found. losses: of all steps, from the first. seconds, processor: of each counted step. memory: GiB.
 
     error: instead of all else.
     """
 
-    loss: float = 0.0
+    losses: tuple[float, ...] = ()
     seconds: tuple[float, ...] = ()
     processor: tuple[float, ...] = ()
     memory: float = 0.0
@@ -84,17 +84,15 @@ def _turn(make: Make, size: Size, precision: str, plan: tuple[int, int, bool]) -
     before = _memory("VmRSS")
     step = make(size, precision, device)
     _forget_peak()
-    loss = float(step())
-    for _ in range(warm - 1):
-        step()
-    seconds, processor = _timed(step, number)
+    early = [float(step()) for _ in range(warm)]
+    seconds, processor, late = _timed(step, number)
     memory = torch.cuda.max_memory_allocated() if ON_GPU else _memory("VmHWM") - before
     launches, syncs = _counted(step) if profiled else (0, 0)
-    return Turn(loss, seconds, processor, memory / GIB, launches, syncs)
+    return Turn((*early, *late), seconds, processor, memory / GIB, launches, syncs)
 
 
-def _timed(step: Step, number: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return the seconds of each step, on the device's clock where it has one, and those of the processor."""
+def _timed(step: Step, number: int) -> tuple[tuple[float, ...], tuple[float, ...], list[float]]:
+    """Return each step's seconds, on the device's clock where it has one, those of the processor, and the losses."""
     marks, busy = [_mark()], [time.process_time()]
     results = []
     for _ in range(number):
@@ -106,9 +104,10 @@ def _timed(step: Step, number: int) -> tuple[tuple[float, ...], tuple[float, ...
         seconds = [a.elapsed_time(b) / 1e3 for a, b in pairwise(marks)]
     else:
         seconds = [b - a for a, b in pairwise(marks)]
-    if not all(float(result) == float(result) for result in results):
+    losses = [float(result) for result in results]
+    if any(loss != loss for loss in losses):
         raise ValueError("a loss is not a number")
-    return tuple(seconds), tuple(b - a for a, b in pairwise(busy))
+    return tuple(seconds), tuple(b - a for a, b in pairwise(busy)), losses
 
 
 def _mark() -> Any:
