@@ -2,7 +2,7 @@
 
     ours        the library's engine: fp32 masters, norm and clipping of the gradient, AdamW. "fused" asks for every
                 fused kernel, "compiled" for compiled blocks (on a GPU on top), "recorded" for CUDA graphs
-    deepspeed   the same through DeepSpeed's ZeRO stage 1, at world size 1
+    deepspeed   the same through DeepSpeed's ZeRO stage 1, at world size 1; "deepspeed 2", "deepspeed 3": those stages
     hf          Hugging Face's GPTNeoXForCausalLM in the plain loop: clipping, PyTorch's fused AdamW
     plain       a nanoGPT-style model (plain_gpt.py) in that loop
     litgpt      LitGPT's model and loss in that loop, where it is installed
@@ -83,11 +83,11 @@ def ours(size: Size, precision: str, device: torch.device, **keys: Any) -> Step:
     return lambda: _Result(engine.queue_step([batch], 0))
 
 
-def through_deepspeed(size: Size, precision: str, device: torch.device) -> Step:
-    """Return the step of DeepSpeed's ZeRO stage 1 in a world of one process."""
+def through_deepspeed(size: Size, precision: str, device: torch.device, stage: int = 1) -> Step:
+    """Return the step of a stage of DeepSpeed's ZeRO in a world of one process."""
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
-    return ours(size, precision, device, zero_optimization={"stage": 1}, engine="deepspeed")
+    return ours(size, precision, device, zero_optimization={"stage": stage}, engine="deepspeed")
 
 
 def hugging_face(size: Size, precision: str, device: torch.device, compiled: bool = False, pure: bool = False) -> Step:
@@ -155,6 +155,8 @@ SIDES: Mapping[str, Make] = {
     "ours compiled": lambda *where: ours(*where, **(FUSED if where[2].type == "cuda" else {}), compile=True),
     "ours recorded": lambda *where: ours(*where, **FUSED, cuda_graphs=True),
     "deepspeed": through_deepspeed,
+    "deepspeed 2": lambda *where: through_deepspeed(*where, stage=2),
+    "deepspeed 3": lambda *where: through_deepspeed(*where, stage=3),
     "hf": hugging_face,
     "hf compiled": lambda *where: hugging_face(*where, compiled=True),
     "hf pure": lambda *where: hugging_face(*where, pure=True),

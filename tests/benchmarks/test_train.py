@@ -45,10 +45,12 @@ def row(side, ratio=1.0, memory=1.0, rate=200.0, precision="fp32"):
 
 def test_each_missed_aim_is_a_line():
     assert misses([row(OURS), row("hf", 1.5), row("plain", 1.4), row("plain pure", 1.1, 0.5)], [TINY], "CPU") == []
-    slow = misses([row(OURS, memory=2.0), row("hf", 1.5), row("plain", 1.2), row("deepspeed", 1.2)], [TINY], "CPU")
+    theirs = [row("deepspeed", 1.2), row("deepspeed 2", 1.1), row("deepspeed 3", 1.15)]
+    slow = misses([row(OURS, memory=2.0), row("hf", 1.5), row("plain", 1.2), *theirs], [TINY], "CPU")
     assert slow == [
         "tiny fp32: ours is 1.20 times as fast as plain, the aim is 1.3",
         "tiny fp32: ours takes 2.00 GiB, hf 1.00",
-        "tiny fp32: DeepSpeed's engine takes 1.20 times as long, the aim is 1.1",
+        "tiny fp32: DeepSpeed's engine takes 1.20 times as long (deepspeed), the aim is 1.1",
+        "tiny fp32: DeepSpeed's engine takes 1.15 times as long (deepspeed 3), the aim is 1.1",
     ]
     assert misses([row(OURS, rate=99.0)], [TINY], "NVIDIA H200") == ["tiny fp32: 99 tokens/s, the aim is 100"]
