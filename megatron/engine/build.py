@@ -18,6 +18,7 @@ from megatron.engine.base import Engine
 from megatron.engine.in_backward import InBackwardEngine
 from megatron.engine.local import LocalEngine
 from megatron.logs import get_logger
+from megatron.malloc import keep_freed_memory
 from megatron.model.compiled import compile_blocks
 from megatron.objectives.build import Objective
 from megatron.optim.build import build_optimizer
@@ -34,6 +35,7 @@ def build_engine(config: Config, mesh: Mesh, model: nn.Module, objective: Object
     Raises ConfigError for an optimizer or combination that cannot run, EngineError where the live engine
     differs from the config.
     """
+    keep_freed_memory(mesh.device.type)
     choice = choose_engine(config)
     logger.info("engine: %s, as %s", "our own" if choice.is_local else "DeepSpeed's", choice.why)
     theirs = None if choice.is_local else _through_deepspeed()

@@ -24,6 +24,7 @@ from megatron.launch.peers import open_store
 from megatron.launch.place import Place, slot_variables
 from megatron.launch.preflight import Card, check_in, count_local, expected_hosts, write_card
 from megatron.launch.watch import PeerWatch
+from megatron.malloc import keep_freed_memory
 from megatron.parallel.mesh import Mesh
 from megatron.whereabouts import Phase
 
@@ -124,6 +125,7 @@ def _prepare(place: Place) -> torch.device:
     logs.setup(place.rank, place.describe())
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|deepspeed)\b")
     device = _choose_device(place)
+    keep_freed_memory(device.type)
     if "OMP_NUM_THREADS" not in os.environ and device.type == "cpu":
         torch.set_num_threads(max(1, usable_cores() // place.local_world_size))
     return device
