@@ -32,7 +32,7 @@ def choose_kernels(config: Config, device: torch.device, dtype: torch.dtype) -> 
     choices = choose(asked, Situation(device, dtype, config.model.hidden_size), CATALOGUE, fastest)
     choices = Choices((*choices.choices, *choose_attention(config, device, dtype).choices))
     asked["attention"] = config.kernels.attention_backend
-    if device.type == "cuda" or any(wish not in ("auto", False) for wish in asked.values()):
+    if device.type == "cuda" or choices.refused() or any(wish not in ("auto", False) for wish in asked.values()):
         logger.info("kernels on %s:\n%s", device, choices.table())
     return choices
 

@@ -42,6 +42,10 @@ def _cuda(place: str) -> Candidate:
     return Candidate("cuda", f"megatron.ops.cuda.{place}", "torch", "megatron.ops.cuda.build:make_ready")
 
 
+def _cpp(place: str) -> Candidate:
+    return Candidate("cpp", f"megatron.ops.cpu.{place}", "", "megatron.ops.cpu.library:make_ready", "cpu")
+
+
 _OPERATIONS = (
     _element_wise(
         "layer_norm", "norms", probes.layer_norm,
@@ -67,10 +71,12 @@ _OPERATIONS = (
     _operation(
         "cross_entropy", "cross_entropy:block_losses", "cross_entropy:block_losses", probes.cross_entropy,
         "cross_entropy:block_losses", _cuda("cross_entropy:block_losses"),
+        _cpp("cross_entropy:block_losses"),
     ),
     _operation(
         "share_losses", "logits:share_losses", "logits:share_losses", probes.share_losses,
         "cross_entropy:share_losses", _cuda("cross_entropy:share_losses"),
+        _cpp("cross_entropy:share_losses"),
     ),
     _operation(
         "masked_softmax", "softmax:masked_softmax", "softmax:masked_softmax_reference", probes.masked_softmax,

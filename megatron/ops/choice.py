@@ -6,8 +6,8 @@
 
 `CATALOGUE` (catalogue.py) lists for each operation what can compute it. What is asked for settles the order:
 
-    auto   on a GPU the fastest that was measured there (measured.py), and where nothing was measured eager, as on
-           everything that is no GPU: nothing else is even imported there
+    auto   on a GPU the fastest that was measured there (measured.py), and where nothing was measured eager; on a CPU
+           what was written for it, and else eager
     true   the fused ones in the catalogue's order, wherever they can run
     name   this one
     false  eager
@@ -50,14 +50,14 @@ class Candidate:
 
     place: "module:function", imported only where it is to be used. package: what must be installed, or "".
     ready: "module:function" that makes it ready on a device and returns why it cannot be, or ""; "": nothing needs to.
-    everywhere: whether it runs on every device.
+    device: the type of device that it runs on, or "" for every one.
     """
 
     name: str
     place: str
     package: str = ""
     ready: str = ""
-    everywhere: bool = False
+    device: str = "cuda"
 
     def load(self) -> Function:
         """Return the function; whatever its import raises is raised."""
@@ -65,11 +65,11 @@ class Candidate:
 
     def obstacle(self, situation: Situation) -> str:
         """Return why it cannot be used here, or ""."""
-        if self.name == EAGER or self.everywhere:
+        if self.name == EAGER or not self.device:
             return ""
-        if situation.device.type != "cuda":
-            return f"needs a CUDA device, and this is {situation.device.type}"
-        if importlib.util.find_spec(self.package) is None:
+        if situation.device.type != self.device:
+            return f"needs a {self.device.upper()} device, and this is {situation.device.type}"
+        if self.package and importlib.util.find_spec(self.package) is None:
             return f"the package {self.package} is not installed"
         return str(_function(self.ready)(situation.device)) if self.ready else ""
 
@@ -130,6 +130,10 @@ class Choices:
         fused = (choice for choice in self.choices if choice.candidate != EAGER)
         return next((choice.function for choice in fused if choice.operation == operation), None)
 
+    def refused(self) -> bool:
+        """Return whether something was to be used and could not be."""
+        return any(choice.refused for choice in self.choices)
+
     def table(self) -> str:
         """Return a line for each operation: what computes it, why, and why not something else."""
         rows = [("operation", "computed by", "because")]
@@ -170,8 +174,10 @@ def _order(operation: Operation, wish: Asked, situation: Situation, fastest: str
     if wish is False:
         return [(eager, "false was asked for")]
     if wish == "auto":
-        if situation.device.type != "cuda":
-            return [(eager, f"auto on {situation.device.type}")]
+        kind = situation.device.type
+        if kind != "cuda":
+            written_for_it = [(each, f"auto on {kind}") for each in fused if each.device == kind]
+            return [*written_for_it, (eager, f"auto on {kind}")]
         why = "auto: the fastest measured on this device"
         if fastest is None:
             fastest, why = operation.unmeasured, "auto: nothing was measured on this device"

@@ -85,7 +85,7 @@ def one_pass(
         return None
     wish = config.kernels.optimizer_fusion
     choices = choose({"adamw_update_": wish, "sum_of_squares": wish}, situation, CATALOGUE, fastest)
-    if situation.device.type == "cuda" or wish not in ("auto", False):
+    if situation.device.type == "cuda" or choices.refused() or wish not in ("auto", False):
         logger.info("the optimizer on %s:\n%s", situation.device, choices.table())
     update, squares = choices.get("adamw_update_", adamw_update_), choices.get("sum_of_squares", sum_of_squares)
     return OnePassAdamW(optimizer, weights, update, squares)

@@ -86,7 +86,20 @@ def test_what_is_asked_for(asked: Asked, fastest: str | None, candidate: str, wh
     assert why in table
 
 
-def test_a_cpu_keeps_to_eager_and_says_why_where_more_was_asked_for() -> None:
+def test_a_cpu_takes_what_was_written_for_it() -> None:
+    """And tries the next, where the first cannot be had; a GPU takes none of it."""
+    known = operation("exact", "missing", "exact", "wrong")
+    eager, on_gpu, *others = known.candidates
+    mine = tuple(replace(each, device="cpu", package="") for each in others)
+    entry = replace(known, candidates=(eager, on_gpu, *mine))
+    (found,) = choose({"rms_norm": "auto"}, CPU, {"rms_norm": entry}).choices
+    assert (found.candidate, found.why) == ("exact", "auto on cpu")
+    assert [name for name, _ in found.refused] == ["missing"]
+    (found,) = choose({"rms_norm": True}, GPU, {"rms_norm": replace(entry, candidates=(eager, *mine))}).choices
+    assert found.refused[0] == ("missing", "needs a CPU device, and this is cuda")
+
+
+def test_a_cpu_keeps_to_eager_where_nothing_was_and_says_why_where_more_was_asked_for() -> None:
     assert chosen("auto", "exact", situation=CPU)[0] == "eager"
     found, table = chosen(True, "exact", situation=CPU)
     assert found == "eager"

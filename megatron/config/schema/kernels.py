@@ -6,7 +6,7 @@ from typing import Literal
 
 from megatron.config.schema.base import Section, setting
 
-LossFusion = Literal["auto", True, False, "triton", "cuda"]
+LossFusion = Literal["auto", True, False, "triton", "cuda", "cpp"]
 Float8Fusion = Literal["auto", True, False, "triton", "transformer_engine"]
 Fusion = Literal["auto", True, False, "triton"]
 ElementWiseFusion = Literal["auto", True, False, "triton", "compile"]
@@ -15,8 +15,8 @@ ActivationFusion = Literal["auto", True, False, "triton", "liger", "compile"]
 OptimizerFusion = Literal["auto", True, False, "triton", "apex"]
 
 _MEANING = (
-    "auto: on a GPU what was measured to be the fastest there, else PyTorch's; true: a fused kernel wherever one can "
-    "run; false: PyTorch's; or the name of one."
+    "auto: on a GPU what was measured to be the fastest there, on a CPU cpp where there is one, else PyTorch's; true: "
+    "a fused kernel wherever one can run; false: PyTorch's; or the name of one."
 )
 _COMPILED = (
     f"{_MEANING} compile is torch.compile, the last that true tries, and all that it finds on a CPU, where it takes a "
@@ -54,7 +54,8 @@ class KernelsConfig(Section):
     )
     cross_entropy_fusion: LossFusion = setting(
         "auto",
-        "What turns logits into losses, and into their own gradients; cuda is built by nvcc when it is first used. "
+        "What turns logits into losses, and into their own gradients; cuda is built by nvcc, and cpp "
+        "by the C++ compiler, when it is first used. "
         f"{_MEANING}",
     )
     compile: Literal["auto", True, False] = setting(

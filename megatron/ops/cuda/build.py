@@ -13,7 +13,6 @@ from /usr/local/cuda. Only `operators.cpp` knows PyTorch, by LibTorch's stable A
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib.util
 import os
@@ -21,26 +20,22 @@ import platform
 import re
 import shutil
 import subprocess
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 import torch
 
 from megatron.errors import KernelError, Problem
+from megatron.ops.building import BuildError, built_once, cache_folder, run_compiler
 
 SOURCES = Path(__file__).parent
 UNITS = ("cross_entropy.cu", "operators.cpp")
 LIBRARY = "deepy_cuda.so"
-LOG = "build.log"
 
 _STABLE_ABI = "0x020b000000000000"
 """PyTorch 2.11: its functions and no newer ones, whichever version compiles."""
 
 _FLAGS = ("-shared", "-O3", "-std=c++20", "--threads=1", "-Xptxas=-v", "-Xcompiler=-fPIC")
-_SECONDS = 600
 
 
 @cache
@@ -59,13 +54,8 @@ def library(architectures: tuple[str, ...], folder: Path | None = None) -> Path:
 
     folder: of all libraries; None is the one of this module's description. Raises KernelError in nvcc's words.
     """
-    folder = folder or _cache_folder()
-    place = folder / key(architectures)
-    if not (place / LIBRARY).is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / f"{place.name}.lock"):
-            if not (place / LIBRARY).is_file():
-                _build(architectures, place)
+    place = (folder or cache_folder("cuda")) / key(architectures)
+    built_once(place, lambda place: (place / LIBRARY).is_file(), lambda *folders: _build(architectures, *folders))
     return place / LIBRARY
 
 
@@ -111,40 +101,22 @@ def command(nvcc: Path, architectures: tuple[str, ...], target: Path, torch_fold
     ]
 
 
-def _build(architectures: tuple[str, ...], place: Path) -> None:
-    """Build the library into the folder `place`, which is there whole or not at all."""
+def _build(architectures: tuple[str, ...], finished: Path, scratch: Path) -> str:
+    """Put the library into the folder `finished`; return what nvcc says."""
     nvcc = compiler()
     if nvcc is None:
         raise _no_compiler()
-    with tempfile.TemporaryDirectory(prefix=f"{place.name}.", dir=place.parent) as name:
-        finished = Path(name) / "finished"
-        finished.mkdir()
-        words = _run(command(nvcc, architectures, finished / LIBRARY, Path(torch.__file__).parent), Path(name))
-        (finished / LOG).write_text(f"nvcc {_release(nvcc)}\n{words}")
-        shutil.rmtree(place, ignore_errors=True)  # a folder without its library
-        finished.rename(place)
+    words = command(nvcc, architectures, finished / LIBRARY, Path(torch.__file__).parent)
+    try:
+        return f"nvcc {_release(nvcc)}\n{run_compiler(words, scratch)}"
+    except BuildError as error:
+        raise _failed(words, str(error)) from error
 
 
 def _release(nvcc: Path) -> str:
     result = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=False)
     match = re.search(r"\bV(\d[\d.]*)", result.stdout)
     return match[1] if match else "unknown"
-
-
-def _run(words: list[str], folder: Path) -> str:
-    """Return what nvcc says; raise KernelError with it where it fails. folder: for its temporary files."""
-    environment = {**os.environ, "TMPDIR": str(folder)}
-    try:
-        result = subprocess.run(
-            words, capture_output=True, text=True, check=False, timeout=_SECONDS, env=environment, cwd=folder
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise _failed(words, f"{type(error).__name__}: {error}.") from error
-    said = result.stdout + result.stderr
-    if result.returncode:
-        told = [line for line in said.splitlines() if line.strip() and not line.startswith("ptxas info")]
-        raise _failed(words, f"nvcc ended with {result.returncode} and said: {' '.join(told[:12])}")
-    return said
 
 
 def _failed(words: list[str], why: str) -> KernelError:
@@ -173,16 +145,3 @@ def _wheels() -> list[Path]:
     spec = importlib.util.find_spec("nvidia")
     roots = spec.submodule_search_locations if spec and spec.submodule_search_locations else ()
     return sorted(tree for root in roots for tree in Path(root).iterdir() if tree.is_dir())
-
-
-def _cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "deepy" / "cuda"
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Within the block no other process, of any rank on this machine, holds the lock of this path."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

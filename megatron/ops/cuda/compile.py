@@ -14,7 +14,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron.ops.cuda.build import LOG, library
+from megatron.ops.building import LOG
+from megatron.ops.cuda.build import library
 
 ARCHITECTURES = ("80", "90", "100")
 

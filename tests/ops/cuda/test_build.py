@@ -17,6 +17,7 @@ import triton
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron.errors import KernelError
+from megatron.ops.building import LOG, cache_folder
 from megatron.ops.catalogue import CATALOGUE
 from megatron.ops.choice import Candidate, Situation, choose
 from megatron.ops.cuda import build, cross_entropy
@@ -55,7 +56,7 @@ def test_ranks_that_come_together_build_once(compiler: Path, tmp_path: Path) -> 
     assert len(found) == 1
     assert (compiler.parent / "calls").read_text() == "call\n"
     place = found.pop().parent
-    assert {path.name for path in place.iterdir()} == {build.LIBRARY, build.LOG}
+    assert {path.name for path in place.iterdir()} == {build.LIBRARY, LOG}
     assert {path.name for path in folder.iterdir()} == {place.name, f"{place.name}.lock"}, "something was left behind"
     compiler.unlink()
     assert build.library(("90",), folder) == place / build.LIBRARY, "what is built needs no compiler"
@@ -90,10 +91,10 @@ def test_another_source_torch_or_architecture_is_another_library(
 
 def test_the_cache_is_where_caches_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert build._cache_folder() == Path("/somewhere/deepy/cuda")
+    assert cache_folder("cuda") == Path("/somewhere/deepy/cuda")
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/someone")
-    assert build._cache_folder() == Path("/home/someone/.cache/deepy/cuda")
+    assert cache_folder("cuda") == Path("/home/someone/.cache/deepy/cuda")
 
 
 def test_a_torch_with_cuda_is_linked_for_its_streams(tmp_path: Path) -> None:
@@ -160,7 +161,7 @@ def test_every_source_is_installed_with_the_package() -> None:
 
 
 def test_every_kernel_compiles_for_every_architecture_and_nothing_spills(built: Path) -> None:
-    rows = ahead.resources((built.parent / build.LOG).read_text())
+    rows = ahead.resources((built.parent / LOG).read_text())
     assert {(row.kernel, row.logits, row.arch) for row in rows} == {
         (kernel, logits, int(arch))
         for kernel in ("losses", "statistics", "gradient")
@@ -193,7 +194,7 @@ def test_rows_move_16_bytes_at_a_time(built: Path) -> None:
 
 
 def test_the_page_is_current(built: Path) -> None:
-    log, text = (built.parent / build.LOG).read_text(), PAGE.read_text()
+    log, text = (built.parent / LOG).read_text(), PAGE.read_text()
     expected = ahead.page(log)
     if f"with nvcc {ahead.release(log)}." not in text:  # whose registers are others; the kernels are the same
         text, expected = names(text), names(expected)
