@@ -186,8 +186,17 @@ def compilers() -> Iterator[Finding]:
     match = re.search(r"release ([\d.]+)", nvcc)
     yield Finding("nvcc", f"{match[1]}" if match else "none (not needed: nothing is compiled at installation)")
     gcc = _output("gcc", "-dumpfullversion").strip()
-    yield Finding("gcc", gcc or "none (needed by torch.compile and Triton only)")
+    yield Finding("gcc", gcc or "none (needed by torch.compile, Triton and kernels for the CPU)")
+    result = _in_child(_cpu_kernels)
+    yield Finding("kernels for the CPU", result.get("value", "PyTorch's own"), result.get("problem", ""))
     yield Finding("C library", " ".join(platform.libc_ver()) or "unknown")
+
+
+def _cpu_kernels() -> dict[str, str]:
+    """Build the C++ kernels for this processor, as the first run would."""
+    torch, library = (importlib.import_module(name) for name in ("torch", "megatron.ops.cpu.library"))
+    reason = library.make_ready(torch.device("cpu"))
+    return {"problem": reason} if reason else {"value": f"C++, built by {' '.join(library.compiler())}"}
 
 
 def _output(*command: str) -> str:

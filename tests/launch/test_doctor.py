@@ -9,6 +9,7 @@ import pytest
 
 from megatron.launch import doctor
 from megatron.launch.doctor import Finding
+from megatron.ops.cpu import library
 
 
 def test_a_package_that_works_has_its_version() -> None:
@@ -62,6 +63,17 @@ def test_the_report_ends_with_a_verdict(capsys: pytest.CaptureFixture[str], monk
     for title in ("Machine", "Required packages", "Optional packages", "Compilers"):
         assert title in text
     assert text.splitlines()[-1].startswith("Training can run here, on ")
+
+
+def test_it_says_whether_kernels_for_the_cpu_can_be_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    (found,) = [each for each in doctor.compilers() if each.name == "kernels for the CPU"]
+    assert found.value.startswith("C++, built by /")
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    library.make_ready.cache_clear()
+    (found,) = [each for each in doctor.compilers() if each.name == "kernels for the CPU"]
+    assert found.value == "PyTorch's own"
+    assert found.problem.startswith("no C++ compiler was found")
 
 
 def test_a_machine_that_cannot_train(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
