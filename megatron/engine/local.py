@@ -31,9 +31,9 @@ from megatron.engine.pending import Number
 from megatron.engine.step import MicroBatchEngine, Update
 from megatron.engine.verdict import Verdict
 from megatron.objectives.build import Objective
+from megatron.ops.accumulate import accumulate
 from megatron.ops.adamw import coefficient_of, sum_of_squares
 from megatron.ops.choice import Function, Situation
-from megatron.ops.memory import accumulate, release_gradient
 from megatron.optim.one_pass import one_pass
 from megatron.optim.where import step_where
 from megatron.parallel.collectives import TensorRegion
@@ -134,7 +134,7 @@ class LocalEngine(MicroBatchEngine):
             group["lr"] = rate
         if self._gradients is None:
             for parameter in self._trained.values():
-                release_gradient(parameter)
+                parameter.grad = None
         else:
             self._gradients.start()
         return self._loss_scale()
@@ -263,7 +263,7 @@ class GradientBuffer:
                 return
             accumulate(self._views[index], parameter.grad, is_first=not self._written[index])
             self._written[index] = True
-            release_gradient(parameter)
+            parameter.grad = None
 
         return add
 

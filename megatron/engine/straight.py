@@ -1,8 +1,8 @@
 """Gradients go straight into the buffers that DeepSpeed's optimizers step from, and their memory stays.
 
 DeepSpeed makes room for a step's gradients anew and copies them about: under ZeRO 1 and 2 into a bucket, out of it and
-into one flat tensor, and BF16_Optimizer through an fp32 copy of each. On a CPU memory that is made anew costs a page
-fault for each 4 KB. What the optimizer is given is the same, to the last bit:
+into one flat tensor, and BF16_Optimizer through an fp32 copy of each. What the optimizer is given is the same, to the
+last bit:
 
     BF16_Optimizer                       its flat fp32 gradients, which stay: the first micro-batch is copied there
     ZeRO 1 and 2, in a world of one      a flat fp32 buffer of ours, since there is nothing to reduce
@@ -20,8 +20,8 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
+from megatron.ops.accumulate import accumulate
 from megatron.ops.adamw import sum_of_squares
-from megatron.ops.memory import accumulate, release_gradient
 from megatron.parallel.mesh import Mesh
 
 
@@ -48,7 +48,7 @@ class _Bf16Gradients:
         accumulate(total, weight.grad.view(total.shape), is_first=not has_some[group][index])
         weight._hp_grad = total  # type: ignore[attr-defined]  # where DeepSpeed and `partial.py` look for it
         has_some[group][index] = True
-        release_gradient(weight)
+        weight.grad = None
 
 
 class _FlatGradients:
@@ -77,7 +77,7 @@ class _FlatGradients:
         if weight.grad is not None:
             accumulate(self._sums[id(weight)], weight.grad, is_first=id(weight) not in self._written)
             self._written.add(id(weight))
-            release_gradient(weight)
+            weight.grad = None
 
     @torch.no_grad()
     def of_step(self, group: int) -> Any:

@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron.ops.linear import product_into
-from megatron.ops.memory import keep, take, take_gradient
 
 CHUNK_BYTES = 104 * 2**20
 """Bytes of a chunk's logits on a CPU: with fewer, the fp32 gradient of W is read and written too often. A CPU has the
@@ -147,8 +146,7 @@ class _Gradients:
         self.scale = FP16_SCALE if hidden.dtype == torch.float16 else 1.0
         self.hidden = torch.empty_like(hidden)
         fits_dtype = len(hidden) <= _size(hidden, weight) and weight.dtype != torch.float16
-        is_one_sum = fits_dtype or weight.dtype == torch.float32
-        self.weight = take_gradient(weight) if is_one_sum else take(weight, "sum", weight.shape, torch.float32)
+        self.weight = torch.empty_like(weight, dtype=weight.dtype if fits_dtype else torch.float32)
         self._parameter = weight
 
     def add(self, start: int, logits_gradient: Tensor, hidden: Tensor, weight: Tensor, factors: Tensor) -> None:
@@ -173,10 +171,9 @@ class _Gradients:
         factor = factor / self.scale
         if self.weight.dtype == self._parameter.dtype:
             return self.hidden.mul_(factor), self.weight.mul_(factor)
-        weight = take_gradient(self._parameter)
+        weight = torch.empty_like(self._parameter)
         for block in _blocks(self.weight):
             weight[block] = self.weight[block].mul_(factor)
-        keep(self._parameter, "sum", self.weight)
         return self.hidden.mul_(factor), weight
 
 
@@ -197,7 +194,7 @@ def _walk(
 ) -> Tensor:
     """Return the losses [t] fp32, chunk by chunk; `gradients`, where given, takes each chunk's part."""
     size = _size(hidden, weight)
-    buffer = take(weight, "logits", (size, len(weight)), hidden.dtype)
+    buffer = hidden.new_empty(size, len(weight))
     losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
     for start in range(0, len(hidden), size):
         rows = hidden[start : start + size]
@@ -206,7 +203,6 @@ def _walk(
         losses_in_blocks(logits, labels[start : start + size], scale, losses_of, losses[start : start + size])
         if gradients is not None:
             gradients.add(start, logits, rows, weight, factors[start : start + size])
-    keep(weight, "logits", buffer)
     return losses
 
 

@@ -16,9 +16,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron.ops.embedding import embedding
 from megatron.ops.linear import linear
 from megatron.parallel.collectives import TensorRegion
 from megatron.parallel.mesh import Axis
@@ -124,8 +124,8 @@ class VocabParallelEmbedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         if not self.region.is_split:
-            return embedding(tokens, self.weight)
+            return F.embedding(tokens, self.weight)
         local = tokens - self.region.axis.rank * len(self.weight)
         is_mine = (local >= 0) & (local < len(self.weight))
-        rows = embedding(local.clamp(0, len(self.weight) - 1), self.weight)
+        rows = F.embedding(local.clamp(0, len(self.weight) - 1), self.weight)
         return self.region.leave(rows * is_mine.unsqueeze(-1))

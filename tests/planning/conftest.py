@@ -7,7 +7,6 @@ from megatron.ops.heads import split_heads_reference
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch):
-    """PyTorch's attention, heads that are not copied apart, and no buffers that wait for the next step."""
+    """PyTorch's attention, and heads that are not copied apart."""
     monkeypatch.setattr("megatron.ops.attention_sdpa._fits_blocks", lambda *_: False)
     monkeypatch.setattr("megatron.model.attention.split_heads", split_heads_reference)
-    monkeypatch.setattr("megatron.ops.memory._is_worth_keeping", lambda buffer: False)
