@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron.ops.linear import product_into
+from megatron.ops.linear import accumulate_product, product_into
 
 CHUNK_BYTES = 104 * 2**20
 """Bytes of a chunk's logits on a CPU: with fewer, the fp32 gradient of W is read and written too often. A CPU has the
@@ -156,7 +156,7 @@ class _Gradients:
         rows.mul_(factors.unsqueeze(1))
         weighted = (hidden * factors.unsqueeze(1)).to(hidden.dtype)
         if self.weight.dtype == weighted.dtype:
-            torch.addmm(self.weight, logits_gradient.t(), weighted, beta=1 if start else 0, out=self.weight)
+            accumulate_product(self.weight, logits_gradient.t(), weighted, is_first=not start)
             return
         if weighted.device.type == "cuda" and _sums_in_fp32(weighted.dtype):
             settings: dict[str, Any] = {"out_dtype": torch.float32, "beta": 1 if start else 0, "out": self.weight}

@@ -4,10 +4,11 @@
 
 PyTorch hands fp32 products on a CPU to MKL, which holds back on processors of another maker. There oneDNN, which
 PyTorch uses for bf16 anyway, is faster: on one core of an EPYC (Zen 4), whose limit is about 108 GFLOP/s, shapes of
-GPT-NeoX at hidden 512 to 1024 run at 100 to 107 in y and dx where MKL reaches 83 to 97. In dW, whose left factor is
-transposed, it wins (96 to 101 against 86 to 92) only where x has 768 features or more. Small products are MKL's.
+GPT-NeoX at hidden 512 to 1024 run at 100 to 107 in y and dx where MKL reaches 83 to 97. dW, whose left factor is
+transposed, is our own kernel's (`ops/cpu/product.py`), where a compiler could build it; else oneDNN's where x has 768
+features or more (96 to 101 against 86 to 92), and MKL's below. Small products are MKL's.
 
-Which library computes is a function of processor, dtype and shape alone, never of a timing: a resumed run repeats
+Which library computes is a function of processor, dtype, shape and threads, never of a timing: a resumed run repeats
 bit by bit, and so does every rank.
 """
 
@@ -21,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from megatron.ops.cpu.product import add_product, serves
 
 SMALLEST = 2**24
 """Multiplications of the least product that is worth oneDNN's longer start."""
@@ -51,7 +54,16 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 
     It has no gradient of its own: it serves the functions that write theirs out.
     """
+    if _is_ours(left, right):
+        return add_product(left.new_empty(len(left), right.shape[1]), left, right, is_first=True)
     return _by_onednn(left, right.t()) if _is_faster_by_onednn(left, right) else torch.mm(left, right)
+
+
+def accumulate_product(total: Tensor, left: Tensor, right: Tensor, is_first: bool) -> Tensor:
+    """Return `total` [n, m], contiguous, to which `product(left, right)` was added, or which was filled with it."""
+    if _is_ours(left, right):
+        return add_product(total, left, right, is_first)
+    return torch.addmm(total, left, right, beta=0 if is_first else 1, out=total)
 
 
 def product_into(output: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -91,6 +103,13 @@ def _by_onednn(left: Tensor, transposed: Tensor, bias: Tensor | None = None) -> 
     return result
 
 
+def _is_ours(left: Tensor, right: Tensor) -> bool:
+    """Return whether our own kernel computes left @ right, whose left factor is a transposed view."""
+    if left.device.type != "cpu" or left.dim() != 2 or left.numel() * right.shape[1] < SMALLEST:
+        return False
+    return onednn_wins() and serves(left, right)
+
+
 def _is_faster_by_onednn(left: Tensor, right: Tensor) -> bool:
     """Return whether oneDNN computes left [..., k] @ right [k, m] faster than PyTorch's own choice."""
     if left.device.type != "cpu" or not left.dtype == right.dtype == torch.float32 or torch.compiler.is_compiling():
@@ -106,7 +125,7 @@ def _is_faster_by_onednn(left: Tensor, right: Tensor) -> bool:
 
 @functools.cache
 def onednn_wins() -> bool:
-    """Return whether this processor is of the kind on which oneDNN's fp32 products were measured to be faster."""
+    """Return whether this processor is of the kind on which MKL's fp32 products were measured to be slower."""
     return (
         torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
