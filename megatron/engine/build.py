@@ -17,6 +17,7 @@ from megatron.engine import verify
 from megatron.engine.base import Engine
 from megatron.engine.in_backward import InBackwardEngine
 from megatron.engine.local import LocalEngine
+from megatron.engine.recorded import RecordedEngine
 from megatron.logs import get_logger
 from megatron.malloc import keep_freed_memory
 from megatron.model.compiled import compile_blocks
@@ -44,8 +45,7 @@ def build_engine(config: Config, mesh: Mesh, model: nn.Module, objective: Object
     optimizer = build_optimizer(config, model.named_parameters(), theirs.OPTIMIZERS if theirs else None)
     sizes = [sum(parameter.numel() for parameter in group["params"]) for group in optimizer.param_groups]
     wanted = verify.expected(config, mesh, choice.stage, verify.group_facts(optimizer.param_groups, sizes))
-    own = InBackwardEngine if config.optimizer.optimizer_in_backward else LocalEngine
-    engine: Engine = (theirs.build if theirs else own)(config, mesh, model, optimizer, objective)
+    engine: Engine = (theirs.build if theirs else _own(config))(config, mesh, model, optimizer, objective)
     found = engine.read_back()
     verify.compare(wanted, found)
     logger.info(
@@ -54,6 +54,12 @@ def build_engine(config: Config, mesh: Mesh, model: nn.Module, objective: Object
     )
     engine.check_masters()
     return engine
+
+
+def _own(config: Config) -> type[LocalEngine]:
+    if config.kernels.cuda_graphs is True:
+        return RecordedEngine
+    return InBackwardEngine if config.optimizer.optimizer_in_backward else LocalEngine
 
 
 def _through_deepspeed() -> ModuleType:

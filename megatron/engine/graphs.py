@@ -1,10 +1,16 @@
-"""CUDA graphs of a micro-batch: its forward and its backward pass, each launched as one piece.
+"""CUDA graphs: work of the device that is recorded once, and then launched as one piece.
 
-A small model is done with a kernel before the host has launched the next. torch.cuda.make_graphed_callables records
-the kernels of both passes once, for batches of one shape, which are then copied into the buffers of the recording.
-Gradients leave the recording as from any backward pass, so accumulation, reduction and update stay as they are. Random
-streams are seeded before each micro-batch as without graphs: a replay reads the seed anew. Evaluation is not recorded,
-nor is the update: the learning rate, which changes at each step, is a number of the host in its kernels.
+    recorder = recorder_of(config, mesh)
+    piece = Piece(recorder, work)
+    numbers = piece()               # WARM_UP times the work itself, then a replay of its recording
+
+A small model is done with a kernel before the host has launched the next; a graph has them launched by the device.
+A recording is a list of kernels with the addresses and numbers that they were given. So the work takes nothing from the
+host: what changes from step to step stands in tensors that stay where they are, and so does what it returns, which
+the next replay overwrites. Random numbers are an exception: a replay draws from the generator as it is seeded then.
+
+The first calls do the work on the stream of the recording, because libraries allocate, compile and choose at first use,
+which a recording does not allow. Memory that the work takes while it is recorded stays its own.
 
 No part of this has run on a GPU yet.
 """
@@ -12,21 +18,100 @@ No part of this has run on a GPU yet.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Generic, Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
 
 from megatron.config.schema.config import Config
-from megatron.data.batch import Batch
-from megatron.errors import ConfigError, Problem
+from megatron.errors import ConfigError, EngineError, Problem
 from megatron.parallel.mesh import Mesh
 
-Model = Callable[..., Tensor]
+Found = TypeVar("Found")
+
+WARM_UP = 3
+"""How often work is done as it is before it is recorded, as torch.cuda.make_graphed_callables has it."""
+
+
+class Recorder(Protocol):
+    """What does work as it will be recorded, and records it."""
+
+    def warm_up(self, work: Callable[[], Found]) -> Found:
+        """Do the work, and return what it returns."""
+        ...
+
+    def record(self, work: Callable[[], Found]) -> tuple[Callable[[], None], Found]:
+        """Record the work without doing it; return what does it, and what the work returned: tensors that it fills."""
+        ...
+
+    def finish(self) -> None:
+        """Wait until no recording is at work any more, before all of them are given up."""
+        ...
+
+
+class CudaRecorder:
+    """Records CUDA graphs of one device, all on one stream and in one pool of memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def warm_up(self, work: Callable[[], Found]) -> Found:
+        """Do the work on the stream of the recordings, between what was queued before it and what comes behind."""
+        here = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(here)
+        with torch.cuda.stream(self._stream):
+            found = work()
+        here.wait_stream(self._stream)
+        return found
+
+    def record(self, work: Callable[[], Found]) -> tuple[Callable[[], None], Found]:
+        """Record a graph; see `Recorder`. Raises EngineError where the work waits for the device, or the like."""
+        graph = torch.cuda.CUDAGraph()
+        # What other threads do meanwhile (NCCL's watchdog, a checkpoint in the background) is none of the recording's.
+        try:
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                found = work()
+        except RuntimeError as error:
+            why = f"a step could not be recorded as a CUDA graph: {error}"
+            raise EngineError(Problem("cuda_graphs = true", why, "Set cuda_graphs: auto.")) from error
+        return graph.replay, found
+
+    def finish(self) -> None:
+        """Wait for the device."""
+        torch.cuda.synchronize(self._device)
+
+
+class Piece(Generic[Found]):
+    """Work that is done as it is WARM_UP times, then recorded, and from then on replayed.
+
+    It returns the same tensors at each replay: copy what must outlast the next one.
+    """
+
+    def __init__(self, recorder: Recorder, work: Callable[[], Found]) -> None:
+        self._recorder, self._work = recorder, work
+        self._calls = 0
+        self._recorded: tuple[Callable[[], None], Found] | None = None
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether the next call is a replay."""
+        return self._recorded is not None
+
+    def __call__(self) -> Found:
+        """Do the work, one way or the other."""
+        if self._calls < WARM_UP:
+            self._calls += 1
+            return self._recorder.warm_up(self._work)
+        if self._recorded is None:
+            self._recorded = self._recorder.record(self._work)
+        replay, found = self._recorded
+        replay()
+        return found
 
 
 def obstacle(config: Config, mesh: Mesh) -> str:
-    """Return why micro-batches of a run cannot be recorded, or ""."""
+    """Return why steps of a run cannot be recorded, or ""."""
     training = config.training
     reads_generator = training.checkpoint_operations is None or "attention" in training.checkpoint_operations
     if mesh.device.type != "cuda":
@@ -42,53 +127,9 @@ def obstacle(config: Config, mesh: Mesh) -> str:
     return ""
 
 
-def require_recordable(config: Config, mesh: Mesh) -> None:
-    """Raise ConfigError where graphs are asked for and cannot be recorded."""
+def recorder_of(config: Config, mesh: Mesh) -> Recorder:
+    """Return what records the steps of a run. Raises ConfigError where they cannot be recorded."""
     reason = obstacle(config, mesh)
-    if config.kernels.cuda_graphs is True and reason:
+    if reason:
         raise ConfigError(Problem("cuda_graphs = true", reason, "Set cuda_graphs: auto."))
-
-
-class RecordedModel:
-    """A model whose training passes are recorded with the first batch, and replayed for all batches like it.
-
-    record: torch.cuda.make_graphed_callables, or what stands for it: (module, example inputs) -> module.
-    """
-
-    def __init__(self, model: nn.Module, record: Callable[..., Any] = torch.cuda.make_graphed_callables) -> None:
-        self._model, self._record = model, record
-        self._replay: Callable[..., Tensor] | None = None
-        self._key: tuple[object, ...] = ()
-
-    def record(self, batch: Batch) -> None:
-        """Record the passes, unless that is done; `batch` gives shapes, and its contents are not trained on.
-
-        Whoever draws random numbers for it seeds again behind it."""
-        if self._replay is None and batch.segments is None:
-            inputs = (batch.tokens.clone(), batch.labels.clone(), batch.loss_mask.clone())
-            self._key = _key(inputs)
-            self._replay = self._record(_Positional(self._model), inputs)
-
-    def __call__(self, tokens: Tensor, labels: Tensor, loss_mask: Tensor, segments: Tensor | None = None) -> Tensor:
-        """Return the sum of the losses: by replay if the batch is like the recorded one, else as without graphs."""
-        inputs = (tokens, labels, loss_mask)
-        if self._replay is not None and segments is None and _key(inputs) == self._key:
-            return self._replay(*inputs)
-        total: Tensor = self._model(tokens, labels=labels, loss_mask=loss_mask, segments=segments)
-        return total
-
-
-class _Positional(nn.Module):
-    """The model with positional inputs, which are all that can be recorded."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, tokens: Tensor, labels: Tensor, loss_mask: Tensor) -> Tensor:
-        total: Tensor = self.model(tokens, labels=labels, loss_mask=loss_mask)
-        return total
-
-
-def _key(inputs: tuple[Tensor, ...]) -> tuple[object, ...]:
-    return tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in inputs)
+    return CudaRecorder(mesh.device)

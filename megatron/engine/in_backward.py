@@ -9,7 +9,6 @@ complete only when whoever used it has been through its own; PyTorch checks that
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +17,7 @@ from torch.optim import Optimizer
 
 from megatron.config.schema.config import Config
 from megatron.engine.local import LocalEngine
+from megatron.engine.pending import Number
 from megatron.engine.step import Update
 from megatron.engine.verdict import Verdict
 from megatron.errors import DivergedError, Problem
@@ -46,7 +46,7 @@ class InBackwardEngine(LocalEngine):
     def _is_direct(self) -> bool:
         return True  # there is no buffer of gradients
 
-    def _start(self, rate: float) -> Any:
+    def _start(self, rate: Number) -> Number:
         self._squares = {}
         return super()._start(rate)
 

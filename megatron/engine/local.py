@@ -12,7 +12,7 @@ Under tensor parallelism each rank does this with its share; gradients that are 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,11 +21,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from megatron.config.schema.config import Config
-from megatron.data.batch import Batch
 from megatron.engine import restore, state, verify
 from megatron.engine.base import StateSource
 from megatron.engine.fragments import Fragment, Holdings
-from megatron.engine.graphs import RecordedModel, require_recordable
 from megatron.engine.loss_scale import LossScale
 from megatron.engine.pending import Number
 from megatron.engine.step import MicroBatchEngine, Update
@@ -64,8 +62,6 @@ class LocalEngine(MicroBatchEngine):
         self._scaler = (
             LossScale(config.deepspeed.fp16 or {}, mesh.device) if config.numerics.precision == "fp16" else None
         )
-        require_recordable(config, mesh)
-        self._recorded = RecordedModel(model) if config.kernels.cuda_graphs is True else None
         self._clip = float(config.optimizer.gradient_clipping)
         situation = Situation(mesh.device, _TYPES[config.numerics.weight_precision], config.model.hidden_size)
         self._one_pass = one_pass(config, optimizer, self._rounded(), situation)
@@ -108,9 +104,7 @@ class LocalEngine(MicroBatchEngine):
         }
 
     def _is_direct(self) -> bool:
-        """Return whether autograd's own gradients are the step's sum: in fp32 on one rank, unless recorded."""
-        if self._config.kernels.cuda_graphs is True:
-            return False
+        """Return whether autograd's own gradients are the step's sum: in fp32 on one rank."""
         return self._config.numerics.weight_precision == "fp32" and self._mesh.replicas.size == self._mesh.tp.size == 1
 
     def _give_masters(self) -> None:
@@ -119,17 +113,9 @@ class LocalEngine(MicroBatchEngine):
             group["params"] = [masters[id(parameter)] for parameter in group["params"]]
 
     def _callable(self, training: bool) -> Callable[..., Tensor]:
-        model = self._model.train(training)
-        is_recorded = training and self._recorded is not None and self._examiner is None
-        return self._recorded if is_recorded and self._recorded is not None else model
+        return self._model.train(training)
 
-    def _accumulate(self, batches: Sequence[Batch], iteration: int, num_tokens: Tensor) -> Tensor:
-        if self._recorded is not None:
-            self._model.train()
-            self._recorded.record(batches[0])
-        return super()._accumulate(batches, iteration, num_tokens)
-
-    def _start(self, rate: float) -> Number:
+    def _start(self, rate: Number) -> Number:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         if self._gradients is None:
@@ -137,7 +123,7 @@ class LocalEngine(MicroBatchEngine):
                 parameter.grad = None
         else:
             self._gradients.start()
-        return self._loss_scale()
+        return self._scaler.cur_scale.clone() if self._scaler else 1.0  # of this step, whose update changes it
 
     def _loss_scale(self) -> Number:
         return self._scaler.cur_scale if self._scaler else 1.0
@@ -148,7 +134,11 @@ class LocalEngine(MicroBatchEngine):
 
     @torch.no_grad()
     def _update(self, verdict: Verdict) -> Update:
-        gradients = self._reduced()
+        return self._step_by(self._reduced(), verdict)
+
+    @torch.no_grad()
+    def _step_by(self, gradients: list[Tensor], verdict: Verdict) -> Update:
+        """Apply the gradient of the whole step, as `_reduced` returns it, if the verdict allows."""
         scale = self._loss_scale()
         self._show_gradients(((n, m.grad) for n, m in self._masters.items() if m.grad is not None), scale)
         operation = sum_of_squares if self._one_pass is None else self._one_pass.squares
@@ -234,11 +224,20 @@ class GradientBuffer:
         for parameter, _ in self._direct:
             parameter.grad = None
 
-    def reduce(self) -> Tensor:
-        """Return the flat gradient, summed over the replicas, and over the tensor axis where it is partial."""
+    def complete(self) -> None:
+        """Set what no micro-batch has written to zero, so that all further ones are added."""
         for view, written in zip(self._views, self._written, strict=True):
             if not written:
                 view.zero_()
+        self.mark_complete()
+
+    def mark_complete(self) -> None:
+        """Say that everything is written, by work that was recorded when `complete` followed it."""
+        self._written = [True] * len(self._written)
+
+    def reduce(self) -> Tensor:
+        """Return the flat gradient, summed over the replicas, and over the tensor axis where it is partial."""
+        self.complete()
         partial = self.flat.split(self._sizes)[_PARTIAL]
         if partial.numel():
             dist.all_reduce(partial, group=self._mesh.tp.group)

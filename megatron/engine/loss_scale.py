@@ -2,7 +2,8 @@
 
 The loss is multiplied by the scale, so that small gradients do not vanish in fp16. After `hysteresis` overflows the
 scale is halved; after `loss_scale_window` steps without one it is doubled. Scale and counters are scalars on the
-device, where it is known whether a step overflowed, so that nobody waits for it.
+device, where it is known whether a step overflowed, so that nobody waits for it. They stay where they are, so that an
+update that is recorded finds them.
 """
 
 from __future__ import annotations
@@ -47,10 +48,10 @@ class LossScale:
         grows = ~overflow & (stable > 0) & (stable % self._window == 0)
         smaller = (self.cur_scale / _FACTOR).clamp(min=self._minimum)
         scale = torch.where(is_due & ~diverged, smaller, self.cur_scale)
-        self.cur_scale = torch.where(grows, scale * _FACTOR, scale)
         spent = torch.where(overflow & ~is_due, self.cur_hysteresis - 1, self.cur_hysteresis)
         is_renewed = ~overflow if self._consecutive else grows
-        self.cur_hysteresis = torch.where(is_renewed, self._hysteresis, spent)
-        self.last_overflow_iter = torch.where(overflow, self.cur_iter, self.last_overflow_iter)
-        self.cur_iter = self.cur_iter + 1
+        self.cur_scale.copy_(torch.where(grows, scale * _FACTOR, scale))
+        self.cur_hysteresis.copy_(torch.where(is_renewed, self._hysteresis, spent))
+        self.last_overflow_iter.copy_(torch.where(overflow, self.cur_iter, self.last_overflow_iter))
+        self.cur_iter.add_(1)
         return diverged

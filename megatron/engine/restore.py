@@ -152,7 +152,10 @@ def _set_scaler(scaler: Any, values: Tensor) -> None:
     for name, value in zip(SCALER_FIELDS, values.tolist(), strict=True):
         live = getattr(scaler, name)  # a scalar on the device in our own, a number in DeepSpeed's
         number = value if name == "cur_scale" else int(value)
-        setattr(scaler, name, torch.full_like(live, number) if isinstance(live, Tensor) else number)
+        if isinstance(live, Tensor):
+            live.fill_(number)
+        else:
+            setattr(scaler, name, number)
 
 
 def _missing(name: str, kind: str) -> Problem:

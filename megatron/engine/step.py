@@ -146,25 +146,28 @@ class StepEngine(ABC):
         rate = learning_rate(self._config.optimizer, self._train_iters, iteration)
         enter(Phase.TOKEN_COUNT)
         loss_scale = self._start(rate)
-        num_tokens = self._sum(_count_tokens(batches))
+        numbers = self._do(batches, iteration, wishes, limits)
+        self._last_refused = numbers["skipped"]
+        return PendingStep({"loss_scale": loss_scale, **numbers}, lambda found: self._result(rate, found))
+
+    def _do(self, batches: Sequence[Batch], iteration: int, wishes: Ask, limits: Limits) -> dict[str, Number]:
+        """Do a step, and return what it did, under the names that `_result` knows."""
+        num_tokens = self._sum(count_tokens(batches))
         trained = num_tokens.clamp(min=1)
         loss_sum = self._accumulate(batches, iteration, trained)
         enter(Phase.LOSS_SUM)
         (loss_sum,), refused_before, told = self._total((loss_sum,), wishes(), self._last_refused)
         enter(Phase.UPDATE)
         update = self._update(Verdict(loss_sum / trained, limits))
-        self._last_refused = update.skipped
-        numbers = {
+        return {
             "loss_sum": loss_sum,
             "num_tokens": num_tokens,
             "refused_before": refused_before,
             **told,
-            "loss_scale": loss_scale,
             "grad_norm": update.grad_norm,
             "skipped": update.skipped,
             "diverged": update.diverged,
         }
-        return PendingStep(numbers, lambda found: self._result(rate, found))
 
     def _result(self, rate: float, found: dict[str, float]) -> StepResult:
         """Return what a step did. found: its numbers, now that they are known."""
@@ -193,7 +196,7 @@ class StepEngine(ABC):
     def evaluate(self, batches: Sequence[Batch], wishes: Ask = nothing) -> Evaluated:
         """Return the summed loss and the trained tokens of all ranks; see `Engine.evaluate`."""
         batches = self._parts(batches)
-        sums = (self._losses(batches), _count_tokens(batches))
+        sums = (self._losses(batches), count_tokens(batches))
         enter(Phase.LOSS_SUM)
         (loss_sum, num_tokens), _, told = self._total(sums, wishes())
         return Evaluated(float(loss_sum), int(num_tokens), heard({name: float(count) for name, count in told.items()}))
@@ -265,13 +268,17 @@ class MicroBatchEngine(StepEngine):
         model = self._callable(training=True)
         for micro_batch, batch in enumerate(batches):
             self._rng.start_micro_batch(iteration, micro_batch)
-            enter(Phase.FORWARD, micro_batch)
-            micro_sum, _ = self._objective(model, batch)
-            enter(Phase.BACKWARD, micro_batch)
-            self._backward(micro_sum, num_tokens)
-            loss_sum += micro_sum.detach()
-            self._tell_loss(micro_batch, micro_sum, batch)
+            loss_sum += self._pass(model, batch, micro_batch, num_tokens)
         return loss_sum
+
+    def _pass(self, model: Callable[..., Tensor], batch: Batch, micro_batch: int, num_tokens: Tensor) -> Tensor:
+        """Do the forward and the backward pass of a micro-batch, and return its sum of losses."""
+        enter(Phase.FORWARD, micro_batch)
+        micro_sum, _ = self._objective(model, batch)
+        enter(Phase.BACKWARD, micro_batch)
+        self._backward(micro_sum, num_tokens)
+        self._tell_loss(micro_batch, micro_sum, batch)
+        return micro_sum.detach()
 
     def _losses(self, batches: Sequence[Batch]) -> Tensor:
         loss_sum = torch.zeros((), dtype=torch.float64, device=self._mesh.device)
@@ -284,7 +291,7 @@ class MicroBatchEngine(StepEngine):
         return loss_sum
 
 
-def _count_tokens(batches: Sequence[Batch]) -> Tensor:
+def count_tokens(batches: Sequence[Batch]) -> Tensor:
     """Return the trained tokens of some micro-batches, fp64 scalar on their device."""
     return torch.stack([batch.loss_mask.sum(dtype=torch.float64) for batch in batches]).sum()
 

@@ -42,6 +42,11 @@ def bias_corrections(step: Tensor, beta1: float, beta2: float) -> Tensor:
     return torch.stack(((1.0 - beta1**count).reciprocal(), (1.0 - beta2**count).rsqrt())).float()
 
 
+def decay_of(rate: float | Tensor, weight_decay: float) -> float | Tensor:
+    """Return 1 - rate * weight_decay: a number, or an fp32 scalar on the rate's device, rounded as the number is."""
+    return (1.0 - rate.double() * weight_decay).float() if isinstance(rate, Tensor) else 1.0 - rate * weight_decay
+
+
 def adamw_update_(
     gradients: list[Tensor],
     masters: list[Tensor],
@@ -50,7 +55,7 @@ def adamw_update_(
     weights: list[Tensor],
     coefficient: Tensor,
     step: Tensor,
-    rate: float,
+    rate: float | Tensor,
     beta1: float,
     beta2: float,
     eps: float,
@@ -63,7 +68,8 @@ def adamw_update_(
     gradients, masters, averages, squares: fp32, of the same shapes; what becomes of the gradients is not said. The
     averages and squares may be bf16, which are rounded by `seed` and the tensors' numbers, counted from `first`.
     weights: the masters' rounded copies, of one dtype, or an empty list. coefficient: from `coefficient_of`; where it
-    is not finite nothing changes. step: t of this update, an fp32 scalar on the device.
+    is not finite nothing changes. step: t of this update, an fp32 scalar on the device. rate: a number, or an fp32
+    scalar on the device, for an update that is recorded.
     """
     if averages and averages[0].dtype != torch.float32:
         lists = gradients, masters, averages, squares, weights
@@ -99,7 +105,7 @@ def adamw_update_reference_(
     weights: list[Tensor],
     coefficient: Tensor,
     step: Tensor,
-    rate: float,
+    rate: float | Tensor,
     beta1: float,
     beta2: float,
     eps: float,
@@ -111,7 +117,7 @@ def adamw_update_reference_(
     is_finite = torch.isfinite(coefficient)
     if coefficient.device.type == "cpu" and not is_finite:
         return
-    correction, root = bias_corrections(step, beta1, beta2)
+    (correction, root), decay = bias_corrections(step, beta1, beta2), decay_of(rate, weight_decay)
     key, size = noise_key(seed, step), _BLOCK.get(coefficient.device.type, 2**26)
     for index, tensors in enumerate(zip(gradients, masters, averages, squares, strict=True)):
         for start in range(0, tensors[0].numel(), size):
@@ -120,7 +126,7 @@ def adamw_update_reference_(
             new_average = torch.lerp(average.float(), gradient, 1.0 - beta1)
             new_square = (square.float() * beta2).addcmul_(gradient, gradient, value=1.0 - beta2)
             change = new_average / new_square.sqrt().mul_(root).add_(eps)
-            new_master = (master * (1.0 - rate * weight_decay)).sub_(change.mul_(rate * correction))
+            new_master = (master * decay).sub_(change.mul_(rate * correction))
             if average.dtype == torch.bfloat16:
                 bits = noise(key, first + index, start, average.numel())
                 new_average = round_at_random(new_average, bits & 0xFFFF)

@@ -32,7 +32,7 @@ def adamw_update_(
     weights: list[Tensor],
     coefficient: Tensor,
     step: Tensor,
-    rate: float,
+    rate: float | Tensor,
     beta1: float,
     beta2: float,
     eps: float,
@@ -48,8 +48,8 @@ def adamw_update_(
     multi_tensor_applier(
         amp_C.multi_tensor_adam_capturable,
         1 - torch.isfinite(coefficient).int().view(1),
-        [gradients, masters, averages, squares],
-        torch.full((1,), rate, device=step.device),
+        [[gradient.float() for gradient in gradients], masters, averages, squares],
+        _one(rate, step.device),
         beta1,
         beta2,
         eps,
@@ -61,3 +61,8 @@ def adamw_update_(
     )
     if weights:
         torch._foreach_copy_(weights, masters)
+
+
+def _one(rate: float | Tensor, device: torch.device) -> Tensor:
+    """Return the rate as apex takes it, [1] fp32 on the device."""
+    return rate.view(1) if isinstance(rate, Tensor) else torch.full((1,), rate, device=device)

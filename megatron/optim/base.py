@@ -17,6 +17,14 @@ from torch.optim import Optimizer
 State = dict[str, Any]
 
 
+def subtract_(parameter: Tensor, direction: Tensor, rate: float | Tensor) -> None:
+    """Subtract rate times direction in place. rate: a number, or a scalar on the device, which no host need know."""
+    if isinstance(rate, Tensor):
+        parameter.addcmul_(direction, rate, value=-1.0)
+    else:
+        parameter.add_(direction, alpha=-rate)
+
+
 class StatefulOptimizer(Optimizer):
     """An optimizer of ours: a formula for one parameter, and the state it starts from.
 

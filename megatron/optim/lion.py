@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from megatron.optim.base import State, StatefulOptimizer
+from megatron.optim.base import State, StatefulOptimizer, subtract_
 
 
 class Lion(StatefulOptimizer):
@@ -32,5 +32,5 @@ class Lion(StatefulOptimizer):
         momentum = state["exp_avg"]
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         direction = momentum.mul(beta1).add_(gradient, alpha=1 - beta1).sign_()
-        parameter.add_(direction, alpha=-group["lr"])
+        subtract_(parameter, direction, group["lr"])
         momentum.mul_(beta2).add_(gradient, alpha=1 - beta2)

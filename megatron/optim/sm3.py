@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from megatron.optim.base import State, StatefulOptimizer
+from megatron.optim.base import State, StatefulOptimizer, subtract_
 
 
 class SM3(StatefulOptimizer):
@@ -59,4 +59,4 @@ class SM3(StatefulOptimizer):
         if momentum > 0:
             direction.mul_(1 - momentum).add_(state["momentum_buffer"], alpha=momentum)
             state["momentum_buffer"].copy_(direction)
-        parameter.add_(direction, alpha=-group["lr"])
+        subtract_(parameter, direction, group["lr"])

@@ -57,6 +57,21 @@ def test_steps(clip: float, loss_scale: float, update: Callable[..., None]) -> N
 
 
 @pytest.mark.parametrize("update", UPDATES)
+def test_a_rate_on_the_device_is_the_rate(update: Callable[..., None]) -> None:
+    rate, coefficient = torch.zeros(()), torch.ones(())
+    found, expected = ([draw(seed) for seed in (1, 2, 3)] for _ in range(2))
+    for lists in (found, expected):
+        lists.append([tensor.abs() for tensor in draw(4)])
+    for number in (1, 2):
+        rate.fill_(1e-2 / number)
+        step = torch.tensor(float(number))
+        for lists, given in ((found, rate), (expected, rate.item())):
+            update(*lists, [], coefficient, step, given, **SETTINGS)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_norm_that_is_not_finite_changes_nothing(value: float, update: Callable[..., None]) -> None:
     gradients = draw(1)

@@ -61,6 +61,24 @@ def test_an_update_equals_the_plain_one(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_a_rate_on_the_device_is_the_rate(case: str) -> None:
+    """Whoever records an update changes the rate between replays: it must be read where it stands."""
+    ours, mine = optimizer(*CASES[case])
+    theirs, others = optimizer(*CASES[case])
+    rate = torch.zeros(())
+    for group in ours.param_groups:
+        group["lr"] = rate
+    for seed in range(4):
+        rate.fill_(1e-2 * (seed + 1))
+        for group in theirs.param_groups:
+            group["lr"] = rate.item()
+        step_where(ours, give(mine, seed), torch.tensor(0.25))
+        step_where(theirs, give(others, seed), torch.tensor(0.25))
+    for one, other in zip(held(ours, mine), held(theirs, others), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("gradient", [1.0, math.nan, math.inf])
 def test_a_step_that_is_left_out_changes_nothing(case: str, gradient: float) -> None:
     made, parameters = optimizer(*CASES[case])

@@ -2,9 +2,13 @@
 
 A launch is given a table of addresses and sizes in device memory; a program takes SPAN consecutive elements of one
 tensor and finds it by its number. One pass reads gradient, master and both moments and writes master, moments and the
-weight: 30 bytes for an element with a bf16 weight. The clip coefficient and the bias corrections come from device
-memory too; where the coefficient is not finite, nothing is written. Sums are made in a fixed order. Moments in bf16,
-which save 8 of the bytes, are rounded at random by the bits that `megatron.ops.adamw.noise` makes.
+weight: 30 bytes for an element with a bf16 weight, 28 where the gradient is bf16 too. The clip coefficient and the bias
+corrections come from device memory, and the learning rate may; where the coefficient is not finite, nothing is written.
+Sums are made in a fixed order. Moments in bf16, which save 8 of the bytes, are rounded at random by the bits that
+`megatron.ops.adamw.noise` makes.
+
+Tables are kept, since a step's tensors mostly lie where those of the last one lay. A CUDA graph reads the table that
+was there when it was recorded, so whoever records has done the same before, on the stream of the recording.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron.ops.adamw import GOLDEN, MIX1, MIX2, bias_corrections, noise_key
+from megatron.ops.adamw import GOLDEN, MIX1, MIX2, bias_corrections, decay_of, noise_key
 from megatron.ops.triton.launch import Sample, operator, runs, start
 
 SPAN = 16384
@@ -104,7 +108,7 @@ def _update(
     HAS_WEIGHTS: tl.constexpr, AT_RANDOM: tl.constexpr, GOLDEN: tl.constexpr, MIX1: tl.constexpr, MIX2: tl.constexpr,
 ):  # fmt: skip
     """Update a block of elements; AT_RANDOM: the moments are bf16."""
-    gradient = tl.load(gradients + offsets, mask=mask) * coefficient
+    gradient = tl.load(gradients + offsets, mask=mask).to(tl.float32) * coefficient
     average = tl.load(averages + offsets, mask=mask).to(tl.float32)
     average += one_minus_beta1 * (gradient - average)
     square = tl.load(squares + offsets, mask=mask).to(tl.float32)
@@ -125,17 +129,20 @@ def _update(
 
 @triton.jit
 def _adamw(
-    table, coefficients, corrections, keys, num_tensors, rate, one_minus_beta1, beta2, eps, decay, first_number,
-    WEIGHT_TYPE: tl.constexpr, HAS_WEIGHTS: tl.constexpr, MOMENT_TYPE: tl.constexpr, ALIGNED: tl.constexpr,
-    GOLDEN: tl.constexpr, MIX1: tl.constexpr, MIX2: tl.constexpr, TENSORS: tl.constexpr, SPAN: tl.constexpr,
-    BLOCK: tl.constexpr,
+    table, coefficients, corrections, keys, rates, num_tensors, rate, one_minus_beta1, beta2, eps, decay, first_number,
+    GRADIENT_TYPE: tl.constexpr, WEIGHT_TYPE: tl.constexpr, HAS_WEIGHTS: tl.constexpr, MOMENT_TYPE: tl.constexpr,
+    ALIGNED: tl.constexpr, GOLDEN: tl.constexpr, MIX1: tl.constexpr, MIX2: tl.constexpr, TENSORS: tl.constexpr,
+    SPAN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Update a program's elements. coefficients [1]; corrections [2], of `bias_corrections`; keys [1], of `noise_key`.
-    first_number: of the first tensor, for the random bits."""
+    rates [2]: rate and decay, in the place of those two, or None. first_number: of the first tensor, for the random
+    bits."""
     coefficient = tl.load(coefficients)
     if tl.abs(coefficient) < float("inf"):
         tensor, first, size = _find(table, num_tensors, TENSORS, SPAN)
-        gradients = _pointer(table, 2, num_tensors, tensor, tl.float32, ALIGNED) + first
+        if rates is not None:
+            rate, decay = tl.load(rates), tl.load(rates + 1)
+        gradients = _pointer(table, 2, num_tensors, tensor, GRADIENT_TYPE, ALIGNED) + first
         masters = _pointer(table, 3, num_tensors, tensor, tl.float32, ALIGNED) + first
         averages = _pointer(table, 4, num_tensors, tensor, MOMENT_TYPE, ALIGNED) + first
         squares = _pointer(table, 5, num_tensors, tensor, MOMENT_TYPE, ALIGNED) + first
@@ -178,7 +185,6 @@ def sum_of_squares(tensors: list[Tensor]) -> Tensor:
     return total
 
 
-@operator(mutates=("masters", "averages", "squares", "weights"))
 def adamw_update_(
     gradients: list[Tensor],
     masters: list[Tensor],
@@ -187,6 +193,34 @@ def adamw_update_(
     weights: list[Tensor],
     coefficient: Tensor,
     step: Tensor,
+    rate: float | Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    seed: int = 0,
+    first: int = 0,
+) -> None:
+    """Update masters and moments, and round the masters into the weights; see `megatron.ops.adamw.adamw_update_`.
+
+    gradients: fp32, bf16 or fp16, all of one dtype."""
+    number, rates = rate, None
+    if isinstance(rate, Tensor):
+        number, rates = 0.0, torch.stack((rate, torch.as_tensor(decay_of(rate, weight_decay))))
+    settings = (beta1, beta2, eps, weight_decay, seed, first)
+    adamw_step(gradients, masters, averages, squares, weights, coefficient, step, rates, number, *settings)
+
+
+@operator(mutates=("masters", "averages", "squares", "weights"))
+def adamw_step(
+    gradients: list[Tensor],
+    masters: list[Tensor],
+    averages: list[Tensor],
+    squares: list[Tensor],
+    weights: list[Tensor],
+    coefficient: Tensor,
+    step: Tensor,
+    rates: Tensor | None,
     rate: float,
     beta1: float,
     beta2: float,
@@ -195,7 +229,7 @@ def adamw_update_(
     seed: int = 0,
     first: int = 0,
 ) -> None:
-    """Update masters and moments, and round the masters into the weights; see `megatron.ops.adamw.adamw_update_`."""
+    """Do `adamw_update_`. rates: rate and decay as an fp32 tensor [2], or None where `rate` is the rate."""
     if not runs(coefficient) or not any(tensor.numel() for tensor in masters):
         return
     table, num_programs, aligned = _table([gradients, masters, averages, squares, *([weights] if weights else [])])
@@ -206,6 +240,7 @@ def adamw_update_(
         coefficient,
         bias_corrections(step, beta1, beta2),
         noise_key(seed, step),
+        rates,
         len(masters),
         rate,
         1.0 - beta1,
@@ -213,6 +248,7 @@ def adamw_update_(
         eps,
         1.0 - rate * weight_decay,
         first,
+        GRADIENT_TYPE=_TYPES[gradients[0].dtype],
         WEIGHT_TYPE=_TYPES[weights[0].dtype] if weights else tl.float32,
         HAS_WEIGHTS=bool(weights),
         MOMENT_TYPE=_TYPES[averages[0].dtype],
@@ -227,37 +263,72 @@ def adamw_update_(
     )
 
 
-def _table(columns: list[list[Tensor]]) -> tuple[Tensor, int, bool]:
+_Table = tuple[Tensor, int, bool]
+
+_tables: dict[tuple[object, ...], _Table] = {}
+"""The last tables by what they follow from, those used last at the end."""
+
+_recorded: list[_Table] = []
+"""Tables that CUDA graphs read, a few KB each; kept for ever, since nobody says when a graph is gone."""
+
+_MOST_TABLES = 32
+
+
+def _table(columns: list[list[Tensor]]) -> _Table:
     """Return (sizes, programs so far, addresses of each list) as int64 [2 + lists, tensors] on the device, the number
-    of programs, and whether all addresses are multiples of 16 bytes. It is copied without waiting.
+    of programs, and whether all addresses are multiples of 16 bytes.
+
+    Raises RuntimeError where a CUDA graph is recorded and there is no such table yet.
     """
-    sizes = [tensor.numel() for tensor in columns[0]]
-    addresses = [[tensor.data_ptr() for tensor in column] for column in columns]
+    device = columns[0][0].device
+    is_cuda = device.type == "cuda"
+    sizes = tuple(tensor.numel() for tensor in columns[0])
+    addresses = tuple(tuple(tensor.data_ptr() for tensor in column) for column in columns)
+    key = (device, torch.cuda.current_stream(device) if is_cuda else None, SPAN, sizes, addresses)
+    is_recording = is_cuda and torch.cuda.is_current_stream_capturing()
+    if is_recording and key not in _tables:
+        raise RuntimeError("a recorded update must find its tensors where they lay in the update before it")
+    found = _tables.pop(key, None) or _made(sizes, addresses, device)
+    _tables[key] = found
+    if len(_tables) > _MOST_TABLES:
+        del _tables[next(iter(_tables))]
+    if is_recording:
+        _recorded.append(found)
+    return found
+
+
+def _made(sizes: tuple[int, ...], addresses: tuple[tuple[int, ...], ...], device: torch.device) -> _Table:
+    """Return a new table; it is copied without waiting."""
     programs, num_programs = [], 0
     for size in sizes:
         num_programs += triton.cdiv(size, SPAN)
         programs.append(num_programs)
     aligned = all(address % 16 == 0 for column in addresses for address in column)
     table = torch.tensor([sizes, programs, *addresses], dtype=torch.int64)
-    device = columns[0][0].device
     if device.type == "cuda":
         table = table.pin_memory().to(device, non_blocking=True)
     return table.to(device), num_programs, aligned
 
 
 def samples() -> list[Sample]:
-    """Masters with bf16 weights, also with bf16 moments, and fp32 weights that are their own masters."""
+    """Masters with bf16 weights, also with bf16 moments, and fp32 weights that are their own masters; what a CUDA graph
+    records, of bf16 gradients."""
     return [
-        Sample("adamw bfloat16 weights", partial(_sample, True, torch.float32)),
-        Sample("adamw bfloat16 weights and moments", partial(_sample, True, torch.bfloat16)),
-        Sample("adamw", partial(_sample, False, torch.float32)),
+        Sample("adamw bfloat16 weights and gradients, recorded", partial(_sample, True, torch.float32, True)),
+        Sample("adamw bfloat16 weights", partial(_sample, True, torch.float32, False)),
+        Sample("adamw bfloat16 weights and moments", partial(_sample, True, torch.bfloat16, False)),
+        Sample("adamw", partial(_sample, False, torch.float32, False)),
     ]
 
 
-def _sample(has_weights: bool, moments: torch.dtype, device: torch.device) -> None:
+def _sample(has_weights: bool, moments: torch.dtype, recorded: bool, device: torch.device) -> None:
     lists = [[torch.empty(4096, 4096, device=device) for _ in range(100)] for _ in range(4)]
     weights = [tensor.bfloat16() for tensor in lists[0]] if has_weights else []
     sum_of_squares(lists[0])
     coefficient, step = (torch.empty((), device=device) for _ in range(2))
     lists[2:] = [[tensor.to(moments) for tensor in each] for each in lists[2:]]
-    adamw_update_(*lists, weights, coefficient, step, 1e-4, 0.9, 0.95, 1e-8, 0.1)
+    if recorded:
+        lists[0] = weights
+    rate = torch.empty((), device=device) if recorded else 1e-4
+    gradients, masters, averages, squares = lists
+    adamw_update_(gradients, masters, averages, squares, weights, coefficient, step, rate, 0.9, 0.95, 1e-8, 0.1)

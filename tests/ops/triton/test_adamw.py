@@ -104,6 +104,76 @@ def test_the_plain_update_is_the_same(scale: float, device: torch.device) -> Non
         torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=1e-7)
 
 
+def twins_of(lists: list[list[Tensor]]) -> list[list[Tensor]]:
+    return [[tensor.clone() for tensor in each] for each in lists]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_gradients_are_converted_exactly_as_they_are_read(
+    dtype: torch.dtype, device: torch.device
+) -> None:
+    generator = torch.Generator().manual_seed(6)
+    lists = [Guarded(device).fill(generator) for _ in range(4)]
+    lists[3] = [tensor.abs_() for tensor in lists[3]]
+    gradients = Guarded(device, dtype).fill(generator)
+    copies, twins = [tensor.float() for tensor in gradients], twins_of(lists[1:])
+    weights, twin_weights = (Guarded(device, dtype).fill(generator) for _ in range(2))
+    squares = adamw.sum_of_squares(gradients)
+    assert torch.equal(squares, adamw.sum_of_squares(copies))
+    coefficient = plain.coefficient_of(squares.sqrt(), 8.0, 1.0)
+    numbers = (coefficient, torch.tensor(3.0, device=device), 1e-2)
+    before = lists[1][0].clone()
+    adamw.adamw_update_(gradients, *lists[1:], weights, *numbers, **SETTINGS)
+    adamw.adamw_update_(copies, *twins, twin_weights, *numbers, **SETTINGS)
+    assert not torch.equal(before, lists[1][0])
+    for ours, theirs in zip([*lists[1:], weights], [*twins, twin_weights], strict=True):
+        assert all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
+def test_a_rate_on_the_device_is_the_rate(moments: torch.dtype, device: torch.device) -> None:
+    """Bit for bit what the same number gives as one of the host, and what the formula makes of it."""
+    generator = torch.Generator().manual_seed(7)
+    lists = [[torch.rand(shape, generator=generator).to(device) for shape in SHAPES] for _ in range(4)]
+    lists[2:] = [[tensor.to(moments) for tensor in each] for each in lists[2:]]
+    on_host, formula = twins_of(lists), twins_of(lists)
+    rate = torch.zeros((), device=device)
+    coefficient = torch.full((), 0.5, device=device)
+    for number in range(1, 4):
+        rate.fill_(1e-2 / number)
+        step = torch.tensor(float(number), device=device)
+        for update, state, given in (
+            (adamw.adamw_update_, lists, rate),
+            (adamw.adamw_update_, on_host, rate.item()),
+            (plain.adamw_update_reference_, formula, rate),
+        ):
+            update(*state, [], coefficient, step, given, **SETTINGS, seed=5)
+    for ours, same, theirs in zip(lists, on_host, formula, strict=True):
+        assert all(torch.equal(*pair) for pair in zip(ours, same, strict=True))
+        torch.testing.assert_close(ours, theirs, rtol=2**-7 if theirs[0].dtype == moments else 1e-5, atol=1e-6)
+
+
+def test_a_table_serves_as_long_as_its_tensors_lie_where_they_lay(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    monkeypatch.setattr(adamw, "_made", lambda *what, make=adamw._made: made.append(what) or make(*what))
+    monkeypatch.setattr(adamw, "_tables", {})
+    monkeypatch.setattr(adamw, "_MOST_TABLES", 2)
+    one, two, three = ([torch.full((5,), float(value), device=device)] for value in (1, 2, 3))
+    for tensors, expected, number in (
+        (one, 5, 1),
+        (two, 20, 2),
+        (one, 5, 2),
+        (three, 45, 3),
+        (one, 5, 3),
+        (two, 20, 4),
+    ):
+        assert adamw.sum_of_squares(tensors) == expected
+        assert len(made) == number
+    assert len(adamw._tables) == 2
+
+
 def test_moments_in_bf16_are_rounded_by_the_same_bits(device: torch.device) -> None:
     generator = torch.Generator().manual_seed(5)
     lists = [[torch.rand(shape, generator=generator).to(device) for shape in SHAPES] for _ in range(4)]
@@ -167,4 +237,6 @@ def test_the_operators_are_registered_well(device: torch.device) -> None:
     weights = [tensor.bfloat16() for tensor in lists[0]]
     one = torch.ones((), device=device)
     torch.library.opcheck(adamw.sum_of_squares, (lists[0],))
-    torch.library.opcheck(adamw.adamw_update_, (*lists, weights, one, one, 1e-2, 0.9, 0.95, 1e-8, 0.1))
+    for rates in (None, torch.rand(2, device=device)):
+        numbers = (one, one, rates, 1e-2, 0.9, 0.95, 1e-8, 0.1)
+        torch.library.opcheck(adamw.adamw_step, (*lists, weights, *numbers))
