@@ -67,8 +67,9 @@ class KernelsConfig(Section):
     )
     cuda_graphs: Literal["auto", True, False] = setting(
         "auto",
-        "Record the kernels of a micro-batch's forward and backward pass once, and launch each pass as one piece, "
-        "which helps small models; in the library's own engine. auto: no, until it is measured on a GPU.",
+        "Record the kernels of a step as CUDA graphs, and launch them as one piece, for small models: the whole "
+        "step on one process with one micro-batch, else the passes and the update each by itself; in the library's own "
+        "engine. auto: no, until it is measured on a GPU.",
     )
     fp8_fusion: Float8Fusion = setting(
         "auto",
