@@ -6,9 +6,12 @@ last bit:
 
     BF16_Optimizer                       its flat fp32 gradients, which stay: the first micro-batch is copied there
     ZeRO 1 and 2, in a world of one      a flat fp32 buffer of ours, since there is nothing to reduce
+    ZeRO 3, in a world of one            its flat gradients, which stay, and which the update reads where they are
 
-The second is handed over by the name that a compiled DeepSpeed uses for it, `flat_partition`, and its norm is taken as
-our own engine takes it: DeepSpeed would copy each gradient to fp64 first.
+The second is handed over by the name that a compiled DeepSpeed uses for it, `flat_partition`, and norms of the second
+and third are taken as our own engine takes them: DeepSpeed would copy each gradient to fp64 first.
+
+ZeRO 3 in fp32 has masters beside weights that are the same numbers, in any world; here they are the same memory.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
@@ -29,7 +33,15 @@ def send_straight(optimizer: Any, mesh: Mesh) -> None:
     """Make a live optimizer of DeepSpeed's take gradients without copies between; call it once, before training."""
     if isinstance(optimizer, BF16_Optimizer):
         optimizer._update_hp_grad = _Bf16Gradients(optimizer).take
-    elif type(optimizer) is DeepSpeedZeroOptimizer and mesh.world.size == 1 and not optimizer.cpu_offload:
+        return
+    is_stage3 = type(optimizer) is DeepSpeedZeroOptimizer_Stage3
+    if is_stage3 and not optimizer.offload_optimizer:
+        _share_masters(optimizer)
+    if mesh.world.size > 1 or optimizer.communication_data_type not in (torch.float32, optimizer.dtype):
+        return  # gradients are reduced, or asked to be rounded
+    if is_stage3 and not optimizer.offload_optimizer:
+        _Stage3Gradients(optimizer)
+    elif type(optimizer) is DeepSpeedZeroOptimizer and not optimizer.cpu_offload:
         _FlatGradients(optimizer)
 
 
@@ -66,7 +78,7 @@ class _FlatGradients:
             self._sums |= {id(p): part for p, part in zip(parameters, sums, strict=True)}
         self._written: set[int] = set()
         optimizer.process_gradients = self.take
-        optimizer.get_grad_norm_direct = self.norm
+        optimizer.get_grad_norm_direct = norm
         optimizer.reduce_ipg_grads = lambda comm_dtype=None: None  # no bucket is filled
         optimizer._use_compact_grad_partition_buffer = lambda group: True
         optimizer._build_compact_grad_partition_buffer = self.of_step
@@ -88,7 +100,69 @@ class _FlatGradients:
             self._written.discard(id(weight))
         return self._groups[group]
 
-    def norm(self, gradients: list[Tensor], parameters: Any, norm_type: int = 2) -> Tensor:
-        """Return the L2 norm of one group's gradients, fp32; -1 where it is not finite, as DeepSpeed has it."""
-        norm = sum_of_squares(list(gradients)).sqrt().float()
-        return torch.where(torch.isfinite(norm), norm, -torch.ones_like(norm))
+
+class _Stage3Gradients:
+    """The flat gradients of a ZeRO 3 optimizer, whose shares are whole, filled as the backward pass makes gradients."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+        groups: list[list[Any]] = optimizer.fp16_groups
+        sizes = [sum(p.partition_numel() for p in group) for group in groups]
+        self._groups = optimizer.grad_partitions_flat_buffer.split(sizes)
+        self._sums: dict[int, Tensor] = {}
+        for group, flat in zip(groups, self._groups, strict=True):
+            parts = flat.split([p.partition_numel() for p in group])
+            self._sums |= {id(p): part for p, part in zip(group, parts, strict=True)}
+        self._written: set[int] = set()
+        self._finish, self._begin_step = optimizer.independent_gradient_partition_epilogue, optimizer._pre_step
+        optimizer.reduce_independent_p_g_buckets_and_remove_grads = self.take
+        optimizer.independent_gradient_partition_epilogue = self.finish
+        optimizer.get_grad_norm_direct = norm
+        optimizer._pre_step = self.begin_step
+        optimizer._prepare_fp32_grad_for_sub_group = self.hand_over
+        for bucket in optimizer.ipg_buckets.values():
+            bucket.buffer = None  # no bucket is filled
+
+    @torch.no_grad()
+    def take(self, weight: nn.Parameter) -> None:
+        """Add a weight's gradient to its sum, and free it; after each gradient, in the place of what fills buckets."""
+        if weight.grad is not None:
+            part = weight.grad.reshape(-1)
+            accumulate(self._sums[id(weight)], part, is_first=id(weight) not in self._written)
+            self._written.add(id(weight))
+            weight.grad = None
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """End a backward pass. What had no gradient in it has 0, where DeepSpeed would leave that of the last step."""
+        for weight, total in self._sums.items():
+            if weight not in self._written:
+                total.zero_()
+        self._written.update(self._sums)
+        self._finish()
+
+    def begin_step(self) -> None:
+        """Let the next gradients begin new sums; at the beginning of the optimizer's step."""
+        self._written.clear()
+        self._begin_step()
+
+    def hand_over(self, group: int) -> None:
+        """Give the sums of one group to its masters, which `unscale_and_clip_grads` scales where they are."""
+        master = self._optimizer.fp32_partitioned_groups_flat[group]
+        master.grad = self._groups[group].to(master.dtype)
+        self._optimizer.averaged_gradients[group] = None
+
+
+def _share_masters(optimizer: Any) -> None:
+    """Let the masters of a ZeRO 3 optimizer be its weights, where both are fp32."""
+    for master, weights in zip(
+        optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat, strict=True
+    ):
+        if weights is not None and (weights.dtype, weights.device) == (master.dtype, master.device):
+            master.data = weights.data
+
+
+def norm(gradients: list[Tensor], parameters: Any, norm_type: int = 2) -> Tensor:
+    """Return the L2 norm of one group's gradients, fp32; -1 where it is not finite, as DeepSpeed has it."""
+    found = sum_of_squares(list(gradients)).sqrt().float()
+    return torch.where(torch.isfinite(found), found, -torch.ones_like(found))

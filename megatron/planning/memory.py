@@ -8,7 +8,7 @@ engines of this library hold it:
     0  (our own engine)        w P       4 P *     b m P      4 P **
     1                          w P       4 P / D   b m P / D  4 P
     2                          w P       4 P / D   b m P / D  4 P / D
-    3                          w P / D   4 P / D   b m P / D  4 P / D
+    3                          w P / D   4 P / D * b m P / D  4 P / D
     * none in fp32, where the weights are the masters    ** of the largest tensor alone under optimizer_in_backward
 
 Under offload_activations the activations of two blocks are on the GPU at once, and the rest in the CPU's memory.
@@ -121,7 +121,7 @@ def state_bytes(config: Config, layout: Layout, numel: int) -> State:
     own = numel if stage == 0 else share
     return State(
         weights=weight * (share if stage == 3 else numel),
-        masters=0 if layout.offload or (stage == 0 and weight == 4) else 4 * own,
+        masters=0 if layout.offload or (stage in (0, 3) and weight == 4) else 4 * own,
         moments=0 if layout.offload else round(layout.moment_bytes * num_moments(config) * own),
         gradients=0 if layout.at_once else gradient * (share if stage >= 2 else numel),
     )
@@ -145,8 +145,8 @@ def buffer_bytes(config: Config, layout: Layout, numel: int) -> int:
 
     DeepSpeed allocates its reduce bucket whole, in the type of communication, however small the model; stages 2 and
     3 flatten a copy of it while they reduce. Stage 1 in bf16 has no bucket. ZeRO 3 keeps weights gathered that it
-    will need again soon. Stage 0 reduces its flat gradient in place."""
-    if layout.zero_stage == 0 or (layout.zero_stage == 1 and _is_bf16_optimizer(config)):
+    will need again soon. Stage 0 reduces its flat gradient in place, and stage 3 on one GPU nothing."""
+    if layout.zero_stage == 0 or (layout.zero_stage == 1 and _is_bf16_optimizer(config)) or _is_straight(layout):
         return 0
     size = _communication_bytes(config)
     buffers = 2 if layout.overlap and layout.zero_stage < 3 else 1
@@ -178,7 +178,7 @@ def update_bytes(config: Config, layout: Layout, numel: int) -> int:
     Stage 1 reduces when the backward pass is over: a bucket's gradients move into it, and a copy of it and this GPU's
     share are made. Stages 2 (in fp32) and 3 copy their share for the optimizer."""
     size, share = _communication_bytes(config), -(-numel // layout.replicas)
-    if layout.zero_stage == 0:
+    if layout.zero_stage == 0 or _is_straight(layout):
         return 0
     if layout.zero_stage == 1 and _is_bf16_optimizer(config):
         return size * min(numel, _BUFFERED_ELEMENTS) if layout.replicas > 1 else 0
@@ -187,6 +187,11 @@ def update_bytes(config: Config, layout: Layout, numel: int) -> int:
     if layout.zero_stage == 2:
         return 4 * share if config.numerics.weight_precision == "fp32" else 0
     return size * layout.bucket + 4 * share
+
+
+def _is_straight(layout: Layout) -> bool:
+    """Return whether gradients go straight to where the update reads them, and weights are gathered as views."""
+    return layout.zero_stage == 3 and layout.gpus == 1 and not layout.offload
 
 
 def _is_bf16_optimizer(config: Config) -> bool:
