@@ -139,7 +139,7 @@ def _measured(size: Size, precision: str, sides: Sequence[str], quick: bool, pea
     for number in range(rounds):
         for side in sides:
             if not any(turn.error for turn in turns[side]):
-                plan = (warm + ("compiled" in side), steps, number == 0)
+                plan = (warm + side.endswith(("compiled", "recorded")), steps, number == 0)
                 turns[side].append(take_turn(SIDES[side], size, precision, plan))
                 if turns[side][-1].error:
                     print(f"{size.name} {precision} {side}: {turns[side][-1].error}", file=sys.stderr, flush=True)

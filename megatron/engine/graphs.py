@@ -73,13 +73,20 @@ class CudaRecorder:
             with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
                 found = work()
         except RuntimeError as error:
-            why = f"a step could not be recorded as a CUDA graph: {error}"
+            why = f"a step could not be recorded as a CUDA graph: {_first(error)}"
             raise EngineError(Problem("cuda_graphs = true", why, "Set cuda_graphs: auto.")) from error
         return graph.replay, found
 
     def finish(self) -> None:
         """Wait for the device."""
         torch.cuda.synchronize(self._device)
+
+
+def _first(error: BaseException) -> BaseException:
+    """Return the error that others followed: where a recording is broken off, ending it fails as well."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
 
 
 class Piece(Generic[Found]):

@@ -73,8 +73,11 @@ class RecordedEngine(LocalEngine):
         return super()._start(self._rate)
 
     def _do(self, batches: Sequence[Batch], iteration: int, wishes: Ask, limits: Limits) -> dict[str, Number]:
-        if not (self._is_whole and self._takes(batches[0])):
+        if not self._is_whole:
             return super()._do(batches, iteration, wishes, limits)
+        if not self._takes(batches[0]):
+            do = super()._do
+            return self._recordings.aside(lambda: do(batches, iteration, wishes, limits))
         model = self._callable(training=True)
         self._bounds.tell(limits)
         self._rng.start_micro_batch(iteration, 0)
@@ -97,19 +100,20 @@ class RecordedEngine(LocalEngine):
         if self._is_whole:
             return super()._pass(model, batch, micro_batch, num_tokens)
         if not self._takes(batch):
-            loss = super()._pass(model, batch, micro_batch, num_tokens)
-            self._buffer.complete()
-            return loss
+            return self._recordings.aside(lambda: self._complete_pass(model, batch, micro_batch, num_tokens))
         self._step_tokens.copy_(num_tokens)
         enter(Phase.FORWARD, micro_batch)
         name, number = ("other passes", 1) if micro_batch else ("first passes", 0)
-        loss = self._recordings.piece(name, lambda: self._complete_pass(model, number))()
+        static = self._recordings.batch
+        loss = self._recordings.piece(name, lambda: self._complete_pass(model, static, number, self._step_tokens))()
         self._buffer.mark_complete()
         return loss
 
-    def _complete_pass(self, model: Callable[..., Tensor], micro_batch: int) -> Tensor:
-        """Do the passes of the batch in place; behind it all gradients are written, and further ones are added."""
-        loss = super()._pass(model, self._recordings.batch, micro_batch, self._step_tokens)
+    def _complete_pass(
+        self, model: Callable[..., Tensor], batch: Batch, micro_batch: int, num_tokens: Tensor
+    ) -> Tensor:
+        """Do the passes of a batch; behind it all gradients are written, and further ones are added."""
+        loss = super()._pass(model, batch, micro_batch, num_tokens)
         self._buffer.complete()
         return loss
 
@@ -181,6 +185,11 @@ class _Recordings:
         if name not in self._pieces:
             self._pieces[name] = Piece(self._recorder, work)
         return self._pieces[name]
+
+    def aside(self, work: Callable[[], Found]) -> Found:
+        """Do work that is not to be recorded, on the stream of the recordings: what a backward pass leaves behind in
+        the parameters' nodes of the autograd graph belongs to its stream."""
+        return self._recorder.warm_up(work)
 
     def fits(self, batch: Batch) -> bool:
         """Return whether a batch can be copied into the one in place, or is the first."""

@@ -285,6 +285,19 @@ def test_what_happens_between_steps(name: str, micro_batches: int) -> None:
     assert (TapeRecorder.ends > 0) == ends
 
 
+@pytest.mark.parametrize("name", ["an examined step", "a watched step", "a batch of another shape"])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_steps_between_replays_run_where_recordings_are_made(name: str, micro_batches: int) -> None:
+    """On a GPU that is their stream, to which the parameters' nodes of the autograd graph belong."""
+    config = tiny.config(cuda_graphs=True, optimizer_fusion=False, gradient_accumulation_steps=micro_batches)
+    engine = make(config)
+    run(engine, config, range(5))
+    before = TapeRecorder.warm_ups
+    HAPPENINGS[name][0](engine, config)
+    update = int(micro_batches > 1 and name == "a batch of another shape")
+    assert TapeRecorder.warm_ups == before + micro_batches + update
+
+
 def test_piece_by_piece_a_recording_is_made_once() -> None:
     recorder, values = TapeRecorder(), torch.zeros(2)
     piece = graphs.Piece(recorder, lambda: values.add_(1) * 2)
