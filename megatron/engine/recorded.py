@@ -15,8 +15,10 @@ What happens to the recordings:
     validation of another length, or with documents                              give way to others. The next steps
     a checkpoint that is loaded, a rollback of `spike_guard`                      warm up and are recorded again
 
-Gradients lie in the flat buffer of `GradientBuffer`, where the optimizer finds them at each step, in fp32 on one
-process too. No part of this has run on a GPU yet.
+Gradients lie in the flat fp32 buffer of `GradientBuffer`, also where a step on one process would do without: the
+kernels of the update find them in the same place at each step. What the passes need at their peak stays the recording's
+own, so a validation needs its memory beside it. Every optimizer of our engine is recorded. No part of this has run on a
+GPU yet.
 """
 
 from __future__ import annotations

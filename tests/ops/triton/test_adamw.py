@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron.engine import graphs
 from megatron.ops import adamw as plain
 from megatron.ops.triton import adamw
+from tests.engine.tape import TapeRecorder
 from tests.ops.triton.poison import poisoned
 
 SHAPES = [(3, 5), (1,), (64,), (7, 11), (2, 40)]
@@ -151,6 +153,39 @@ def test_a_rate_on_the_device_is_the_rate(moments: torch.dtype, device: torch.de
     for ours, same, theirs in zip(lists, on_host, formula, strict=True):
         assert all(torch.equal(*pair) for pair in zip(ours, same, strict=True))
         torch.testing.assert_close(ours, theirs, rtol=2**-7 if theirs[0].dtype == moments else 1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_recorded_update_reads_what_stands_on_the_device(
+    dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replays, with another rate and gradient each, write what the update itself writes. On a GPU of a CUDA graph."""
+    outcomes = []
+    for warm_up in (2, 10**9):
+        monkeypatch.setattr(graphs, "WARM_UP", warm_up)
+        generator = torch.Generator().manual_seed(8)
+        gradients, weights = Guarded(device, dtype).tensors, Guarded(device, torch.bfloat16).fill(generator)
+        masters, averages, squares = (Guarded(device).fill(generator) for _ in range(3))
+        torch._foreach_abs_(squares)
+        rate, step = torch.zeros((), device=device), torch.zeros((), device=device)
+
+        def update(lists=(gradients, masters, averages, squares, weights), rate=rate, step=step) -> Tensor:
+            step.add_(1)
+            total = adamw.sum_of_squares(lists[0])
+            adamw.adamw_update_(*lists, plain.coefficient_of(total.sqrt(), 1.0, 1.0), step, rate, **SETTINGS)
+            return total
+
+        piece = graphs.Piece(graphs.CudaRecorder(device) if device.type == "cuda" else TapeRecorder(), update)
+        totals = []
+        for number in range(5):
+            rate.fill_(1e-2 / (number + 1))
+            for tensor in gradients:
+                tensor.copy_(torch.randn(tensor.shape, generator=generator))
+            totals.append(piece().clone())
+        assert piece.is_recorded == (warm_up == 2)
+        outcomes.append([*totals, *masters, *averages, *squares, *weights])
+    assert all(torch.equal(*pair) for pair in zip(*outcomes, strict=True))
+    assert len({float(total) for total in outcomes[0][:5]}) == 5
 
 
 def test_a_table_serves_as_long_as_its_tensors_lie_where_they_lay(
