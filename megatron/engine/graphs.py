@@ -43,13 +43,18 @@ class Recorder(Protocol):
         """Record the work without doing it; return what does it, and what the work returned: tensors that it fills."""
         ...
 
-    def finish(self) -> None:
-        """Wait until no recording is at work any more, before all of them are given up."""
+    def start_anew(self) -> None:
+        """Wait until no recording is at work any more: all of them will be given up, before the next is made."""
         ...
 
 
 class CudaRecorder:
-    """Records CUDA graphs of one device, all on one stream and in one pool of memory."""
+    """Records CUDA graphs of one device, all on one stream and in one pool of memory.
+
+    The stream stays, whatever becomes of the recordings: a parameter's node in the autograd graph belongs to the stream
+    of the first backward pass as long as anything keeps it, and no recording may wait for another stream. So all
+    training with recordings between is done there, by `warm_up`.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -77,9 +82,10 @@ class CudaRecorder:
             raise EngineError(Problem("cuda_graphs = true", why, "Set cuda_graphs: auto.")) from error
         return graph.replay, found
 
-    def finish(self) -> None:
-        """Wait for the device."""
+    def start_anew(self) -> None:
+        """Wait for the device, and take memory for the next recordings from a new pool."""
         torch.cuda.synchronize(self._device)
+        self._pool = torch.cuda.graph_pool_handle()
 
 
 def _first(error: BaseException) -> BaseException:

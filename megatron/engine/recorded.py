@@ -53,7 +53,8 @@ class RecordedEngine(LocalEngine):
     def __init__(
         self, config: Config, mesh: Mesh, model: nn.Module, optimizer: Optimizer, objective: Objective
     ) -> None:
-        self._recordings = _Recordings(recorder_of(config, mesh))
+        self._recorder = recorder_of(config, mesh)
+        self._recordings = _Recordings(self._recorder)
         super().__init__(config, mesh, model, optimizer, objective)
         self._rate = torch.zeros((), dtype=torch.float32, device=mesh.device)
         self._bounds = Bounds.on(mesh.device)
@@ -79,7 +80,7 @@ class RecordedEngine(LocalEngine):
             return super()._do(batches, iteration, wishes, limits)
         if not self._takes(batches[0]):
             do = super()._do
-            return self._recordings.aside(lambda: do(batches, iteration, wishes, limits))
+            return self._recorder.warm_up(lambda: do(batches, iteration, wishes, limits))
         model = self._callable(training=True)
         self._bounds.tell(limits)
         self._rng.start_micro_batch(iteration, 0)
@@ -102,7 +103,7 @@ class RecordedEngine(LocalEngine):
         if self._is_whole:
             return super()._pass(model, batch, micro_batch, num_tokens)
         if not self._takes(batch):
-            return self._recordings.aside(lambda: self._complete_pass(model, batch, micro_batch, num_tokens))
+            return self._recorder.warm_up(lambda: self._complete_pass(model, batch, micro_batch, num_tokens))
         self._step_tokens.copy_(num_tokens)
         enter(Phase.FORWARD, micro_batch)
         name, number = ("other passes", 1) if micro_batch else ("first passes", 0)
@@ -159,8 +160,8 @@ class RecordedEngine(LocalEngine):
         if self._recordings.is_empty:
             return
         logger.info("cuda_graphs: steps are recorded anew, as %s", reason)
-        self._recordings.finish()
-        self._recordings = _Recordings(recorder_of(self._config, self._mesh))
+        self._recorder.start_anew()
+        self._recordings = _Recordings(self._recorder)
 
 
 class _Recordings:
@@ -188,11 +189,6 @@ class _Recordings:
             self._pieces[name] = Piece(self._recorder, work)
         return self._pieces[name]
 
-    def aside(self, work: Callable[[], Found]) -> Found:
-        """Do work that is not to be recorded, on the stream of the recordings: what a backward pass leaves behind in
-        the parameters' nodes of the autograd graph belongs to its stream."""
-        return self._recorder.warm_up(work)
-
     def fits(self, batch: Batch) -> bool:
         """Return whether a batch can be copied into the one in place, or is the first."""
         return batch.segments is None and (self._batch is None or _shape(batch) == _shape(self._batch))
@@ -208,10 +204,6 @@ class _Recordings:
             self._batch = Batch(*(torch.empty_like(each, memory_format=_DENSE) for each in _tensors(batch)))
         for place, values in zip(_tensors(self._batch), _tensors(batch), strict=True):
             place.copy_(values)
-
-    def finish(self) -> None:
-        """Wait until no recording is at work."""
-        self._recorder.finish()
 
 
 _DENSE = torch.contiguous_format

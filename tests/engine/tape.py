@@ -70,7 +70,7 @@ class TapeRecorder:
 
         return replay, found
 
-    def finish(self) -> None:
+    def start_anew(self) -> None:
         TapeRecorder.ends += 1
 
     @classmethod

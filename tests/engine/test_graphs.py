@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 import pytest
@@ -89,9 +90,11 @@ def notes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         def replay(self) -> None:
             found.append("replay")
 
+    streams, pools = count(1), count(1)
     stand_ins = {
-        "Stream": lambda device: Stream("side", found), "current_stream": lambda device: here, "stream": stream,
-        "graph": graph, "CUDAGraph": Graph, "graph_pool_handle": lambda: "pool",
+        "Stream": lambda device: Stream(f"side {next(streams)}", found),
+        "current_stream": lambda device: here, "stream": stream,
+        "graph": graph, "CUDAGraph": Graph, "graph_pool_handle": lambda: f"pool {next(pools)}",
         "synchronize": lambda device: found.append("wait"),
     }  # fmt: skip
     for name, value in stand_ins.items():
@@ -102,15 +105,18 @@ def notes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_work_is_warmed_up_on_the_stream_that_it_is_recorded_on(notes: list[str]) -> None:
     recorder = CudaRecorder(torch.device("cuda"))
     piece = Piece(recorder, lambda: notes.append("work"))
-    warm = ["side waits for here", "on side", "work", "off side", "here waits for side"]
+    warm = ["side 1 waits for here", "on side 1", "work", "off side 1", "here waits for side 1"]
     for _ in range(WARM_UP):
         piece()
     assert notes == warm * WARM_UP
     notes.clear()
     piece()
     piece()
-    recorder.finish()
-    assert notes == ["capture in pool on side, thread_local", "work", "captured", "replay", "replay", "wait"]
+    assert notes == ["capture in pool 1 on side 1, thread_local", "work", "captured", "replay", "replay"]
+    recorder.start_anew()
+    notes.clear()
+    recorder.record(lambda: notes.append("work"))
+    assert notes == ["capture in pool 2 on side 1, thread_local", "work", "captured"]
 
 
 @pytest.mark.usefixtures("notes")
