@@ -56,6 +56,14 @@ def test_fp32_is_the_run_on_the_cpu(stage: int, tmp_path: Path, on_cpu: dict[int
     assert losses(tmp_path) == pytest.approx(on_cpu, rel=1e-4)
 
 
+@pytest.mark.parametrize("size", [2, 4])
+def test_recorded_steps_are_those_of_the_run_on_the_cpu(size: int, tmp_path: Path, on_cpu: dict[int, float]) -> None:
+    """CUDA graphs of passes and updates, and of whole steps, with validations and checkpoints between the steps."""
+    shape = {"train_micro_batch_size_per_gpu": size, "gradient_accumulation_steps": 4 // size}
+    train(tmp_path, GPU, zero_optimization={"stage": 0}, cuda_graphs=GPU == "cuda", **shape)
+    assert losses(tmp_path) == pytest.approx(on_cpu, rel=1e-4)
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("stage", [0, 1])
 def test_half_precision_stays_near_it(precision: str, stage: int, tmp_path: Path, on_cpu: dict[int, float]) -> None:
