@@ -27,6 +27,7 @@ def attention_operation(features: Collection[str]) -> Operation:
             Candidate("flash3", "megatron.ops.attention_flash:FLASH3", "flash_attn_interface"),
             Candidate("flash2", "megatron.ops.attention_flash:FLASH2", "flash_attn"),
             *(Candidate(name, f"megatron.ops.attention_sdpa:{name.upper()}", "torch") for name in _OF_PYTORCH),
+            Candidate("cpp", "megatron.ops.cpu.attention:CPP", "", "megatron.ops.cpu.library:make_ready", "cpu"),
             Candidate("dense", "megatron.ops.attention_dense:DENSE", device=""),
         ),
         partial(probes.attention, features=present),

@@ -9,6 +9,7 @@ efficient   xFormers'; takes masks too
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -20,12 +21,17 @@ from megatron.ops.attention_backend import Backend, sixteen_bits, without
 from megatron.ops.attention_cpu import LONGEST_KEPT, blocked_attention
 from megatron.ops.sight import Sight
 
+Blocked = Callable[[Tensor, Tensor, Tensor, Sight], Tensor]
 
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, sight: Sight, dropout: float) -> Tensor:
+
+def sdpa(
+    query: Tensor, key: Tensor, value: Tensor, sight: Sight, dropout: float, blocked: Blocked = blocked_attention
+) -> Tensor:
+    """Return [b, n, q, d]. blocked: what trains on a CPU."""
     num_queries, num_keys = query.shape[2], key.shape[2]
     flag = _flag_is_enough(sight, num_queries, num_keys)
     if query.device.type == "cpu" and not dropout and _fits_blocks(query, key, sight, flag):
-        return blocked_attention(query, key, value, sight)
+        return blocked(query, key, value, sight)
     if flag:
         causal, grouped = sight.causal and num_queries > 1, query.shape[1] != key.shape[1]
         return F.scaled_dot_product_attention(
@@ -97,10 +103,10 @@ def _by(
     if kernel is SDPBackend.EFFICIENT_ATTENTION:
         key, value = _ungrouped(query, key, value)
     with sdpa_kernel(kernel):
-        return _sdpa(query, key, value, sight, dropout)
+        return sdpa(query, key, value, sight, dropout)
 
 
-SDPA = Backend("sdpa", _sdpa, _everything)
+SDPA = Backend("sdpa", sdpa, _everything)
 CUDNN = Backend("cudnn", partial(_by, SDPBackend.CUDNN_ATTENTION), _by_cudnn)
 FLASH = Backend("flash", partial(_by, SDPBackend.FLASH_ATTENTION), _flagged)
 EFFICIENT = Backend("efficient", partial(_by, SDPBackend.EFFICIENT_ATTENTION), _on_a_gpu)

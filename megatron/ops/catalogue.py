@@ -62,11 +62,13 @@ _OPERATIONS = (
     _element_wise(
         "add_rms_norm", "norms", probes.add_rms_norm, _liger("add_rms_norm"), twin="norms:add_rms_norm_reference"
     ),
-    _element_wise("rotate_packed", "rotary", probes.rotate_packed),
-    _element_wise("bias_gelu", "activations", probes.bias_activation),
-    _element_wise("bias_gelu_tanh", "activations", probes.bias_activation),
-    _element_wise("bias_swiglu", "activations", probes.bias_activation, _liger("bias_swiglu")),
-    _element_wise("bias_geglu", "activations", probes.bias_activation),
+    _element_wise("rotate_packed", "rotary", probes.rotate_packed, _cpp("rotary:rotate_packed")),
+    _element_wise("bias_gelu", "activations", probes.bias_activation, _cpp("activations:bias_gelu")),
+    _element_wise("bias_gelu_tanh", "activations", probes.bias_activation, _cpp("activations:bias_gelu_tanh")),
+    _element_wise(
+        "bias_swiglu", "activations", probes.bias_activation, _liger("bias_swiglu"), _cpp("activations:bias_swiglu")
+    ),
+    _element_wise("bias_geglu", "activations", probes.bias_activation, _cpp("activations:bias_geglu")),
     _element_wise("add_dropped", "dropout_add", probes.add_dropped, twin="dropout_add:add_dropped_reference"),
     _operation(
         "cross_entropy", "cross_entropy:block_losses", "cross_entropy:block_losses", probes.cross_entropy,

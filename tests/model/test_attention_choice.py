@@ -47,7 +47,8 @@ def chosen(choices: Choices) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("backend", "candidate", "line"),
     [
-        ("auto", "sdpa", "auto on cpu"),
+        ("auto", "cpp", "auto on cpu"),
+        ("cpp", "cpp", "cpp was asked for"),
         ("sdpa", "sdpa", "sdpa was asked for"),
         ("dense", "dense", "dense was asked for"),
         ("triton", "sdpa", "needs a CUDA device, and this is cpu"),

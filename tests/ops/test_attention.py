@@ -47,7 +47,7 @@ def test_evaluation_and_decoding(name: str, kind: str, queries: int) -> None:
 def test_blocks_on_a_cpu(kind: str, queries: int, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_cpu, "BLOCK", 16)
     monkeypatch.setattr(attention_cpu, "LONGEST_KEPT", kept)
-    blocks = list(attention_cpu._blocks(sight_of(kind, queries, 40), queries, 40))
+    blocks = list(attention_cpu.blocks_of(sight_of(kind, queries, 40), queries, 40))
     assert len(blocks) == -(-queries // 16)
     compare(SDPA, heads_of(2, queries, 40, torch.float32), sight_of(kind, queries, 40))
 
@@ -56,7 +56,7 @@ def test_blocks_on_a_cpu(kind: str, queries: int, kept: int, monkeypatch: pytest
 def test_blocks_leave_out_what_no_query_sees(kind: str, first: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_cpu, "BLOCK", 8)
     sight = replace(sight_of(kind, 48, 48), segments=torch.arange(48)[None] // 16 if kind == "documents" else None)
-    blocks = list(attention_cpu._blocks(sight, 48, 48))
+    blocks = list(attention_cpu.blocks_of(sight, 48, 48))
     assert blocks[-1].keys.start == first
     assert [block.keys.stop for block in blocks] == list(range(8, 49, 8))
 

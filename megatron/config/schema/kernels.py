@@ -10,8 +10,9 @@ LossFusion = Literal["auto", True, False, "triton", "cuda", "cpp"]
 Float8Fusion = Literal["auto", True, False, "triton", "transformer_engine"]
 Fusion = Literal["auto", True, False, "triton"]
 ElementWiseFusion = Literal["auto", True, False, "triton", "compile"]
+RotaryFusion = Literal["auto", True, False, "triton", "cpp", "compile"]
 NormFusion = Literal["auto", True, False, "triton", "apex", "liger", "transformer_engine", "compile"]
-ActivationFusion = Literal["auto", True, False, "triton", "liger", "compile"]
+ActivationFusion = Literal["auto", True, False, "triton", "liger", "cpp", "compile"]
 OptimizerFusion = Literal["auto", True, False, "triton", "apex"]
 
 _MEANING = (
@@ -19,12 +20,12 @@ _MEANING = (
     "a fused kernel wherever one can run; false: PyTorch's; or the name of one."
 )
 _COMPILED = (
-    f"{_MEANING} compile is torch.compile, the last that true tries, and all that it finds on a CPU, where it takes a "
-    "C++ compiler and seconds for each operation."
+    f"{_MEANING} compile is torch.compile, the last that true tries; on a CPU it takes a C++ compiler and seconds for "
+    "each operation."
 )
 
 
-AttentionBackend = Literal["auto", "sdpa", "cudnn", "flash", "efficient", "triton", "flash2", "flash3", "dense"]
+AttentionBackend = Literal["auto", "sdpa", "cudnn", "flash", "efficient", "triton", "flash2", "flash3", "cpp", "dense"]
 
 
 class KernelsConfig(Section):
@@ -33,9 +34,9 @@ class KernelsConfig(Section):
     attention_backend: AttentionBackend = setting(
         "auto",
         "What computes attention. auto: on a GPU what was measured to be the fastest there, else triton for windows, "
-        "documents and alibi, and sdpa. sdpa: PyTorch's, whichever of its kernels; cudnn, flash, efficient: that one. "
-        "triton: the library's own. flash2, flash3: the package flash-attn. dense: two products, with all scores in "
-        "memory. What one of them cannot compute goes to sdpa.",
+        "documents and alibi, and sdpa; on a CPU cpp. sdpa: PyTorch's, whichever of its kernels; cudnn, flash, "
+        "efficient: that one. triton: the library's own. cpp: its own for a CPU. flash2, flash3: the package "
+        "flash-attn. dense: two products, with all scores in memory. What one of them cannot compute goes to sdpa.",
     )
     scaled_upper_triang_masked_softmax_fusion: Fusion = setting(
         "auto", f"What computes the causal softmax of attention_backend: dense. {_MEANING}"
@@ -45,7 +46,7 @@ class KernelsConfig(Section):
     )
     layernorm_fusion: NormFusion = setting("auto", f"What computes norm: layernorm. {_COMPILED}")
     rmsnorm_fusion: NormFusion = setting("auto", f"What computes norm: rmsnorm. {_COMPILED}")
-    rope_fusion: ElementWiseFusion = setting("auto", f"What turns queries and keys by their positions. {_COMPILED}")
+    rope_fusion: RotaryFusion = setting("auto", f"What turns queries and keys by their positions. {_COMPILED}")
     activation_fusion: ActivationFusion = setting(
         "auto", f"What computes the bias and the activation of an MLP: gelu, swiglu and geglu. {_COMPILED}"
     )

@@ -1,0 +1,65 @@
+"""Attention in blocks with what stands between its products in one pass, in place: attention.cpp says how."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from megatron.ops.attention_backend import Backend, without
+from megatron.ops.attention_cpu import EAGER, Between, Block, blocked_attention
+from megatron.ops.attention_sdpa import sdpa
+from megatron.ops.cpu.library import DTYPES, is_plain, kernel
+from megatron.ops.sight import Sight
+
+_CAN = {"window", "segments", "padding", "slopes"}
+
+
+class _InOnePass(Between):
+    def probabilities_(self, scores: Tensor, block: Block) -> None:
+        first, last, stride = _bounds(block)
+        slopes = None if block.sight.slopes is None else block.sight.slopes.float().contiguous()
+        kernel("deepy_seen_softmax", "pippipiiiiii")(
+            scores.data_ptr(), DTYPES[scores.dtype], first, last, stride,
+            None if slopes is None else slopes.data_ptr(), *scores.shape, block.keys.start,
+            block.queries.start + block.num_keys - block.num_queries - block.keys.start,
+        )  # fmt: skip
+
+    def gradient(self, gradient: Tensor, probabilities: Tensor, block: Block) -> Tensor:
+        first, last, stride = _bounds(block)
+        kernel("deepy_seen_softmax_gradient", "ppippiiiiii")(
+            probabilities.data_ptr(), gradient.data_ptr(), DTYPES[gradient.dtype], first, last, stride,
+            *gradient.shape, block.keys.start,
+        )  # fmt: skip
+        return gradient
+
+    def add_(self, total: Tensor, part: Tensor) -> None:
+        part = part.contiguous()
+        kernel("deepy_add_rows", "pipiii")(
+            total.data_ptr(), total.stride(0), part.data_ptr(), DTYPES[part.dtype], len(part), part[0].numel()
+        )
+
+
+def _bounds(block: Block) -> tuple[int, int, int]:
+    """Return where the first and the last key of each query of the block stand, and the steps between rows."""
+    bounds = block.sight.bounds(block.num_queries, block.num_keys, torch.device("cpu"))
+    begin = block.queries.start * bounds.first.element_size()
+    stride = bounds.first.shape[1] if len(bounds.first) > 1 else 0
+    return bounds.first.data_ptr() + begin, bounds.last.data_ptr() + begin, stride
+
+
+IN_ONE_PASS = _InOnePass()
+
+
+def _blocked(query: Tensor, key: Tensor, value: Tensor, sight: Sight) -> Tensor:
+    return blocked_attention(query, key, value, sight, IN_ONE_PASS if is_plain(query, key, value) else EAGER)
+
+
+def _lacks(query: Tensor, key: Tensor, sight: Sight, dropout: float) -> str:
+    if query.device.type != "cpu":
+        return f"needs a CPU, and this is {query.device.type}"
+    return without(sight, key.shape[2], dropout, _CAN)
+
+
+CPP = Backend("cpp", partial(sdpa, blocked=_blocked), _lacks)
