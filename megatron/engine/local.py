@@ -4,8 +4,9 @@ Norm, clipping, the choice to skip a step and the loss scale stay on the device,
 (`optim/one_pass.py`, `optim/where.py`).
 
 It is plain data parallelism in fp32: gradients are summed over micro-batches and ranks in one flat fp32 buffer,
-masters are fp32, and every rank applies the same update. In fp32 on one rank there is no buffer, since autograd's
-own gradients are that sum. It hands the optimizer whole tensors, so optimizers that need rows and columns run here.
+masters are fp32, and every rank applies the same update. There is no buffer where autograd's own gradients are that
+sum: on one rank in fp32, or, of one micro-batch, in the weights' dtype, which AdamW converts as it reads them. It hands
+the optimizer whole tensors, so optimizers that need rows and columns run here.
 Under tensor parallelism each rank does this with its share; gradients that are partial are summed once a step.
 """
 
@@ -57,14 +58,14 @@ class LocalEngine(MicroBatchEngine):
         self._masters = {name: _master(p) for name, p in self._trained.items()}
         self._optimizer = optimizer
         self._give_masters()
+        self._clip = float(config.optimizer.gradient_clipping)
+        situation = Situation(mesh.device, _TYPES[config.numerics.weight_precision], config.model.hidden_size)
+        self._one_pass = one_pass(config, optimizer, self._rounded(), situation)
         region = TensorRegion(mesh.tp, config.parallel.sequence_parallel)
         self._gradients = None if self._is_direct() else GradientBuffer(self._trained, self._masters, mesh, region)
         self._scaler = (
             LossScale(config.deepspeed.fp16 or {}, mesh.device) if config.numerics.precision == "fp16" else None
         )
-        self._clip = float(config.optimizer.gradient_clipping)
-        situation = Situation(mesh.device, _TYPES[config.numerics.weight_precision], config.model.hidden_size)
-        self._one_pass = one_pass(config, optimizer, self._rounded(), situation)
         state.make_states(self._holdings())
 
     @property
@@ -85,6 +86,7 @@ class LocalEngine(MicroBatchEngine):
     def read_back(self) -> dict[str, Any]:
         """Return what the live engine does, under the names of the keys that asked for it; all ranks must call it."""
         size, dp = self._config.batch.train_micro_batch_size_per_gpu, self._mesh.dp.size  # cp ranks share sequences
+        # Autograd's own gradients are sums in fp32, or of one micro-batch, which nothing is added to.
         sums = "fp32" if self._gradients is None else verify.DTYPES[self._gradients.flat.dtype]
         return {
             "zero_optimization.stage": 0,
@@ -104,8 +106,11 @@ class LocalEngine(MicroBatchEngine):
         }
 
     def _is_direct(self) -> bool:
-        """Return whether autograd's own gradients are the step's sum: in fp32 on one rank."""
-        return self._config.numerics.weight_precision == "fp32" and self._mesh.replicas.size == self._mesh.tp.size == 1
+        """Return whether autograd's own gradients are the step's: on one rank, in fp32 or of one micro-batch."""
+        if not self._mesh.replicas.size == self._mesh.tp.size == 1:
+            return False
+        is_read_as_it_is = self._num_micro_batches == 1 and self._one_pass is not None
+        return is_read_as_it_is or self._config.numerics.weight_precision == "fp32"
 
     def _give_masters(self) -> None:
         masters = {id(self._trained[name]): master for name, master in self._masters.items()}
@@ -119,8 +124,7 @@ class LocalEngine(MicroBatchEngine):
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         if self._gradients is None:
-            for parameter in self._trained.values():
-                parameter.grad = None
+            self._free_gradients()
         else:
             self._gradients.start()
         return self._scaler.cur_scale.clone() if self._scaler else 1.0  # of this step, whose update changes it
@@ -134,13 +138,20 @@ class LocalEngine(MicroBatchEngine):
 
     @torch.no_grad()
     def _update(self, verdict: Verdict) -> Update:
-        return self._step_by(self._reduced(), verdict)
+        update = self._step_by(self._reduced(), verdict)
+        if self._gradients is None:
+            self._free_gradients()  # what comes between steps may use the memory
+        return update
+
+    def _free_gradients(self) -> None:
+        for parameter in self._trained.values():
+            parameter.grad = None
 
     @torch.no_grad()
     def _step_by(self, gradients: list[Tensor], verdict: Verdict) -> Update:
         """Apply the gradient of the whole step, as `_reduced` returns it, if the verdict allows."""
         scale = self._loss_scale()
-        self._show_gradients(((n, m.grad) for n, m in self._masters.items() if m.grad is not None), scale)
+        self._show_gradients(self._named_gradients(), scale)
         operation = sum_of_squares if self._one_pass is None else self._one_pass.squares
         squares = operation(gradients) if self._gradients is None else self._gradients.squares(operation)
         norm = squares.sqrt() / scale
@@ -156,10 +167,17 @@ class LocalEngine(MicroBatchEngine):
         return Update(norm, refused, self._scaler.update(~torch.isfinite(norm)))
 
     def _reduced(self) -> list[Tensor]:
-        """Return the gradient of the whole step, summed over the ranks, as few fp32 tensors."""
+        """Return the gradient of the whole step, summed over the ranks, as one fp32 tensor or autograd's own."""
         if self._gradients is not None:
             return [self._gradients.reduce()]
-        return [master.grad for master in self._masters.values() if master.grad is not None]
+        return [gradient for _, gradient in self._named_gradients()]
+
+    def _named_gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield each parameter's gradient of the whole step, fp32 or in the weights' dtype."""
+        for name, master in self._masters.items():
+            gradient = self._trained[name].grad if master.grad is None else master.grad
+            if gradient is not None:
+                yield name, gradient
 
     def _publish(self) -> None:
         """Round the masters into the weights; in fp32 they are the same tensors."""
@@ -199,11 +217,12 @@ class GradientBuffer:
     ) -> None:
         self._mesh = mesh
         self._region = region
+        names = list(trained)
         kinds = {name: _kind(parameter, region) for name, parameter in trained.items()}
         trained = {name: trained[name] for name in sorted(trained, key=lambda name: kinds[name])}
         self._sizes = [sum(p.numel() for name, p in trained.items() if kinds[name] == kind) for kind in range(3)]
         self.flat = torch.zeros(sum(p.numel() for p in trained.values()), dtype=torch.float32, device=mesh.device)
-        self._views: list[Tensor] = []
+        self._views: list[Tensor] = []  # one for each parameter, in the buffer's order
         self._written: list[bool] = []
         offset = 0
         for index, (name, parameter) in enumerate(trained.items()):
@@ -214,6 +233,8 @@ class GradientBuffer:
             if masters[name] is not parameter:
                 masters[name].grad = view
             parameter.register_post_accumulate_grad_hook(self._hook(index))
+        places = {name: place for place, name in enumerate(trained)}
+        self._in_order = [self._views[places[name]] for name in names]
         self._direct = [
             (p, view) for p, view in zip(trained.values(), self._views, strict=True) if p.dtype == view.dtype
         ]
@@ -250,10 +271,13 @@ class GradientBuffer:
     def squares(self, operation: Function) -> Tensor:
         """Return the square of the norm of the whole model's gradient, in which replicated parameters count once, fp64.
 
-        operation: what computes `megatron.ops.adamw.sum_of_squares`."""
+        operation: what computes `megatron.ops.adamw.sum_of_squares`. On one rank it is given what it would be given
+        without a buffer: both make the same number.
+        """
+        if not self._region.is_split:
+            return operation(self._in_order)
         squares = torch.stack([operation([part]) for part in self.flat.split(self._sizes)])
-        if self._region.is_split:
-            dist.all_reduce(squares[_SPLIT], group=self._mesh.tp.group)
+        dist.all_reduce(squares[_SPLIT], group=self._mesh.tp.group)
         return squares.sum()
 
     def _hook(self, index: int) -> Callable[[Tensor], None]:

@@ -20,9 +20,9 @@ from torch import Tensor
 
 
 def sum_of_squares(tensors: list[Tensor]) -> Tensor:
-    """Return the sum of the squares of all elements, an fp64 scalar on the tensors' device."""
-    norms = torch.stack(torch._foreach_norm(tensors)).double()
-    return norms.square().sum()
+    """Return the sum of the squares of all elements, an fp64 scalar on the tensors' device; halves count as fp32."""
+    norms = [norm for group in _groups(tensors) for norm in torch._foreach_norm(_in_fp32(tensors[group]))]
+    return torch.stack(norms).double().square().sum()
 
 
 def coefficient_of(norm: Tensor, loss_scale: float | Tensor, clip: float) -> Tensor:
@@ -65,7 +65,8 @@ def adamw_update_(
 ) -> None:
     """Update masters, their moments and the weights in place, by PyTorch's fused kernel and a copy.
 
-    gradients, masters, averages, squares: fp32, of the same shapes; what becomes of the gradients is not said. The
+    gradients, masters, averages, squares: fp32, of the same shapes; what becomes of the gradients is not said, and they
+    may be halves, which count as their fp32 copies. The
     averages and squares may be bf16, which are rounded by `seed` and the tensors' numbers, counted from `first`.
     weights: the masters' rounded copies, of one dtype, or an empty list. coefficient: from `coefficient_of`; where it
     is not finite nothing changes. step: t of this update, an fp32 scalar on the device. rate: a number, or an fp32
@@ -76,25 +77,47 @@ def adamw_update_(
         numbers: tuple[Any, ...] = rate, beta1, beta2, eps, weight_decay, seed, first
         adamw_update_reference_(*lists, coefficient, step, *numbers)
         return
-    torch._fused_adamw_(
-        masters,
-        gradients,
-        averages,
-        squares,
-        [],
-        [step] * len(masters),
-        amsgrad=False,
-        lr=rate,
-        beta1=beta1,
-        beta2=beta2,
-        weight_decay=weight_decay,
-        eps=eps,
-        maximize=False,
-        grad_scale=coefficient.reciprocal(),
-        found_inf=1.0 - torch.isfinite(coefficient).float(),
-    )
+    for group in _groups(gradients):
+        torch._fused_adamw_(
+            masters[group],
+            _in_fp32(gradients[group]),
+            averages[group],
+            squares[group],
+            [],
+            [step] * len(masters[group]),
+            amsgrad=False,
+            lr=rate,
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=weight_decay,
+            eps=eps,
+            maximize=False,
+            grad_scale=coefficient.reciprocal(),
+            found_inf=1.0 - torch.isfinite(coefficient).float(),
+        )
     if weights:
         torch._foreach_copy_(weights, masters)
+
+
+def _groups(gradients: list[Tensor]) -> list[slice]:
+    """Return all places of the list, in groups that are converted to fp32 at once; one group where nothing is."""
+    if not gradients or gradients[0].dtype == torch.float32:
+        return [slice(0, len(gradients))]
+    starts, elements = [0], 0
+    for place, gradient in enumerate(gradients):
+        elements += gradient.numel()
+        if elements > _CONVERTED and place > starts[-1]:
+            starts.append(place)
+            elements = gradient.numel()
+    return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], len(gradients)], strict=True)]
+
+
+def _in_fp32(gradients: list[Tensor]) -> list[Tensor]:
+    return [gradient.float() for gradient in gradients]
+
+
+_CONVERTED = 2**24
+"""Elements of gradients whose fp32 copies are there at once, unless one gradient has more."""
 
 
 def adamw_update_reference_(
@@ -122,7 +145,7 @@ def adamw_update_reference_(
     for index, tensors in enumerate(zip(gradients, masters, averages, squares, strict=True)):
         for start in range(0, tensors[0].numel(), size):
             gradient, master, average, square = (tensor.reshape(-1)[start : start + size] for tensor in tensors)
-            gradient = gradient * coefficient
+            gradient = gradient.float() * coefficient
             new_average = torch.lerp(average.float(), gradient, 1.0 - beta1)
             new_square = (square.float() * beta2).addcmul_(gradient, gradient, value=1.0 - beta2)
             change = new_average / new_square.sqrt().mul_(root).add_(eps)

@@ -18,9 +18,11 @@ _CORRECTED = 1  # for the moments' start at zero
 
 
 def sum_of_squares(tensors: list[Tensor]) -> Tensor:
-    """`megatron.ops.adamw.sum_of_squares`: of fp32 tensors, added up in fp32."""
+    """`megatron.ops.adamw.sum_of_squares`, added up in fp32."""
     flag = torch.zeros(1, dtype=torch.int, device=tensors[0].device)
-    norm: Tensor = multi_tensor_applier(amp_C.multi_tensor_l2norm, flag, [tensors], False)[0]
+    norm: Tensor = multi_tensor_applier(
+        amp_C.multi_tensor_l2norm, flag, [[tensor.float() for tensor in tensors]], False
+    )[0]
     return norm.double().square().squeeze()
 
 

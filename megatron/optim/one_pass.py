@@ -30,7 +30,7 @@ class OnePassAdamW:
     """Steps torch's AdamW or ours, whose parameters are fp32 masters, all of them or none with a rounded weight.
 
     weights: the weight of each master, by the master's id. update, squares: the operations `adamw_update_` and
-    `sum_of_squares`. A parameter without a gradient has the gradient 0.
+    `sum_of_squares`. A gradient is a master's, or its weight's in the weight's dtype; where there is none it is 0.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class OnePassAdamW:
             steps = [state["step"] for state in states]
             torch._foreach_add_(steps, [counted] * len(steps))
             self._update(
-                [_gradient(master) for master in masters],
+                [_gradient(master, self._weights.get(id(master), master)) for master in masters],
                 [master.detach() for master in masters],
                 [state["exp_avg"] for state in states],
                 [state["exp_avg_sq"] for state in states],
@@ -91,5 +91,6 @@ def one_pass(
     return OnePassAdamW(optimizer, weights, update, squares)
 
 
-def _gradient(master: Tensor) -> Tensor:
-    return torch.zeros_like(master) if master.grad is None else master.grad.contiguous()
+def _gradient(master: Tensor, weight: Tensor) -> Tensor:
+    gradient = weight.grad if master.grad is None else master.grad
+    return torch.zeros_like(weight) if gradient is None else gradient.contiguous()

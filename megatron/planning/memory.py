@@ -5,11 +5,12 @@ b bytes each (4, or 2 under moments_dtype: bf16) and D replicas (data-parallel G
 engines of this library hold it:
 
     stage                      weights   masters   moments    gradients
-    0  (our own engine)        w P       4 P *     b m P      4 P **
+    0  (our own engine)        w P       4 P *     b m P      4 P **, ***
     1                          w P       4 P / D   b m P / D  4 P
     2                          w P       4 P / D   b m P / D  4 P / D
     3                          w P / D   4 P / D * b m P / D  4 P / D
     * none in fp32, where the weights are the masters    ** of the largest tensor alone under optimizer_in_backward
+    *** w P of one process with one micro-batch and AdamW: autograd's own, which come as the activations go
 
 Under offload_activations the activations of two blocks are on the GPU at once, and the rest in the CPU's memory.
 
@@ -58,7 +59,7 @@ class StageMemory:
     activations: what waits for its backward pass, of all micro-batches in flight. loss: of the last stage.
     working: of the block that is being computed. buffers: of communication. update: what the update needs beside the
     state, when activations and loss are gone. reserve: allowance for what no tensor shows. travelling: activations in
-    the CPU's memory instead of the GPU's.
+    the CPU's memory instead of the GPU's. gradients_come: they are not there before activations and loss go.
     """
 
     stage: int
@@ -72,11 +73,14 @@ class StageMemory:
     update: int
     reserve: int
     travelling: int = 0
+    gradients_come: bool = False
 
     @property
     def backward(self) -> int:
         """Bytes in the backward pass."""
-        return self.state.total + self.activations + self.loss + self.working + self.buffers + self.reserve
+        kept, gradients = self.activations + self.loss, self.state.gradients
+        changing = max(kept, gradients) if self.gradients_come else kept + gradients
+        return self.state.total - gradients + changing + self.working + self.buffers + self.reserve
 
     @property
     def total(self) -> int:
@@ -108,6 +112,7 @@ def stage_memory(
                 update=update_bytes(config, layout, numel),
                 reserve=int(reserve),
                 travelling=held - near,
+                gradients_come=has_own_gradients(config, layout),
             )
         )
     return result
@@ -117,7 +122,7 @@ def state_bytes(config: Config, layout: Layout, numel: int) -> State:
     """Return the state of `numel` parameters on a GPU; offloaded states count nothing."""
     weight, shards, stage = WEIGHT_BYTES[config.numerics.weight_precision], layout.replicas, layout.zero_stage
     share = -(-numel // shards)
-    gradient = _gradient_bytes(config) if stage else 4
+    gradient = _gradient_bytes(config) if stage else weight if has_own_gradients(config, layout) else 4
     own = numel if stage == 0 else share
     return State(
         weights=weight * (share if stage == 3 else numel),
@@ -138,6 +143,12 @@ def num_moments(config: Config) -> float:
 def is_adam(config: Config) -> bool:
     """Return whether the optimizer is one whose moments may be kept in bf16."""
     return str(config.optimizer.optimizer.get("type", "adam")).lower() in ("adam", "adamw", "cpu_torch_adam")
+
+
+def has_own_gradients(config: Config, layout: Layout) -> bool:
+    """Return whether autograd's own gradients are those of the step, on one process that adds none up."""
+    is_alone = layout.zero_stage == 0 and layout.gpus == layout.accumulation == 1
+    return is_alone and is_adam(config) and not layout.at_once and config.kernels.cuda_graphs is not True
 
 
 def buffer_bytes(config: Config, layout: Layout, numel: int) -> int:

@@ -103,7 +103,7 @@ def capture_gradients(engine: Any) -> list[dict[str, Tensor]]:
 
         def recording_reduced() -> list[Tensor]:
             gradients = reduced()
-            record.append({name: master.grad.clone() for name, master in engine._masters.items()})
+            record.append({name: gradient.float().clone() for name, gradient in engine._named_gradients()})
             return gradients
 
         engine._reduced = recording_reduced

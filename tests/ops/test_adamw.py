@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron.ops import adamw
 from megatron.ops.adamw import (
     adamw_update_,
     adamw_update_reference_,
@@ -54,6 +55,24 @@ def test_steps(clip: float, loss_scale: float, update: Callable[..., None]) -> N
         torch.testing.assert_close(averages[index], optimizer.state[twin]["exp_avg"], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(squares[index], optimizer.state[twin]["exp_avg_sq"], rtol=1e-5, atol=1e-6)
         assert torch.equal(weights[index], masters[index].bfloat16())
+
+
+@pytest.mark.parametrize("converted", [2**24, 9])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("update", UPDATES)
+def test_halves_count_as_their_fp32_copies(
+    update: Callable[..., None], dtype: torch.dtype, converted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adamw, "_CONVERTED", converted)
+    gradients, found = [(300.0 * gradient).to(dtype) for gradient in draw(1)], []
+    for given in (gradients, [gradient.float() for gradient in gradients]):
+        squares = sum_of_squares(given)
+        lists = [draw(0), *([torch.zeros_like(each) for each in draw(0)] for _ in range(2))]
+        weights = [master.to(dtype) for master in lists[0]]
+        coefficient = coefficient_of(squares.sqrt(), 1.0, 0.5)
+        update(given, *lists, weights, coefficient, torch.tensor(1.0), 1e-2, **SETTINGS)
+        found.append([squares, *(tensor for each in (*lists, weights) for tensor in each)])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("update", UPDATES)

@@ -5,11 +5,13 @@ import math
 from collections import Counter
 
 import pytest
+import torch
 from deepspeed.runtime.pipe.schedule import BackwardPass
 from torch.autograd.graph import saved_tensors_hooks
 
 from megatron.engine.build import build_engine
 from megatron.engine.local import LocalEngine
+from megatron.engine.memory import held
 from megatron.model import offload
 from megatron.model.build import build_model
 from megatron.objectives.build import build_objective
@@ -287,3 +289,26 @@ def test_gpt_neox_20b_fits_where_it_was_trained():
     planned = stage_memory(resolved, Layout.of(resolved), stages(resolved, 50432, 4, 2), 50432)
     assert 15 * 2**30 < max(stage.total for stage in planned) < 40 * 2**30
     assert sum(stage.num_parameters for stage in stages(resolved, 50432, 4)) == 20_554_567_680
+
+
+@pytest.mark.parametrize("keys", [{}, {"precision": "fp32"}, {"precision": "fp16"}, {"gradient_accumulation_steps": 2}])
+def test_gradients_of_one_process(keys):
+    """Autograd's own where nothing is added to them, which are there only when activations go."""
+    resolved = config(1, **{"gradient_accumulation_steps": 1, **keys})
+    model = build_model(resolved, VOCAB, Mesh.single())
+    engine = build_engine(resolved, Mesh.single(), model, build_objective())
+    found, update = [], engine._update
+
+    def measured_update(*arguments):
+        found.append(held(engine, torch.device("cpu")).gradients)
+        return update(*arguments)
+
+    engine._update = measured_update
+    engine.train_step([batch(resolved) for _ in range(resolved.batch.gradient_accumulation_steps)], 0)
+    (planned,) = stage_memory(resolved, Layout.of(resolved), stages(resolved, VOCAB, 1), VOCAB, reserve=0)
+    assert found == [planned.state.gradients]
+    kept, rest = planned.activations + planned.loss, planned.working + planned.buffers
+    if keys.get("gradient_accumulation_steps") == 2:
+        assert planned.backward == planned.state.total + kept + rest
+    else:
+        assert planned.backward == planned.state.total - found[0] + max(kept, found[0]) + rest
