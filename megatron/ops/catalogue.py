@@ -93,11 +93,11 @@ _OPERATIONS = (
     ),
     _operation(
         "sum_of_squares", "adamw:sum_of_squares", "adamw:sum_of_squares", probes.sum_of_squares,
-        "adamw:sum_of_squares", _apex("apex_adam:sum_of_squares"),
+        "adamw:sum_of_squares", _apex("apex_adam:sum_of_squares"), _cpp("adamw:sum_of_squares"),
     ),
     _operation(
         "adamw_update_", "adamw:adamw_update_", "adamw:adamw_update_reference_", probes.adamw_update_,
-        "adamw:adamw_update_", _apex("apex_adam:adamw_update_"),
+        "adamw:adamw_update_", _apex("apex_adam:adamw_update_"), _cpp("adamw:adamw_update_"),
     ),
     replace(
         _operation(

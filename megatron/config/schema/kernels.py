@@ -13,7 +13,7 @@ ElementWiseFusion = Literal["auto", True, False, "triton", "compile"]
 RotaryFusion = Literal["auto", True, False, "triton", "cpp", "compile"]
 NormFusion = Literal["auto", True, False, "triton", "apex", "liger", "transformer_engine", "compile"]
 ActivationFusion = Literal["auto", True, False, "triton", "liger", "cpp", "compile"]
-OptimizerFusion = Literal["auto", True, False, "triton", "apex"]
+OptimizerFusion = Literal["auto", True, False, "triton", "apex", "cpp"]
 
 _MEANING = (
     "auto: on a GPU what was measured to be the fastest there, on a CPU cpp where there is one, else PyTorch's; true: "

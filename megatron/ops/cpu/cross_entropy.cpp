@@ -4,9 +4,13 @@
 //     m = max(x);   z = sum(exp(x - m));   loss = (m - x[label]) + log z
 //     d loss / d x = exp(x - m) / z - [column is label]
 //
-// z is summed in fp64 over runs of fp32: a loss is exact to fp32's last digits for any vocabulary.
+// A block of a row is looked at twice while it is in the core's first cache. z is summed in fp64 over blocks, so that a
+// loss is exact to fp32's last digits for any vocabulary.
+#include <algorithm>
 #include <cmath>
+#include <limits>
 #include <memory>
+#include <type_traits>
 
 #include "parallel.h"
 #include "vectors.h"
@@ -14,49 +18,74 @@
 namespace deepy {
 namespace {
 
-constexpr int64_t RUN = 64 * LANES;  // summed in fp32
+constexpr int64_t BLOCK = 64 * LANES;
 
 template <class T>
-float maximum_of(const T* row, int64_t size) {
+float maximum_of(const T* values, int64_t size) {
     const float lowest = -std::numeric_limits<float>::infinity();
     Floats found[4] = {all(lowest), all(lowest), all(lowest), all(lowest)};
     int64_t column = 0;
     for (; column + 4 * LANES <= size; column += 4 * LANES)
-        for (int part = 0; part < 4; ++part) found[part] = larger(load(row + column + part * LANES), found[part]);
-    for (; column + LANES <= size; column += LANES) found[0] = larger(load(row + column), found[0]);
-    if (column < size) found[1] = larger(load_some(row + column, size - column, lowest), found[1]);
+        for (int part = 0; part < 4; ++part) found[part] = larger(load(values + column + part * LANES), found[part]);
+    for (; column + LANES <= size; column += LANES) found[0] = larger(load(values + column), found[0]);
+    if (column < size) found[1] = larger(load_some(values + column, size - column, lowest), found[1]);
     return largest(larger(larger(found[0], found[1]), larger(found[2], found[3])));
 }
 
-// Returns z. Where KEEPS, weights[c] = exp(row[c] - maximum); weights may be the row.
+// Returns the sum of exp(values - shift), none of which is above the shift. Where KEEPS, weights are what is summed.
 template <bool KEEPS, class T>
-double sum_of_weights(const T* row, int64_t size, float maximum, float* weights) {
-    const Floats shift = all(maximum);
-    double total = 0.0;
+float block_sum(const T* values, int64_t size, float shift, float* weights) {
+    Floats partial[2] = {};
     int64_t column = 0;
-    while (column + LANES <= size) {
-        const int64_t end = column + RUN < size - LANES + 1 ? column + RUN : size - LANES + 1;
-        Floats partial[2] = {};
-        for (int part = 0; column < end; column += LANES, part ^= 1) {
-            Floats weight = exponential(load(row + column) - shift);
+    for (; column + 2 * LANES <= size; column += 2 * LANES)
+        for (int part = 0; part < 2; ++part) {
+            __builtin_prefetch(values + column + BLOCK + part * LANES);  // what comes next, while this is computed
+            const Floats weight = exponential_below_zero(load(values + column + part * LANES) - shift);
             partial[part] += weight;
-            if (KEEPS) store(weights + column, weight);
+            if (KEEPS) store(weights + column + part * LANES, weight);
         }
-        total += sum(partial[0] + partial[1]);
+    for (; column < size; column += LANES) {
+        const int64_t count = std::min<int64_t>(LANES, size - column);
+        Floats rest = load_some(values + column, count, -std::numeric_limits<float>::infinity());
+        const Floats weight = exponential_below_zero(rest - shift);
+        partial[0] += weight;
+        if (KEEPS) store_some(weights + column, weight, count);
     }
-    if (column < size) {
-        Floats weight = exponential(load_some(row + column, size - column, 0.0f) - shift);
-        if (KEEPS) store_some(weights + column, weight, size - column);
-        for (int64_t lane = 0; lane < size - column; ++lane) total += weight[lane];
+    return sum(partial[0] + partial[1]);
+}
+
+struct Row {
+    float maximum;
+    double total;  // of exp(x - maximum)
+};
+
+// Where KEEPS, weights[c] = exp(row[c] - shifts[c / BLOCK]), and weights may be the row; a block's shift is the largest
+// value up to its end, so that every value is read from memory once.
+template <bool KEEPS, class T>
+Row statistics_of(const T* row, int64_t size, float* weights, float* shifts) {
+    const float lowest = -std::numeric_limits<float>::infinity();
+    Row result = {lowest, 0.0};
+    for (int64_t column = 0; column < size; column += BLOCK) {
+        const int64_t count = std::min(BLOCK, size - column);
+        const float largest_here = maximum_of(row + column, count);
+        if (largest_here > result.maximum) {
+            result.total *= std::exp(static_cast<double>(result.maximum) - largest_here);
+            result.maximum = largest_here;
+        }
+        const float shift = result.maximum == lowest ? 0.0f : result.maximum;  // so far all are 0
+        result.total += block_sum<KEEPS>(row + column, count, shift, weights + column);
+        if (KEEPS) shifts[column / BLOCK] = result.maximum;
     }
-    return total;
+    return result;
 }
 
 template <class T>
-void write_scaled(T* row, const float* weights, int64_t size, float factor) {
+void write_scaled(T* values, const float* weights, int64_t size, float factor) {
     int64_t column = 0;
-    for (; column + LANES <= size; column += LANES) store(row + column, load(weights + column) * factor);
-    if (column < size) store_some(row + column, load_some(weights + column, size - column, 0.0f) * factor, size - column);
+    for (; column + LANES <= size; column += LANES)
+        store_normal(values + column, load(weights + column) * factor);
+    if (column < size)
+        store_some(values + column, load_some(weights + column, size - column, 0.0f) * factor, size - column);
 }
 
 template <class T>
@@ -65,17 +94,24 @@ void store_one(T* pointer, float value) {
 }
 
 template <class T>
-float row_loss(T* row, int64_t size, int64_t label, bool has_gradient, float scale, float* scratch) {
-    const float maximum = maximum_of(row, size), target = load_one(row + label);
+float row_loss(T* row, int64_t size, int64_t label, bool has_gradient, float scale, float* scratch, float* shifts) {
+    const float target = load_one(row + label);
     float* weights = sizeof(T) == sizeof(float) ? reinterpret_cast<float*>(row) : scratch;
-    const double total = has_gradient ? sum_of_weights<true>(row, size, maximum, weights)
-                                      : sum_of_weights<false>(row, size, maximum, weights);
+    const Row found = has_gradient ? statistics_of<true>(row, size, weights, shifts)
+                                   : statistics_of<false>(row, size, weights, shifts);
     if (has_gradient) {
-        const float of_label = static_cast<float>((weights[label] / total - 1.0) * scale);
-        write_scaled(row, weights, size, static_cast<float>(scale / total));
-        store_one(row + label, of_label);
+        float factor = 0.0f, shift = std::numeric_limits<float>::quiet_NaN();
+        for (int64_t column = 0; column < size; column += BLOCK) {
+            if (shifts[column / BLOCK] != shift) {
+                shift = shifts[column / BLOCK];
+                factor = static_cast<float>(scale * std::exp(static_cast<double>(shift) - found.maximum) / found.total);
+            }
+            write_scaled(row + column, weights + column, std::min(BLOCK, size - column), factor);
+        }
+        const double share = std::exp(static_cast<double>(target) - found.maximum) / found.total;
+        store_one(row + label, static_cast<float>((share - 1.0) * scale));
     }
-    return static_cast<float>((static_cast<double>(maximum) - target) + std::log(total));
+    return static_cast<float>((static_cast<double>(found.maximum) - target) + std::log(found.total));
 }
 
 int64_t first_outside(const int64_t* labels, int64_t rows, int64_t size) {
@@ -103,9 +139,11 @@ DEEPY_EXPORT int64_t deepy_block_losses(
         parallel_for(0, rows, grain(size), [&](int64_t first, int64_t last) {
             const bool needs_scratch = has_gradient && sizeof(T) != sizeof(float);
             std::unique_ptr<float[]> scratch(needs_scratch ? new float[size] : nullptr);
+            std::unique_ptr<float[]> shifts(new float[size / BLOCK + 1]);
             for (int64_t row = first; row < last; ++row)
                 losses[row] = row_loss(
-                    static_cast<T*>(logits) + row * stride, size, labels[row], has_gradient, scale, scratch.get());
+                    static_cast<T*>(logits) + row * stride, size, labels[row], has_gradient, scale, scratch.get(),
+                    shifts.get());
         });
     });
     return -1;
@@ -123,9 +161,9 @@ DEEPY_EXPORT int64_t deepy_logits_statistics(
             for (int64_t row = first; row < last; ++row) {
                 const T* values = static_cast<const T*>(logits) + row * stride;
                 const int64_t label = labels[row] - begin;
-                const float maximum = maximum_of(values, size);
-                statistics[row] = maximum;
-                statistics[rows + row] = static_cast<float>(sum_of_weights<false>(values, size, maximum, nullptr));
+                const Row found = statistics_of<false>(values, size, nullptr, nullptr);
+                statistics[row] = found.maximum;
+                statistics[rows + row] = static_cast<float>(found.total);
                 statistics[2 * rows + row] = label >= 0 && label < size ? load_one(values + label) : 0.0f;
             }
         });
@@ -149,13 +187,13 @@ DEEPY_EXPORT int64_t deepy_logits_gradient(
                 const float target = label >= 0 && label < size ? load_one(values + label) : 0.0f;
                 int64_t column = 0;
                 for (; column + LANES <= size; column += LANES)
-                    store(values + column, exponential(load(values + column) - shift) * factor);
+                    store_normal(values + column, exponential_below_zero(load(values + column) - shift) * factor);
                 if (column < size) {
                     Floats rest = load_some(values + column, size - column, 0.0f);
-                    store_some(values + column, exponential(rest - shift) * factor, size - column);
+                    store_some(values + column, exponential_below_zero(rest - shift) * factor, size - column);
                 }
                 if (label >= 0 && label < size)
-                    store_one(values + label, exponential(all(target) - shift)[0] * factor - scale);
+                    store_one(values + label, exponential_below_zero(all(target) - shift)[0] * factor - scale);
             }
         });
     });

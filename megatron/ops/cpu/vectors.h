@@ -6,6 +6,10 @@
 #include <cstring>
 #include <limits>
 
+#if defined(__AVX512F__) || defined(__AVX__)
+#include <immintrin.h>
+#endif
+
 namespace deepy {
 
 #if defined(__AVX512F__)
@@ -44,7 +48,47 @@ inline Bits bits_of(Floats values) { return reinterpret_cast<Bits>(values); }
 inline Floats floats_of(Bits bits) { return reinterpret_cast<Floats>(bits); }
 inline Floats select(Ints where, Floats yes, Floats no) { return where ? yes : no; }
 inline Bits select(Ints where, Bits yes, Bits no) { return where ? yes : no; }
-inline Floats larger(Floats one, Floats other) { return select(one > other, one, other); }
+
+// The larger of each two, and `other` where one is no number.
+inline Floats larger(Floats one, Floats other) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<Floats>(_mm512_max_ps(reinterpret_cast<__m512>(one), reinterpret_cast<__m512>(other)));
+#elif defined(__AVX__)
+    return reinterpret_cast<Floats>(_mm256_max_ps(reinterpret_cast<__m256>(one), reinterpret_cast<__m256>(other)));
+#else
+    return select(one > other, one, other);
+#endif
+}
+
+inline Floats square_root(Floats values) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<Floats>(_mm512_sqrt_ps(reinterpret_cast<__m512>(values)));
+#elif defined(__AVX__)
+    return reinterpret_cast<Floats>(_mm256_sqrt_ps(reinterpret_cast<__m256>(values)));
+#else
+    for (int lane = 0; lane < LANES; ++lane) values[lane] = __builtin_sqrtf(values[lane]);
+    return values;
+#endif
+}
+
+
+// 16 bits of each lane as 32, and the low 16 of 32. (GCC 12 makes several instructions of __builtin_convertvector.)
+inline Bits extended(Halves halves) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<Bits>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(halves)));
+#elif defined(__AVX2__)
+    return reinterpret_cast<Bits>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(halves)));
+#else
+    return __builtin_convertvector(halves, Bits);
+#endif
+}
+inline Halves shortened(Bits bits) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<Halves>(_mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(bits)));
+#else
+    return __builtin_convertvector(bits, Halves);
+#endif
+}
 
 template <class Vector, class Pointer>
 inline Vector raw(const Pointer* pointer) {
@@ -53,10 +97,10 @@ inline Vector raw(const Pointer* pointer) {
     return vector;
 }
 
-inline Floats widened(Halves halves, BFloat16*) { return floats_of(__builtin_convertvector(halves, Bits) << 16); }
+inline Floats widened(Halves halves, BFloat16*) { return floats_of(extended(halves) << 16); }
 
 inline Floats widened(Halves halves, Float16*) {
-    Bits all_bits = __builtin_convertvector(halves, Bits);
+    Bits all_bits = extended(halves);
     Bits sign = (all_bits & 0x8000u) << 16, rest = all_bits & 0x7FFFu;
     Bits normal = (rest << 13) + 0x38000000u;                                // the exponent's bias is 127, no more 15
     Bits small = bits_of(floats_of((rest & 0x3FFu) | 0x3F000000u) - 0.5f);   // in steps of 2^-24, from 0.5 on
@@ -68,7 +112,7 @@ inline Floats widened(Halves halves, Float16*) {
 inline Halves narrowed(Floats values, BFloat16*) {
     Bits bits = bits_of(values);
     Bits rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-    return __builtin_convertvector(select(values == values, rounded, (bits >> 16) | 0x40u), Halves);
+    return shortened(select(values == values, rounded, (bits >> 16) | 0x40u));
 }
 
 inline Halves narrowed(Floats values, Float16*) {
@@ -78,7 +122,7 @@ inline Halves narrowed(Floats values, Float16*) {
     Bits infinite = Bits{} + 0x7C00u, no_number = Bits{} + 0x7E00u;
     Bits large = select(rest > 0x7F800000u, no_number, infinite);
     Bits rounded = select(rest < 0x38800000u, small, select(rest >= 0x477FF000u, large, normal));
-    return __builtin_convertvector(rounded | (sign >> 16), Halves);
+    return shortened(rounded | (sign >> 16));
 }
 
 // LANES values from memory, which need not be aligned.
@@ -94,6 +138,18 @@ inline void store(Half* pointer, Floats values) {
     Halves halves = narrowed(values, static_cast<Half*>(nullptr));
     std::memcpy(pointer, &halves, sizeof halves);
 }
+
+// The same for values of which those below 2^-126 may become 0: with AVX-512's own rounding to bf16, where there is one.
+template <class T>
+inline void store_normal(T* pointer, Floats values) {
+    store(pointer, values);
+}
+#if defined(__AVX512F__) && defined(__AVX512BF16__)
+inline void store_normal(BFloat16* pointer, Floats values) {
+    const __m256bh halves = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(values));
+    std::memcpy(pointer, &halves, sizeof halves);
+}
+#endif
 
 // The first `count` of LANES values; the others are `fill`, and are not stored.
 template <class T>
@@ -135,19 +191,34 @@ inline Floats exponential(Floats x) {
     const Floats shift = all(12582912.0f);  // 1.5 2^23: what is added to it is rounded to an integer
     Floats shifted = x * 1.44269504f + shift;
     Floats n = shifted - shift;
-    Floats r = x - n * 0.693145752f;
-    r = r - n * 1.42860677e-6f;
-    Floats p = all(1.38888881e-3f);
-    p = p * r + 8.37312452e-3f;
-    p = p * r + 4.16695364e-2f;
-    p = p * r + 1.66664720e-1f;
-    p = p * r + 4.99999851e-1f;
+    Floats r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
+    Floats p = all(1.3843607e-3f);
+    p = p * r + 8.3741955e-3f;
+    p = p * r + 4.1668005e-2f;
+    p = p * r + 1.6666430e-1f;
+    p = p * r + 4.9999994e-1f;
     p = p * r + 1.0f;
     p = p * r + 1.0f;
     Floats result = floats_of(bits_of(p) + (bits_of(shifted) << 23));
     result = select(x < -87.33f, Floats{}, result);
     result = select(x > 88.722839f, all(std::numeric_limits<float>::infinity()), result);
     return select(x == x, result, x);
+}
+
+// e^x of x <= 0, or of what is no number, to 2 units in the last place, in fewer steps. Below 2^-126.5 it becomes 0.
+inline Floats exponential_below_zero(Floats x) {
+    const Floats shift = all(12582912.0f);
+    x = larger(all(-88.0f), x);  // so that 2^n has the bits of 0
+    Floats shifted = x * 1.44269504f + shift;
+    Floats n = shifted - shift;
+    Floats r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
+    Floats p = all(8.2902723e-3f);
+    p = p * r + 4.1898161e-2f;
+    p = p * r + 1.6667639e-1f;
+    p = p * r + 4.9999148e-1f;
+    p = p * r + 9.9999970e-1f;
+    p = p * r + 1.0f;
+    return p * floats_of((bits_of(shifted) << 23) + 0x3F800000u);
 }
 
 }  // namespace deepy

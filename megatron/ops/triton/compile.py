@@ -112,7 +112,7 @@ def page(table: str) -> str:
         f"Made by `python -m megatron.ops.triton.compile --page docs/kernels.md` with Triton {triton.__version__}, "
         "whose ptxas needs no GPU. A test\n"
         "compiles all of them again: nothing may spill, and this page must be current. How fast they are on a GPU is "
-        "a\nmatter of `benchmarks/kernels.py`.\n\n"
+        "a\nmatter of `benchmarks/kernels.py`. Those in C++ for the CPU are in [cpu_kernels.md](cpu_kernels.md).\n\n"
         "Registers are those of a thread (255 at most), spilled bytes of a thread, shared bytes of a program; narrow "
         "are the\ninstructions that read or write less than 32 bits of global memory. A sample is an operation at a "
         "size of\ntraining, forward and backward (`megatron/ops/triton/samples.py`).\n\n"
