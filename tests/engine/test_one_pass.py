@@ -66,8 +66,8 @@ def _compare(ones: list[Any], others: list[Any]) -> None:
     for one, other in zip(ones[0][0], others[0][0], strict=True):
         assert one.skipped == other.skipped
         assert one.loss_scale == other.loss_scale
-        assert one.loss == pytest.approx(other.loss, rel=1e-5)
         # Masters that differ in their last digit round a few fp16 weights differently.
+        assert one.loss == pytest.approx(other.loss, rel=1e-4)
         assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-4)
     found, expected = (tiny.merge([rank[1] for rank in ranks]) for ranks in (ones, others))
     assert found.keys() == expected.keys()
