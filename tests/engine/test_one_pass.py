@@ -58,17 +58,17 @@ def compare(world_size: int, steps: int, **keys: Any) -> list[Any]:
         run_ranks(world_size, partial(run, **keys), way, world_size, steps) for way in ("apart", "fused", "formula")
     )
     for others in rest:
-        _compare(ones, others)
+        # Masters that differ in their last digit round a few fp16 weights differently.
+        _compare(ones, others, 1e-3 if keys.get("precision") == "fp16" else 1e-5)
     return ones[0][0]
 
 
-def _compare(ones: list[Any], others: list[Any]) -> None:
+def _compare(ones: list[Any], others: list[Any], tolerance: float) -> None:
     for one, other in zip(ones[0][0], others[0][0], strict=True):
         assert one.skipped == other.skipped
         assert one.loss_scale == other.loss_scale
-        # Masters that differ in their last digit round a few fp16 weights differently.
-        assert one.loss == pytest.approx(other.loss, rel=1e-4)
-        assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-4)
+        assert one.loss == pytest.approx(other.loss, rel=tolerance)
+        assert one.grad_norm == pytest.approx(other.grad_norm, rel=tolerance)
     found, expected = (tiny.merge([rank[1] for rank in ranks]) for ranks in (ones, others))
     assert found.keys() == expected.keys()
     for key, tensor in expected.items():
