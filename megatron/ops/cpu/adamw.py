@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ def adamw_update_(
     """`megatron.ops.adamw.adamw_update_`; gradients stay."""
     lists = gradients, masters, averages, squares, weights
     if not _can_update(*lists):
-        numbers = rate, beta1, beta2, eps, weight_decay, seed, first
+        numbers: tuple[Any, ...] = rate, beta1, beta2, eps, weight_decay, seed, first
         adamw.adamw_update_(*lists, coefficient, step, *numbers)
         return
     gradients = [gradient.contiguous() for gradient in gradients]
