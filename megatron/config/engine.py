@@ -91,14 +91,6 @@ def engine_can_run(d: Draft) -> Iterator[Problem]:
         )
 
 
-def compiled_blocks_are_whole(d: Draft) -> Iterator[Problem]:
-    """DeepSpeed's ZeRO 3 lets weights go that the backward pass of a compiled block still reads."""
-    values = _values(d)
-    if d.compile is True and _stage(values) == 3 and not is_local(values):
-        why = "zero_optimization.stage = 3 lets weights go that the backward pass of a compiled block still reads."
-        yield d.problem("compile", True, why, "Set compile: false, or zero_optimization.stage: 2.")
-
-
 _OR_STAGE = ", or zero_optimization.stage: 0"
 
 

@@ -15,7 +15,7 @@ from megatron.config.attention import expand_attention
 from megatron.config.blocks import SpikeGuard
 from megatron.config.draft import Draft, either
 from megatron.config.duration import wall_time_is_a_duration
-from megatron.config.engine import compiled_blocks_are_whole, engine_can_run
+from megatron.config.engine import engine_can_run
 from megatron.config.float8 import float8_reaches_a_layer
 from megatron.config.split import split_shares
 from megatron.config.widths import mlp_widths
@@ -394,6 +394,6 @@ RULES: tuple[Rule, ...] = (
     optimizer_params_are_in_range, moments_are_adams, backward_updates_at_once, combinations_are_allowed,
     engine_decides_alone, saving_needs_a_time, copies_go_to_a_url, steps_are_not_negative,
     addresses_hold_no_password,
-    float8_reaches_a_layer, engine_can_run, compiled_blocks_are_whole, wall_time_is_a_duration,
+    float8_reaches_a_layer, engine_can_run, wall_time_is_a_duration,
     spike_guard_can_act,
 )  # fmt: skip

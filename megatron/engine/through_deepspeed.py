@@ -23,6 +23,7 @@ from megatron.engine.pipeline import PipelineEngine
 from megatron.engine.plain import DeepSpeedEngine
 from megatron.engine.setup import prepare
 from megatron.engine.stage import PipelineStage
+from megatron.engine.whole_blocks import gather_whole
 from megatron.errors import ConfigError, EngineError, Problem
 from megatron.model.stage import StageModel
 from megatron.objectives.build import Objective
@@ -46,6 +47,8 @@ def _plain(config: Config, mesh: Mesh, model: nn.Module, optimizer: Optimizer, o
     unit = MeshUnit(mesh) if mesh.tp.size > 1 else None
     live, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config), mpu=unit)
     sum_partial_gradients(live, TensorRegion(mesh.tp, config.parallel.sequence_parallel))
+    if config.kernels.compile is True and live.zero_optimization_stage() == 3:
+        gather_whole(live)
     return DeepSpeedEngine(config, mesh, live, objective)
 
 

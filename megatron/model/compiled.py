@@ -1,7 +1,7 @@
 """Blocks compiled by torch.compile, each by itself; all layers share one graph, which is compiled once.
 
 Only what a block computes is compiled, and not the call of the module around it, so recomputation and hooks on the
-block stay as they are. (DeepSpeed's ZeRO 3 is refused: it lets weights go that a compiled backward pass still reads.)
+block stay as they are. Under ZeRO 3 a block's weights are gathered around its compiled code (`engine/whole_blocks.py`).
 A graph is whole (`fullgraph`): what cannot be traced is an error at the first step, and never a slow run.
 
 Numbers are those of the eager blocks within rounding. Dropout draws other masks, from the same streams.

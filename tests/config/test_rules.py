@@ -14,10 +14,6 @@ from tests.config.small import SMALL, problems
 
 CASES: list[tuple[dict[str, Any], str]] = [
     (
-        {"compile": True, "zero_optimization": {"stage": 3}, "world": 2},
-        "compile = true: zero_optimization.stage = 3 lets weights go that the backward pass",
-    ),
-    (
         {"engine": "local", "pipe_parallel_size": 2, "world": 2},
         'engine = "local": pipe_parallel_size = 2 is DeepSpeed\'s pipeline. Set engine: auto',
     ),

@@ -10,18 +10,28 @@ from typing import Any
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from tests.ranks import preload, run_ranks
 
 preload()
 from megatron.engine import build  # noqa: E402
 from megatron.model.build import build_model  # noqa: E402
-from megatron.model.compiled import compile_blocks  # noqa: E402
+from megatron.model.compiled import blocks, compile_blocks  # noqa: E402
 from megatron.objectives.build import build_objective  # noqa: E402
 from megatron.parallel.mesh import Mesh  # noqa: E402
 from tests.parallel import matrix  # noqa: E402
 
 RECOMPUTED: dict[str, Any] = {"checkpoint_activations": True}
+LETS_GO: dict[str, Any] = {
+    "engine": "deepspeed",
+    "zero_optimization": {
+        "stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0,
+        "stage3_max_live_parameters": 0, "stage3_prefetch_bucket_size": 0,
+    },
+}  # fmt: skip
+"""ZeRO 3 that holds no weight for one moment longer than it must."""
+
 OPERATIONS: dict[str, Any] = {**RECOMPUTED, "checkpoint_operations": ["attention", "activation"]}
 
 
@@ -43,7 +53,7 @@ def compare(flat: dict[str, Any], world_size: int = 1, most_graphs: int = 4, **k
         assert not breaks
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_every_engine(stage: int) -> None:
     compare({"stage": stage, "num_layers": 3})  # a graph for the first layer, one for the others; and for evaluation
 
@@ -59,6 +69,63 @@ def test_every_engine(stage: int) -> None:
 )
 def test_every_sort_of_block(flat: dict[str, Any]) -> None:
     compare(flat)
+
+
+@pytest.mark.parametrize(
+    "flat",
+    [
+        {"num_layers": 4, "checkpoint_num_layers": 2, **RECOMPUTED},
+        {
+            "gpt_j_residual": True,
+            "gpt_j_tied": True,
+            "norm": "rmsnorm",
+            "train_micro_batch_size_per_gpu": 1,
+            **OPERATIONS,
+        },
+    ],
+    ids=["recomputed", "accumulated"],
+)
+def test_zero_3_whose_weights_go_and_come_again(flat: dict[str, Any]) -> None:
+    compare({**LETS_GO, **flat}, world_size=2)
+
+
+def weights_that_stay(somebody_keeps_views: bool) -> tuple[int, int, int]:
+    """Return the blocks whose weights were in memory together in a forward pass, those whose weights were between the
+    passes, and the weights after the step, of a model of three blocks under ZeRO 3."""
+    build.compile_blocks = partial(compile_blocks, backend="aot_eager")  # type: ignore[assignment]
+    config = matrix.make_config({**LETS_GO, "num_layers": 3, "compile": True}, 2)
+    mesh = matrix.make_mesh(config)
+    engine: Any = build.build_engine(config, mesh, build_model(config, matrix.VOCAB, mesh), build_objective())
+    gathered: list[tuple[int, StorageWeakRef]] = []
+    together, between, views = [], [], []
+
+    def living() -> int:
+        return len({number for number, storage in gathered if not storage.expired()})
+
+    def note(number: int, block: torch.nn.Module, *_: Any) -> None:
+        found = [p for p in block.parameters() if p.ndim == 2]
+        assert all(p.numel() for p in found)
+        views.extend(p.t() for p in found if somebody_keeps_views)
+        gathered.extend((number, StorageWeakRef(p.untyped_storage())) for p in found)
+        together.append(living())
+
+    for number, block in enumerate(blocks(engine.model)):
+        block.register_forward_pre_hook(partial(note, number))
+    backward = engine._backward
+
+    def counted(*arguments: Any) -> None:
+        between.append(living())
+        backward(*arguments)
+
+    engine._backward = counted
+    engine.train_step(matrix.micro_batches(config, matrix.make_batches(config, 1)[0], mesh), 0)
+    assert len(gathered) == 3 * 4
+    return max(together), max(between), sum(p.numel() for p in engine.model.parameters())
+
+
+def test_zero_3_holds_no_weight_between_the_passes() -> None:
+    for found in run_ranks(2, lambda: [weights_that_stay(keeps) for keeps in (False, True)]):
+        assert found == [(1, 0, 0), (3, 3, 0)]
 
 
 def test_tensor_parallel_blocks() -> None:

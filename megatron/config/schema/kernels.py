@@ -63,8 +63,8 @@ class KernelsConfig(Section):
         "auto",
         "Compile the decoder blocks by torch.compile, each by itself: the first step then takes up to a minute longer, "
         "less where a run before it left its code in the cache. auto: no, until it is measured on a GPU; on a CPU it "
-        "costs seconds of C++ compilation, and what the blocks do there is mostly matrix products. Not with "
-        "DeepSpeed's ZeRO 3.",
+        "costs seconds of C++ compilation, and what the blocks do there is mostly matrix products. Under ZeRO 3 the "
+        "weights of a compiled block are gathered at once.",
     )
     cuda_graphs: Literal["auto", True, False] = setting(
         "auto",
