@@ -47,6 +47,32 @@ def test_a_step_on_a_cpu_asks_the_system_for_nothing() -> None:
     assert pages < 100
 
 
+VARIED = """
+import random
+from megatron.malloc import keep_freed_memory
+keep_freed_memory("cpu")
+def largest():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) // 1024 for line in status if line.startswith("VmHWM"))
+draw, before = random.Random(0), largest()
+for number in range(120):
+    blocks, small = [], []
+    while sum(map(len, blocks)) < 48 * 2**20:
+        blocks.append(bytearray(draw.randrange(2**16, 8 * 2**20)))
+        small.append(bytearray(draw.randrange(600, 2000)))
+    if number == 20:
+        first = largest() - before
+print(first, largest() - before)
+"""
+
+
+def test_steps_of_ever_other_sizes_do_not_grow_without_bound() -> None:
+    """56 MiB are in use at most; holes between blocks cost some more, in the first steps and not for ever."""
+    found = subprocess.run([sys.executable, "-c", VARIED], capture_output=True, text=True, check=True).stdout.split()
+    first, last = map(int, found)
+    assert 40 < last < min(112, 1.3 * first)
+
+
 @pytest.mark.parametrize(
     ("device_type", "environ"),
     [
