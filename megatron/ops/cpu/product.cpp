@@ -10,14 +10,11 @@
 #include <memory>
 
 #include "parallel.h"
-#include "vectors.h"
+#include "tiles.h"
 
 namespace deepy {
 namespace {
 
-constexpr int64_t VECTORS = 2;
-constexpr int64_t ROWS = LANES == 8 ? 6 : 12;  // AVX2 has 16 registers, AVX-512 and NEON 32
-constexpr int64_t COLUMNS = VECTORS * LANES;
 constexpr int64_t DEPTH = 256, WIDTH = 512, SLAB = 8 * ROWS;
 
 struct Matrix {
@@ -25,38 +22,12 @@ struct Matrix {
     int64_t stride;
 };
 
-// Computes a tile of C, of which `rows` and `columns` count, from a sliver of A and one of B.
-template <bool whole>
-inline void compute_tile(const float* __restrict left, const float* __restrict right, int64_t depth,
-                         float* __restrict target, int64_t stride, int64_t rows, int64_t columns, bool adds) {
-    Floats sums[ROWS][VECTORS] = {};
-#pragma GCC unroll 2
-    for (int64_t k = 0; k < depth; ++k) {
-        Floats values[VECTORS];
-        for (int64_t j = 0; j < VECTORS; ++j) values[j] = raw<Floats>(right + k * COLUMNS + j * LANES);
-#pragma GCC unroll 12
-        for (int64_t i = 0; i < ROWS; ++i) {
-#pragma GCC unroll 2
-            for (int64_t j = 0; j < VECTORS; ++j) sums[i][j] += left[k * ROWS + i] * values[j];
-        }
-    }
-    float spilled[ROWS * COLUMNS];
-    float* place = whole ? target : spilled;
-    const int64_t step = whole ? stride : COLUMNS;
-#pragma GCC unroll 12
-    for (int64_t i = 0; i < ROWS; ++i) {
-#pragma GCC unroll 2
-        for (int64_t j = 0; j < VECTORS; ++j) {
-            float* to = place + i * step + j * LANES;
-            Floats value = whole && adds ? raw<Floats>(to) + sums[i][j] : sums[i][j];
-            std::memcpy(to, &value, sizeof value);
-        }
-    }
-    if (whole) return;
+// A tile of C of which not all rows or columns are there.
+void put_part(const float* tile, float* target, int64_t stride, int64_t rows, int64_t columns, bool adds) {
     for (int64_t i = 0; i < rows; ++i) {
         for (int64_t j = 0; j < columns; ++j) {
-            float& to = target[i * stride + j];
-            to = adds ? to + spilled[i * COLUMNS + j] : spilled[i * COLUMNS + j];
+            float& place = target[i * stride + j];
+            place = adds ? place + tile[i * COLUMNS + j] : tile[i * COLUMNS + j];
         }
     }
 }
@@ -100,9 +71,13 @@ void multiply(Matrix left, Matrix right, float* target, int64_t stride, int64_t 
                     const float *sliver = scratch.left + i * deep, *other = scratch.right + j * deep;
                     float* place = target + (slab + i) * stride + j;
                     const int64_t rows = std::min(ROWS, high - i), columns = std::min(COLUMNS, width - j);
-                    const bool is_whole = rows == ROWS && columns == COLUMNS;
-                    (is_whole ? compute_tile<true> : compute_tile<false>)(
-                        sliver, other, deep, place, stride, rows, columns, adds || k > 0);
+                    if (rows == ROWS && columns == COLUMNS) {
+                        sum_tile<ROWS, 1, COLUMNS>(sliver, other, deep, place, stride, adds || k > 0);
+                    } else {
+                        float tile[ROWS * COLUMNS];
+                        sum_tile<ROWS, 1, COLUMNS>(sliver, other, deep, tile, COLUMNS, false);
+                        put_part(tile, place, stride, rows, columns, adds || k > 0);
+                    }
                 }
             }
         }
