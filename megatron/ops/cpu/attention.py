@@ -1,15 +1,19 @@
-"""Attention in blocks with what stands between its products in one pass, in place: attention.cpp says how."""
+"""Attention on a CPU by C++: whole (`flash.py`), or what stands between PyTorch's products, in place: attention.cpp.
+
+Short sequences in bf16 take the latter: PyTorch's products of bf16 are twice as fast as any of fp32, and the whole
+kernel computes in fp32. 2 rows of 8 heads of 64 features, forward and backward on one EPYC (Zen 4) core: 512 tokens in
+bf16 20 ms, 25 by the whole kernel; in fp32 37 and 25; 2048 tokens of one row 177 and 158, in fp32 262 and 167.
+"""
 
 from __future__ import annotations
-
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from megatron.ops.attention_backend import Backend, without
-from megatron.ops.attention_cpu import EAGER, Between, Block, blocked_attention
+from megatron.ops.attention_cpu import EAGER, LONGEST_KEPT, Between, Block, blocked_attention
 from megatron.ops.attention_sdpa import sdpa
+from megatron.ops.cpu.flash import flash_attention, serves
 from megatron.ops.cpu.library import DTYPES, is_plain, kernel
 from megatron.ops.sight import Sight
 
@@ -56,10 +60,17 @@ def _blocked(query: Tensor, key: Tensor, value: Tensor, sight: Sight) -> Tensor:
     return blocked_attention(query, key, value, sight, IN_ONE_PASS if is_plain(query, key, value) else EAGER)
 
 
+def _attend(query: Tensor, key: Tensor, value: Tensor, sight: Sight, dropout: float) -> Tensor:
+    pays = query.dtype != torch.bfloat16 or key.shape[2] > LONGEST_KEPT
+    if pays and not dropout and is_plain(query, key, value) and serves(query, key, sight):
+        return flash_attention(query, key, value, sight)
+    return sdpa(query, key, value, sight, dropout, _blocked)
+
+
 def _lacks(query: Tensor, key: Tensor, sight: Sight, dropout: float) -> str:
     if query.device.type != "cpu":
         return f"needs a CPU, and this is {query.device.type}"
     return without(sight, key.shape[2], dropout, _CAN)
 
 
-CPP = Backend("cpp", partial(sdpa, blocked=_blocked), _lacks)
+CPP = Backend("cpp", _attend, _lacks)
