@@ -4,7 +4,7 @@ Both sides of a pair take turns on the same inputs, forward and backward, in fp3
 ratio of their medians. Equal is 1.0: several pairs are the same function of PyTorch on both sides. Two medians of one
 function differ by up to 5 % on quiet cores, so that a pair misses its aim below 0.95 of it, in time and in processor
 time, which neighbours change less; and it is measured again, up to three times, before it counts: the best round is
-taken.
+taken. Malloc keeps what is freed, as in a run, for both sides.
 
 `kernels.py` runs this. `python benchmarks/beside_torch.py ours float32 2048` prints the bytes by which the memory of a
 process grows in a linear map with cross entropy, forward and backward; `plain` instead of `ours` for PyTorch's.
@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -28,7 +29,11 @@ import torch
 from torch import Tensor
 
 from benchmarks import plain_torch
-from megatron.ops import activations, adamw, cross_entropy, dropout_add, heads, norms, rotary, softmax
+from megatron.malloc import keep_freed_memory
+from megatron.ops import adamw, cross_entropy, heads, rotary
+from megatron.ops.catalogue import CATALOGUE
+from megatron.ops.choice import Choices, Function, Situation, choose
+from megatron.ops.measured import fastest
 
 Call = Callable[[], object]
 NOISE = 0.05
@@ -108,27 +113,41 @@ def trained(function: Callable[..., Tensor | tuple[Tensor, ...]], *leaves: Tenso
     return call
 
 
+def chosen(dtype: torch.dtype, hidden: int, *operations: str) -> Choices:
+    """Return what `auto` takes for operations on a CPU."""
+    situation = Situation(torch.device("cpu"), dtype, hidden)
+    return choose(dict.fromkeys(operations, "auto"), situation, CATALOGUE, fastest)
+
+
+def chosen_one(dtype: torch.dtype, hidden: int, operation: str) -> Function:
+    """Return the function that `auto` takes for an operation on a CPU."""
+    return chosen(dtype, hidden, operation).choices[0].function
+
+
 def norm_pairs(draw: Draws, tokens: int, hidden: int) -> Iterator[Pair]:
     """Norms, by themselves and with the residual's addition."""
     inputs, residual, weight, bias = draw(tokens, hidden), draw(tokens, hidden), draw(hidden), draw(hidden)
+    layer_norm, rms_norm, add_layer_norm, add_rms_norm = (
+        chosen_one(draw.dtype, hidden, name) for name in ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")
+    )
     yield Pair(
         "layer_norm",
-        trained(lambda x, w, b: norms.layer_norm(x, (hidden,), w, b, 1e-5), inputs, weight, bias),
+        trained(lambda x, w, b: layer_norm(x, (hidden,), w, b, 1e-5), inputs, weight, bias),
         trained(plain_torch.layer_norm, inputs, weight, bias),
     )
     yield Pair(
         "rms_norm",
-        trained(lambda x, w: norms.rms_norm(x, w, 1e-5), inputs, weight),
+        trained(lambda x, w: rms_norm(x, w, 1e-5), inputs, weight),
         trained(plain_torch.rms_norm, inputs, weight),
     )
     yield Pair(
         "add_layer_norm",
-        trained(lambda x, r, w, b: norms.add_layer_norm(x, r, w, b, 1e-5), inputs, residual, weight, bias),
+        trained(lambda x, r, w, b: add_layer_norm(x, r, w, b, 1e-5), inputs, residual, weight, bias),
         trained(plain_torch.add_layer_norm, inputs, residual, weight, bias),
     )
     yield Pair(
         "add_rms_norm",
-        trained(lambda x, r, w: norms.add_rms_norm(x, r, w, 1e-5), inputs, residual, weight),
+        trained(lambda x, r, w: add_rms_norm(x, r, w, 1e-5), inputs, residual, weight),
         trained(plain_torch.add_rms_norm, inputs, residual, weight),
     )
 
@@ -138,22 +157,25 @@ def element_wise_pairs(draw: Draws, tokens: int, hidden: int) -> Iterator[Pair]:
     wide, bias, both = draw(tokens, 4 * hidden), draw(4 * hidden), draw(tokens, 8 * hidden)
     branch, residual = draw(tokens, hidden), draw(tokens, hidden)
     for name in ("bias_gelu", "bias_gelu_tanh"):
-        ours, plain = getattr(activations, name), getattr(plain_torch, name)
+        ours, plain = chosen_one(draw.dtype, hidden, name), getattr(plain_torch, name)
         yield Pair(name, trained(ours, wide, bias), trained(plain, wide, bias))
-    yield Pair("swiglu", trained(lambda x: activations.bias_swiglu(x, None), both), trained(plain_torch.swiglu, both))
-    yield Pair("geglu", trained(lambda x: activations.bias_geglu(x, None), both), trained(plain_torch.geglu, both))
+    for name, plain in (("swiglu", plain_torch.swiglu), ("geglu", plain_torch.geglu)):
+        gated = partial(chosen_one(draw.dtype, hidden, f"bias_{name}"), bias=None)
+        yield Pair(name, trained(gated, both), trained(plain, both))
+    add_dropped = chosen_one(draw.dtype, hidden, "add_dropped")
     yield Pair(
         "dropout + residual",
-        trained(lambda x, r: dropout_add.add_dropped(x, None, r, 0.1), branch, residual),
+        trained(lambda x, r: add_dropped(x, None, r, 0.1), branch, residual),
         trained(plain_torch.add_dropped, branch, residual),
     )
     length = tokens // 2
     packed = draw(2, length, hidden // 64, 3, 64)
     cos, sin = rotary.rotary_tables(torch.arange(length), 64, 10000.0)
     angles = [torch.cat((table, table), dim=-1).to(draw.dtype) for table in (cos, sin)]
+    rotate = chosen(draw.dtype, hidden, "rotate_packed").fused("rotate_packed") or heads.split_heads
     yield Pair(
         "rotary",
-        trained(lambda p: heads.split_heads(p, cos[:, None, None], sin[:, None, None]), packed),
+        trained(lambda p: rotate(p, cos[:, None, None], sin[:, None, None]), packed),
         trained(lambda p: plain_torch.rotary(p, *angles), packed),
     )
 
@@ -163,9 +185,10 @@ def softmax_pairs(draw: Draws, tokens: int, hidden: int) -> Iterator[Pair]:
     length = min(512, tokens)
     scores = draw(tokens // length, hidden // 64, length, length)
     is_hidden = ~torch.ones(length, length, dtype=torch.bool).tril()
+    masked_softmax = chosen_one(draw.dtype, hidden, "masked_softmax")
     yield Pair(
         "causal softmax",
-        trained(lambda s: softmax.masked_softmax(s, 0.125, causal=True), scores),
+        trained(lambda s: masked_softmax(s, 0.125, causal=True), scores),
         trained(lambda s: plain_torch.causal_softmax(s, is_hidden), scores),
         turns=5,
     )
@@ -181,10 +204,10 @@ def logits_loss_pair(draw: Draws, tokens: int) -> Pair:
     """The loss of logits and their gradients, ours in the logits' own memory."""
     labels = torch.arange(tokens) * 7919 % VOCABULARY
     logits, losses = draw(tokens, VOCABULARY), torch.empty(tokens)
-    own = logits.detach().clone()
+    own, block_losses = logits.detach().clone(), chosen_one(draw.dtype, VOCABULARY, "cross_entropy")
     return Pair(
         "cross_entropy",
-        lambda: cross_entropy.losses_in_blocks(own, labels, 1.0, cross_entropy.block_losses, losses),
+        lambda: cross_entropy.losses_in_blocks(own, labels, 1.0, block_losses, losses),
         trained(lambda x: plain_torch.cross_entropy(x, labels), logits),
         aim=1.5,
         turns=5,
@@ -195,9 +218,10 @@ def linear_loss_pair(draw: Draws, tokens: int, hidden: int) -> Pair:
     """The projection onto the vocabulary with its loss."""
     labels = torch.arange(tokens) * 7919 % VOCABULARY
     states, weight, mask = draw(tokens, hidden), draw(VOCABULARY, hidden, std=0.02), torch.ones(tokens)
+    block_losses = chosen_one(draw.dtype, hidden, "cross_entropy")
 
     def ours() -> None:
-        cross_entropy.linear_cross_entropy_sum(states, weight, labels, mask).backward()
+        cross_entropy.linear_cross_entropy_sum(states, weight, labels, mask, block_losses).backward()
         states.grad = None
         weight.grad = None
 
@@ -219,11 +243,14 @@ def optimizer_pairs(draw: Draws, tokens: int, hidden: int) -> Iterator[Pair]:
     states = [optimizer.state[master] for master in masters]
     lists = [[m.grad for m in masters], [m.detach() for m in masters], *([s[k] for s in states] for k in _MOMENTS)]
     step = torch.tensor(10.0)
+    sum_of_squares, adamw_update_ = (
+        chosen_one(draw.dtype, hidden, name) for name in ("sum_of_squares", "adamw_update_")
+    )
 
     def ours() -> None:
-        norm = adamw.sum_of_squares(lists[0]).sqrt()
+        norm = sum_of_squares(lists[0]).sqrt()
         factor = adamw.coefficient_of(norm, 1.0, 1.0)
-        adamw.adamw_update_(*lists, weights, factor, step, 1e-4, 0.9, 0.999, 1e-8, 0.01)
+        adamw_update_(*lists, weights, factor, step, 1e-4, 0.9, 0.999, 1e-8, 0.01)
 
     def plain() -> None:
         plain_torch.adamw(optimizer, masters)
@@ -267,6 +294,7 @@ def _medians(pair: Pair) -> list[tuple[float, float]]:
 def compare_all(tokens: int, hidden: int, threads: int, only: str) -> list[Compared]:
     """Return all pairs whose name contains `only`, at this size."""
     torch.set_num_threads(threads)
+    keep_freed_memory("cpu")
     rows = []
     for dtype in DTYPES:
         for maker in MAKERS:

@@ -10,7 +10,7 @@ GPU with a cold L2 cache. bf16 on a GPU, fp32 and bf16 on a CPU.
 On a GPU the last lines say what was the fastest, and --write puts that into `megatron/ops/measured.json`, by which
 `auto` chooses from then on. The sizes that matter most come first: --limit stops after so many seconds.
 
-On a CPU, where `auto` is eager, what it runs is also set beside the same written plainly with PyTorch
+On a CPU what `auto` runs there is also set beside the same written plainly with PyTorch
 (`beside_torch.py`), at 1 and at 2 threads, with the memory of the loss.
 
 --enforce fails where our kernels, at 16384 tokens of 4096 features, move less than they aim at of what a copy moves,
