@@ -147,13 +147,17 @@ double span_squares(const T* values, int64_t size) {
 // and weights (0: none). The random bits of rounding follow from the seed, the update's number and the tensors' numbers,
 // which begin with `first`. Nothing changes where the coefficient is not finite.
 DEEPY_EXPORT int64_t deepy_adamw(
-    const int64_t* table, int64_t count, int64_t moment_type, int64_t weight_type, float coefficient, double rate,
-    double beta1, double beta2, double eps, double weight_decay, double correction, double root, int64_t seed,
-    int64_t step, int64_t first) {
+    const int64_t* table, int64_t count, int64_t moment_type, int64_t weight_type, const float* coefficient,
+    const float* step, const float* rates, double rate, double beta1, double beta2, double eps, double weight_decay,
+    int64_t seed, int64_t first) {
     using namespace deepy;
-    if (!std::isfinite(coefficient)) return 0;
+    if (!std::isfinite(*coefficient)) return 0;
+    const double number_of_update = std::max(static_cast<double>(*step), 1.0);
+    const double correction = 1.0 / (1.0 - std::pow(beta1, number_of_update));
+    const double root = 1.0 / std::sqrt(1.0 - std::pow(beta2, number_of_update));
+    if (rates) rate = *rates;
     Settings set;
-    set.coefficient = coefficient;
+    set.coefficient = *coefficient;
     set.added1 = static_cast<float>(1.0 - beta1);
     set.kept2 = static_cast<float>(beta2);
     set.added2 = static_cast<float>(1.0 - beta2);
@@ -161,7 +165,7 @@ DEEPY_EXPORT int64_t deepy_adamw(
     set.eps = static_cast<float>(eps);
     set.shrink = static_cast<float>(1.0 - rate * weight_decay);
     set.rate = static_cast<float>(rate * correction);
-    const uint32_t key = mixed(static_cast<uint32_t>(step) * GOLDEN + static_cast<uint32_t>(seed));
+    const uint32_t key = mixed(static_cast<uint32_t>(static_cast<int64_t>(*step)) * GOLDEN + static_cast<uint32_t>(seed));
     for_spans(table, count, [&](int64_t, int64_t tensor, int64_t begin, int64_t end) {
         const int64_t* row = table + tensor;
         auto address = [&](int number) { return reinterpret_cast<void*>(row[number * count]); };

@@ -43,20 +43,19 @@ def adamw_update_(
 ) -> None:
     """`megatron.ops.adamw.adamw_update_`; gradients stay."""
     lists = gradients, masters, averages, squares, weights
-    if not _can_update(*lists):
+    if not (_can_update(*lists) and _are_scalars(coefficient, step, *([rate] if isinstance(rate, Tensor) else []))):
         numbers: tuple[Any, ...] = rate, beta1, beta2, eps, weight_decay, seed, first
         adamw.adamw_update_(*lists, coefficient, step, *numbers)
         return
     gradients = [gradient.contiguous() for gradient in gradients]
-    count = max(float(step), 1.0)
     table = _table(
         _sizes(masters), _addresses(gradients), [DTYPES[gradient.dtype] for gradient in gradients],
         *(_addresses(tensors) for tensors in (masters, averages, squares)), _addresses(weights) or [0] * len(masters),
     )  # fmt: skip
-    kernel("deepy_adamw", "piiifdddddddiii")(
+    rates, rate = (rate.data_ptr(), 0.0) if isinstance(rate, Tensor) else (None, rate)
+    kernel("deepy_adamw", "piiipppdddddii")(
         table, len(masters), DTYPES[averages[0].dtype], DTYPES[weights[0].dtype] if weights else 0,
-        float(coefficient), float(rate), beta1, beta2, eps, weight_decay,
-        1.0 / (1.0 - beta1**count), (1.0 - beta2**count) ** -0.5, seed, int(step), first,
+        coefficient.data_ptr(), step.data_ptr(), rates, rate, beta1, beta2, eps, weight_decay, seed, first,
     )  # fmt: skip
 
 
@@ -73,6 +72,10 @@ def _can_update(
         and moments.issubset(_MOMENTS)
         and len({weight.dtype for weight in weights}) <= 1
     )
+
+
+def _are_scalars(*tensors: Tensor) -> bool:
+    return is_plain(*tensors) and all(tensor.dtype == torch.float32 and tensor.numel() == 1 for tensor in tensors)
 
 
 def _are_plain(tensors: Sequence[Tensor]) -> bool:
