@@ -41,7 +41,7 @@ def bias_geglu(inputs: Tensor, bias: Tensor | None) -> Tensor:
 
 def _activated(inputs: Tensor, bias: Tensor | None, kind: str, gated: bool, eager: BiasActivation) -> Tensor:
     tensors = (inputs,) if bias is None else (inputs, bias)
-    if not is_plain(*tensors) or (bias is not None and (bias.dtype != inputs.dtype or bias.dim() != 1)):
+    if not is_plain(*tensors) or (bias is not None and (bias.dtype != inputs.dtype or bias.shape != inputs.shape[-1:])):
         return eager(inputs, bias)
     output: Tensor = _BiasActivation.apply(inputs, bias, KINDS[kind], gated)
     return output

@@ -17,10 +17,17 @@ Heads = tuple[Tensor, Tensor, Tensor]
 
 def rotate_packed(packed: Tensor, cos: Tensor, sin: Tensor) -> Heads:
     """`megatron.ops.rotary.rotate_packed`; in memory the results are [b, n, s, d], as attention multiplies them."""
-    if not is_plain(packed) or cos.dtype != torch.float32 or cos.requires_grad:
+    if not is_plain(packed, cos, sin) or cos.requires_grad or not _fit(packed, cos, sin):
         return rotary.rotate_packed(packed, cos, sin)
     heads: Heads = _RotatePacked.apply(packed, cos.flatten(-3).contiguous(), sin.flatten(-3).contiguous())
     return heads
+
+
+def _fit(packed: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Return whether the fp32 tables have a row for each token, of the batch's rows or of one for all."""
+    rows, half = cos.shape[:-3], cos.shape[-1]
+    alike = cos.shape == sin.shape and cos.dtype == sin.dtype == torch.float32 and 2 * half <= packed.shape[-1]
+    return alike and rows in (packed.shape[1:2], packed.shape[:2], (1, packed.shape[1]))
 
 
 class _RotatePacked(torch.autograd.Function):

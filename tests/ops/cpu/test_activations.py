@@ -105,3 +105,8 @@ def test_what_is_compiled_or_of_other_dtypes_is_pytorchs(name: str, monkeypatch:
     torch.testing.assert_close(compiled(inputs, bias), expected)
     torch.testing.assert_close(getattr(kernels, name)(inputs.double(), bias.double()).float(), expected)
     assert getattr(kernels, name)(inputs.bfloat16(), bias).dtype == torch.float32, "as PyTorch promotes them"
+
+
+def test_a_bias_for_all_features_is_not_read_beyond_its_end() -> None:
+    inputs, bias = torch.randn(4, 32), torch.ones(1)
+    assert torch.equal(kernels.bias_gelu(inputs, bias), activations.bias_gelu(inputs, bias))

@@ -104,3 +104,9 @@ def test_what_is_compiled_or_in_fp64_is_pytorchs(monkeypatch: pytest.MonkeyPatch
     for function, inputs in ((compiled, packed), (rotate_packed, packed.double())):
         for one, other in zip(function(inputs, cos, sin), expected, strict=True):
             torch.testing.assert_close(one.float(), other, rtol=1e-5, atol=1e-5)
+
+
+def test_tables_of_one_token_are_not_read_beyond_their_end() -> None:
+    packed, table = torch.randn(2, 6, 2, 4, 16), torch.randn(1, 1, 1, 4)
+    found, wanted = rotate_packed(packed, table, table), rotary.rotate_packed(packed, table, table)
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
