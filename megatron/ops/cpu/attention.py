@@ -57,12 +57,13 @@ IN_ONE_PASS = _InOnePass()
 
 
 def _blocked(query: Tensor, key: Tensor, value: Tensor, sight: Sight) -> Tensor:
-    return blocked_attention(query, key, value, sight, IN_ONE_PASS if is_plain(query, key, value) else EAGER)
+    is_ours = is_plain(query, key, value) and query.dtype == key.dtype == value.dtype
+    return blocked_attention(query, key, value, sight, IN_ONE_PASS if is_ours else EAGER)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, sight: Sight, dropout: float) -> Tensor:
     pays = query.dtype != torch.bfloat16 or key.shape[2] > LONGEST_KEPT
-    if pays and not dropout and is_plain(query, key, value) and serves(query, key, sight):
+    if pays and not dropout and is_plain(query, key, value) and serves(query, key, value, sight):
         return flash_attention(query, key, value, sight)
     return sdpa(query, key, value, sight, dropout, _blocked)
 

@@ -17,14 +17,14 @@ LARGEST_HEAD = 256
 """Features of the largest head that the kernel has tiles for."""
 
 
-def serves(query: Tensor, key: Tensor, sight: Sight) -> bool:
+def serves(query: Tensor, key: Tensor, value: Tensor, sight: Sight) -> bool:
     """Return whether `flash_attention` computes it well: several queries, and work for every thread.
 
     It says nothing of where the tensors are and what they hold (`library.is_plain`).
     """
     batch, _, queries, dim = query.shape
-    threads = torch.get_num_threads()
-    return queries > 1 and dim <= LARGEST_HEAD and sight.bias is None and batch * key.shape[1] >= threads
+    fits = queries > 1 and dim <= LARGEST_HEAD and sight.bias is None and query.dtype == key.dtype == value.dtype
+    return fits and batch * key.shape[1] >= torch.get_num_threads()
 
 
 def flash_attention(query: Tensor, key: Tensor, value: Tensor, sight: Sight) -> Tensor:

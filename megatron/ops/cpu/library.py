@@ -5,8 +5,8 @@
 
 A library is for the sources, the compiler, its flags and the processor that its folder's name is a hash of (a home
 folder may be shared by machines that differ), under $XDG_CACHE_HOME/deepy/cpu, or ~/.cache/deepy/cpu. The compiler is
-$CXX, else c++, g++ or clang++. Its loops run on PyTorch's threads, by a function that PyTorch has since 2.10. A file
-that is not what was built is built again.
+$CXX, or without one c++, g++ or clang++. Its loops run on PyTorch's threads, by a function that PyTorch has since 2.10.
+A file that is not what was built is built again.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def make_ready(device: torch.device) -> str:
     """Load the library, built if need be; return why it cannot be had here, or ""."""
     try:
         _loaded[:] = [_load(library())]
-    except (BuildError, OSError) as error:
+    except (BuildError, OSError, RuntimeError, ValueError) as error:  # a user without a home, an odd $CXX, among others
         return " ".join(str(error).split())
     return ""
 
@@ -87,7 +87,9 @@ def library(folder: Path | None = None) -> Path:
     """
     words = compiler()
     if not words:
-        raise BuildError("no C++ compiler was found: neither $CXX nor c++, g++ or clang++ in PATH")
+        asked = os.environ.get("CXX")
+        tried = f"$CXX is {asked}, which is not there" if asked else "neither c++ nor g++ or clang++ is in PATH"
+        raise BuildError(f"no C++ compiler was found: {tried}")
     place = (folder or cache_folder("cpu")) / key(words)
     built_once(place, _is_whole, lambda *folders: _build(words, *folders))
     return place / LIBRARY
@@ -96,9 +98,9 @@ def library(folder: Path | None = None) -> Path:
 def compiler() -> list[str]:
     """Return the command of the C++ compiler, or nothing where there is none."""
     asked = shlex.split(os.environ.get("CXX", ""))
-    found = shutil.which(asked[0]) if asked else None
-    if found:
-        return [found, *asked[1:]]
+    if asked:
+        found = shutil.which(asked[0])
+        return [found, *asked[1:]] if found else []
     return next(([path] for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), [])
 
 

@@ -81,8 +81,9 @@ def test_threads_change_no_bit() -> None:
 
 
 def test_what_is_served() -> None:
-    query, key, *_ = heads_of(2, 20, 20, torch.float32)
-    assert serves(query, key, sight_of("causal", 20, 20))
-    assert not serves(query, key, sight_of("bias", 20, 20))
-    assert not serves(query[:, :, :1], key, sight_of("causal", 1, 20))
-    assert not serves(*heads_of(2, 4, 4, torch.float32, dim=LARGEST_HEAD + 1)[:2], sight_of("causal", 4, 4))
+    query, key, value, _ = heads_of(2, 20, 20, torch.float32)
+    assert serves(query, key, value, sight_of("causal", 20, 20))
+    assert not serves(query, key, value, sight_of("bias", 20, 20))
+    assert not serves(query[:, :, :1], key, value, sight_of("causal", 1, 20))
+    assert not serves(query, key.bfloat16(), value.bfloat16(), sight_of("causal", 20, 20))
+    assert not serves(*heads_of(2, 4, 4, torch.float32, dim=LARGEST_HEAD + 1)[:3], sight_of("causal", 4, 4))
