@@ -73,7 +73,7 @@ class ZeroOptimization(Block):
     zero_quantized_weights: bool = False
     zero_quantized_nontrainable_weights: bool = False
     zero_quantized_gradients: bool = False
-    memory_efficient_linear: bool = False  # true replaces torch.nn.functional.linear for the whole process
+    memory_efficient_linear: bool = False  # true replaces F.linear for the whole process; ours keeps no weight anyway
     override_module_apply: bool = True
     log_trace_cache_warnings: bool = False
     enable_sanity_checks: bool = False

@@ -27,6 +27,7 @@ from megatron.engine.whole_blocks import gather_whole
 from megatron.errors import ConfigError, EngineError, Problem
 from megatron.model.stage import StageModel
 from megatron.objectives.build import Objective
+from megatron.ops.lent_linear import lend
 from megatron.optim.build import OptimizerKind
 from megatron.optim.compact_adamw import CompactAdamW
 from megatron.parallel.collectives import TensorRegion
@@ -47,9 +48,17 @@ def _plain(config: Config, mesh: Mesh, model: nn.Module, optimizer: Optimizer, o
     unit = MeshUnit(mesh) if mesh.tp.size > 1 else None
     live, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config), mpu=unit)
     sum_partial_gradients(live, TensorRegion(mesh.tp, config.parallel.sequence_parallel))
-    if config.kernels.compile is True and live.zero_optimization_stage() == 3:
-        gather_whole(live)
+    if live.zero_optimization_stage() == 3:
+        _let_weights_go(config, live)
     return DeepSpeedEngine(config, mesh, live, objective)
+
+
+def _let_weights_go(config: Config, live: Any) -> None:
+    """Let nothing hold a gathered weight between a layer's forward pass and its backward pass."""
+    for parameter in live.module.parameters():
+        lend(parameter)
+    if config.kernels.compile is True:
+        gather_whole(live)
 
 
 def _pipeline(config: Config, mesh: Mesh, model: nn.Module, optimizer: Optimizer, objective: Objective) -> Engine:

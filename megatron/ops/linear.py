@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron.ops.cpu.product import add_product, serves
+from megatron.ops.lent_linear import is_lent, lent_linear
 
 SMALLEST = 2**24
 """Multiplications of the least product that is worth oneDNN's longer start."""
@@ -39,7 +40,9 @@ faults, which a fresh 100 MB costs 25,000 of."""
 def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x W^T + b [..., out] from x [..., in], W [out, in] and b [out]."""
     if not _is_faster_by_onednn(inputs, weight.t()):
-        return linear_reference(inputs, weight, bias)
+        is_eager = not torch.compiler.is_compiling()  # compiled code keeps parameters themselves
+        plain = lent_linear if is_eager and is_lent(weight) else linear_reference
+        return plain(inputs, weight, bias)
     result: Tensor = _Linear.apply(inputs, weight, bias)
     return result
 

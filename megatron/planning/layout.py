@@ -22,7 +22,7 @@ class Layout:
     recompute: consecutive blocks that are recomputed together in the backward pass; 0 recomputes no whole block.
     operations: of each block, what is recomputed by itself. first: blocks that any of this is done to; None is all.
     persistence: elements of the largest tensor that ZeRO 3 never shards. bucket: of DeepSpeed's reduce bucket.
-    live: of weights that ZeRO 3 may keep gathered.
+    live: of weights that ZeRO 3 keeps gathered on purpose.
     offload: optimizer states (and masters) lie in CPU memory. overlap: gradients are reduced during the backward pass.
     moment_bytes: of each number that Adam keeps. at_once: weights are updated in the backward pass.
     travels: what blocks keep for the backward pass lies in CPU memory.
@@ -70,7 +70,7 @@ class Layout:
             first=training.checkpoint_first_layers if training.checkpoint_activations else None,
             persistence=zero.stage3_param_persistence_threshold,
             bucket=zero.reduce_bucket_size,
-            live=min(zero.stage3_max_live_parameters, zero.stage3_max_reuse_distance),
+            live=_live(zero),
             offload=zero.offload_optimizer is not None and zero.offload_optimizer.device != "none",
             overlap=zero.overlap_comm,
             moment_bytes=WEIGHT_BYTES[config.optimizer.moments_dtype],
@@ -138,3 +138,12 @@ def _moments(layout: Layout) -> str:
 
 def _device(layout: Layout) -> str:
     return "cpu" if layout.offload else "none"
+
+
+def _live(zero: ZeroOptimization) -> int:
+    """Return the elements of weights that ZeRO 3 keeps gathered between the passes, of a large model.
+
+    A weight stays whose backward pass comes within the reuse distance, in which each weight behind it counts twice.
+    What is fetched ahead, a bucket with every module that begins, has no other limit than the live parameters."""
+    ahead = zero.stage3_max_live_parameters if zero.stage3_prefetch_bucket_size else 0
+    return max(zero.stage3_max_reuse_distance // 2, ahead)
