@@ -116,8 +116,8 @@ def backends(kind: str, shape: Shape, device: torch.device, dtype: torch.dtype) 
             print(f"{kind}, {shape.dim} features: not {candidate.name}: {reason}", file=sys.stderr)
 
 
-def on_a_gpu(shapes: list[Shape], device: torch.device) -> list[Row]:
-    """Measure every back end."""
+def on_a_gpu(shapes: list[Shape], device: torch.device, keep: Callable[[list[Row]], None]) -> list[Row]:
+    """Measure every back end. keep: is given the rows so far after each shape."""
     clock, rows = Clock(device, seconds=0.05), []
     for shape in shapes:
         for kind in KINDS:
@@ -128,6 +128,7 @@ def on_a_gpu(shapes: list[Shape], device: torch.device) -> list[Row]:
                 except Exception as error:  # of a compiler or an optional library: the others go on
                     print(f"{kind}, {shape}: not {name}: {' '.join(str(error).split())[:200]}", file=sys.stderr)
                     torch.cuda.empty_cache()
+        keep(rows)
     return rows
 
 
@@ -266,6 +267,17 @@ def try_tiles(shapes: list[Shape], device: torch.device) -> None:
         ours._tile = chosen
 
 
+def keep_rows(rows: list[Row], name: str, on_gpu: bool, path: Path | None, writes: bool) -> list[Fastest]:
+    """Write what was measured so far wherever that is wanted; return what was the fastest on a GPU."""
+    found = fastest_of(rows, name) if on_gpu else []
+    if path:
+        measurements = {"device": name, "rows": [asdict(each) for each in rows]}
+        path.write_text(json.dumps(measurements | {"fastest": [asdict(each) for each in found]}, indent=1))
+    if writes and found:
+        write(found)
+    return found
+
+
 def main() -> None:
     """Measure, print, and judge."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -285,16 +297,11 @@ def main() -> None:
     if options.tiles:
         try_tiles(shapes, device)
         return
-    rows = on_a_gpu(shapes, device) if on_gpu else on_a_cpu(shapes, 1.0 if options.quick else 4.0)
+    keep = partial(keep_rows, name=name, on_gpu=on_gpu, path=options.json, writes=options.write)
+    rows = on_a_gpu(shapes, device, keep) if on_gpu else on_a_cpu(shapes, 1.0 if options.quick else 4.0)
     report(rows)
-    found = fastest_of(rows, name) if on_gpu else []
-    for each in found:
+    for each in keep(rows):
         print(each)
-    if options.json:
-        measurements = {"device": name, "rows": [asdict(each) for each in rows]}
-        options.json.write_text(json.dumps(measurements | {"fastest": [asdict(each) for each in found]}, indent=1))
-    if options.write and found:
-        print(f"written to {write(found)}")
     short = misses(rows, device)
     if options.enforce and short:
         raise SystemExit("short of the aims:\n" + "\n".join(short))

@@ -86,23 +86,26 @@ def functions(situation: Situation) -> Iterator[tuple[str, Function]]:
         yield "compile", compiled
 
 
-def measure(width: int, tokens: int, clock: Clock) -> list[Row]:
-    """Return the rows of both matrices of an MLP."""
-    rows = []
+def measure(width: int, tokens: int, clock: Clock) -> Iterator[Row]:
+    """Yield the rows of both matrices of an MLP; say why something does not run."""
     for inputs, outputs in ((width, 4 * width), (4 * width, width)):
         flops, plain = 2.0 * tokens * inputs * outputs, 0.0
         for name, function in functions(Situation(clock.device, torch.bfloat16, inputs)):
-            forward, backward = passes(function, tokens, inputs, outputs, clock)
+            try:
+                forward, backward = passes(function, tokens, inputs, outputs, clock)
+            except RuntimeError as error:  # of a library or a compiler that does not work here: the others go on
+                print(f"{name}: {' '.join(str(error).split())[:300]}", file=sys.stderr)
+                continue
             plain = plain or forward + backward
             rates = flops / forward / 1e12, 2 * flops / backward / 1e12
             both = forward + backward
-            rows.append(Row(name, tokens, inputs, outputs, *rates, both * 1e3, plain / both))
-    return rows
+            yield Row(name, tokens, inputs, outputs, *rates, both * 1e3, plain / both)
 
 
 def miss(rows: list[Row], chosen: str) -> str:
     """Return what falls short of the aim, or ""."""
-    least = min(row.ratio for row in rows if row.candidate == chosen and GPU_WIDTHS[0] in (row.inputs, row.outputs))
+    ratios = [row.ratio for row in rows if row.candidate == chosen and GPU_WIDTHS[0] in (row.inputs, row.outputs)]
+    least = min(ratios, default=0.0)
     return "" if least >= AIM else f"{chosen}: {least:.2f} times as fast as bf16 (aim {AIM})"
 
 
@@ -127,12 +130,12 @@ def main() -> None:
     print(f"\n{'candidate':18} {'tokens':>6} {'in':>6} {'out':>6}  {titles}")
     rows: list[Row] = []
     for width in widths[:1] if options.quick else widths:
-        for row in measure(width, tokens, clock):
+        for row in measure(width, tokens, clock):  # each as it is measured
             rows.append(row)
             print(f"{row.candidate:18} {row.tokens:6} {row.inputs:6} {row.outputs:6} {row.forward:16.2f} "
-                  f"{row.backward:17.2f} {row.milliseconds:9.3f} {row.ratio:13.2f}")  # fmt: skip
-    if options.json:
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+                  f"{row.backward:17.2f} {row.milliseconds:9.3f} {row.ratio:13.2f}", flush=True)  # fmt: skip
+            if options.json:
+                options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
     missed = miss(rows, choices.choices[0].candidate) if on_gpu else ""
     if missed:
         print(f"missed: {missed}")

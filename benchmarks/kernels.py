@@ -261,6 +261,8 @@ def on_a_gpu(options: argparse.Namespace, works: list[Work], clock: Clock) -> Me
             measured.rows += measured_rows([work], size, clock, copy, torch.bfloat16, compiled)
         measured.fastest = fastest(measured.rows, measured.device)
         measured.save(options.json)
+        if options.write:  # after each size: a run that is stopped has chosen by what it had
+            write(measured.fastest)
     report(measured.rows)
     for found in measured.fastest:
         print(found)
@@ -316,7 +318,9 @@ def main() -> int:
     measured = (on_a_gpu if on_gpu else on_a_cpu)(options, works, clock)
     measured.save(options.json)
     if options.write:
-        print(f"written: {write(measured.fastest)}" if on_gpu else "--write: `auto` follows measurements on GPUs only")
+        print(
+            "written to megatron/ops/measured.json" if on_gpu else "--write: `auto` follows measurements on GPUs only"
+        )
     for miss in measured.misses:
         print(f"{'MISSED' if options.enforce else 'short of the aim'}: {miss}")
     return int(bool(options.enforce and measured.misses))

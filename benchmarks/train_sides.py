@@ -27,6 +27,7 @@ from benchmarks.plain_gpt import PlainGPT, plain_weights
 from benchmarks.train_sizes import CLIP, OPTIMIZER, ROTARY_SHARE, VOCABULARY, Size, settings
 from benchmarks.train_turns import Make, Step
 from megatron.config.resolve import resolve
+from megatron.config.schema.config import Config
 from megatron.data.batch import Batch
 from megatron.engine.build import build_engine
 from megatron.engine.pending import PendingStep
@@ -67,15 +68,30 @@ class _Result:
 
 def our_weights(size: Size, precision: str, device: torch.device) -> dict[str, Tensor]:
     """Return the initial weights."""
-    model = build_model(resolve(settings(size, precision, on_gpu=False)), VOCABULARY, Mesh.single(device))
+    model = _our_model(resolve(settings(size, precision, on_gpu=False)), Mesh.single(device))
     return {name: parameter.detach().to(DTYPES[precision]) for name, parameter in model.named_parameters()}
+
+
+def _our_model(config: Config, mesh: Mesh) -> nn.Module:
+    """Return our model. On a GPU its weights are drawn there, since a core needs 10 s for a billion of a run's own."""
+    if mesh.device.type == "cpu":
+        return build_model(config, VOCABULARY, mesh)
+    model = build_model(config, VOCABULARY, mesh, initialized=False)
+    generator = torch.Generator(mesh.device).manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim > 1:
+                weight.copy_(0.02 * torch.randn(weight.shape, generator=generator, device=mesh.device))
+            else:
+                weight.fill_(float(name.endswith("weight")))  # of norms; biases are 0
+    return model
 
 
 def ours(size: Size, precision: str, device: torch.device, **keys: Any) -> Step:
     """Return the step of an engine of ours. keys: of the config, beside those of the size."""
     config = resolve(settings(size, precision, device.type == "cuda") | keys)
     mesh = Mesh.single(device)
-    engine = build_engine(config, mesh, build_model(config, VOCABULARY, mesh), build_objective())
+    engine = build_engine(config, mesh, _our_model(config, mesh), build_objective())
     tokens = tokens_of(size, device)
     batch = Batch(
         tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.ones(tokens[:, 1:].shape, device=device)
@@ -99,7 +115,8 @@ def hugging_face(size: Size, precision: str, device: torch.device, compiled: boo
         intermediate_size=4 * size.hidden, max_position_embeddings=size.length, rotary_pct=ROTARY_SHARE,
         use_parallel_residual=True,
     )  # fmt: skip
-    model = GPTNeoXForCausalLM(shape)
+    with device:  # not on a CPU, whose numbers come slowly and are not used
+        model = GPTNeoXForCausalLM(shape)
     weights = {_renamed(name): weight for name, weight in our_weights(size, precision, device).items()}
     model = _filled(model, weights, precision if pure else "fp32", device)
     called = _compiled(model, device) if compiled else model
@@ -114,7 +131,9 @@ def hugging_face(size: Size, precision: str, device: torch.device, compiled: boo
 def plain(size: Size, precision: str, device: torch.device, compiled: bool = False, pure: bool = False) -> Step:
     """Return the step of the nanoGPT-style model; pure: see `hugging_face`."""
     weights = plain_weights(our_weights(size, precision, device), size.heads)
-    model = _filled(PlainGPT(size, size.length), weights, precision if pure else "fp32", device)
+    with device:
+        model = PlainGPT(size, size.length)
+    model = _filled(model, weights, precision if pure else "fp32", device)
     called = _compiled(model, device) if compiled else model
     return _loop(model, _autocast(called, precision, device, pure), size, device)
 
@@ -139,7 +158,9 @@ def litgpt(size: Size, precision: str, device: torch.device, pure: bool = False)
     theirs["embed_out.weight"] = theirs.pop("lm_head.weight")
     weights: dict[str, Tensor] = {}
     copy_weights_gpt_neox(shape, weights, theirs)
-    model = _filled(GPT(shape), weights, precision if pure else "fp32", device)
+    with device:
+        model = GPT(shape)
+    model = _filled(model, weights, precision if pure else "fp32", device)
     if pure:
         return _loop(model, lambda ids, labels: chunked_cross_entropy(model(ids), labels), size, device)
     called = _autocast(model, precision, device)

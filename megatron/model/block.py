@@ -103,8 +103,8 @@ class Block(nn.Module):
     def _ended(self, stream: Stream, hidden: Tensor, branch: Tensor) -> Stream:
         """Return the stream after this layer, to which it adds `branch` last."""
         if self.defers and not self._drops:
-            return stream._replace(hidden=hidden, branch=self.region.leave(branch))
-        return stream._replace(hidden=self._add(hidden, branch), branch=None)
+            return stream.moved(hidden, self.region.leave(branch))
+        return stream.moved(self._add(hidden, branch))
 
 
 class PreNormBlock(Block):

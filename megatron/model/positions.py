@@ -29,13 +29,14 @@ ALONE = Axis("cp")
 class Span:
     """The columns [start, end) of the tokens at hand; keys are columns [0, end). padding: as in KVCache.
 
-    context: the tokens at hand are this rank's on the context axis, a part of those columns.
+    context: the tokens at hand are this rank's on that context axis, a part of those columns; None: all of them are.
+        (An Axis as the default is one that torch.compile of PyTorch 2.11 cannot trace.)
     """
 
     start: int
     end: int
     padding: Tensor | None = None
-    context: Axis = ALONE
+    context: Axis | None = None
 
     @classmethod
     def of(cls, length: int, cache: KVCache | None, context: Axis = ALONE) -> Span:
@@ -51,7 +52,7 @@ class Span:
 
     def positions(self, device: torch.device) -> Tensor:
         """Return the position of each token in its document: [s] int64, or [b, s] where rows are padded."""
-        if self.context.size > 1:
+        if self.context is not None and self.context.size > 1:
             return local_positions(self.context, self.end, device)
         columns = torch.arange(self.start, self.end, device=device)
         if self.padding is None:

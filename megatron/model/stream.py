@@ -21,4 +21,11 @@ class Stream(NamedTuple):
 
     def whole(self) -> Stream:
         """Return the stream with nothing left to add: what leaves a pipeline stage, or is kept for recomputation."""
-        return self if self.branch is None else self._replace(hidden=self.hidden + self.branch, branch=None)
+        return self if self.branch is None else self.moved(self.hidden + self.branch)
+
+    def moved(self, hidden: Tensor, branch: Tensor | None = None) -> Stream:
+        """Return the stream with another hidden state, and what is to be added to that.
+
+        Not by `_replace`, which torch.compile of PyTorch 2.11 traces to wrong fields.
+        """
+        return Stream(hidden, self.segments, self.auxiliary_loss, branch)

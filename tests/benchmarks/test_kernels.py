@@ -60,14 +60,18 @@ def test_a_gpus_measurements_end_at_the_limit_and_are_written(
     monkeypatch.setattr(Clock, "copy_bandwidth", lambda self: 1e9)
     works = [work for work in WORKS if work.operation in ("rms_norm", "add_layer_norm")]
     clock = Clock(torch.device("cpu"), seconds=0.0)
+    written: list[list[Fastest]] = []
+    monkeypatch.setattr(kernels, "write", written.append)
     for limit, sizes in ((0.0, 2), (1e-9, 1)):
-        options = argparse.Namespace(quick=False, limit=limit, json=tmp_path / "out.json")
+        options = argparse.Namespace(quick=False, limit=limit, json=tmp_path / "out.json", write=True)
+        written.clear()
         measured = on_a_gpu(options, works, clock)
         assert len({row.tokens for row in measured.rows}) == sizes
         assert {row.candidate for row in measured.rows} == {"eager"}
         assert all(row.forward > 0 and row.backward > 0 for row in measured.rows)
         assert Fastest("NVIDIA X", "rms_norm", 8, "eager") in measured.fastest
         assert json.loads(options.json.read_text())["fastest"][-1]["operation"] == "rms_norm"
+        assert written[0] == written[-1] == measured.fastest, "also what a run has that is stopped after the first size"
     assert "nothing of 64 tokens of 8" in capsys.readouterr().out
 
 

@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks import train
 from benchmarks.train import OURS, Row, misses
 from benchmarks.train_sides import SIDES
 from benchmarks.train_sizes import Size
-from benchmarks.train_turns import forked, take_turn
+from benchmarks.train_turns import Turn, forked, take_turn
 
 TINY = Size("tiny", 2, 32, 4, 2, 16, aim=100.0)
 CPU = torch.device("cpu")
@@ -54,3 +55,32 @@ def test_each_missed_aim_is_a_line():
         "tiny fp32: DeepSpeed's engine takes 1.15 times as long (deepspeed 3), the aim is 1.1",
     ]
     assert misses([row(OURS, rate=99.0)], [TINY], "NVIDIA H200") == ["tiny fp32: 99 tokens/s, the aim is 100"]
+
+
+def test_a_side_that_fails_or_differs_costs_only_its_own_row(monkeypatch):
+    found = {
+        OURS: Turn(error="ValueError: no"),
+        "hf": Turn((10.0, 9.0, 8.0), (2.0, 2.0), (1.0, 1.0)),
+        "plain": Turn((10.0, 9.0, 9.0), (1.0, 1.0), (1.0, 1.0)),
+        "ours compiled": Turn((10.0, 9.0, 8.001), (1.0, 1.0), (1.0, 1.0)),
+    }
+    monkeypatch.setattr(train, "SIDES", {side: side for side in found})
+    monkeypatch.setattr(train, "take_turn", lambda side, *_: found[side])
+    known = {}
+    rows = train._measured(TINY, "bf16", [OURS, "hf", "plain"], True, 1e12, known)
+    assert [(row.side, row.ratio) for row in rows] == [("hf", 1.0), ("plain", 0.5)]
+    assert [row.differs for row in rows] == [
+        "",
+        "it computes another function: after two updates its loss is 9.0, ours 8.0",
+    ]
+    (late,) = train._measured(TINY, "bf16", ["ours compiled"], True, 1e12, known)
+    assert (late.ratio, late.differs) == (0.5, "")
+    assert misses(rows, [TINY], "NVIDIA H200") == ["tiny bf16: ours did not run"]
+
+
+def test_what_compiles_comes_last_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(train, "ON_GPU", True)
+    monkeypatch.setattr("sys.argv", ["train.py", "--quick"])
+    first, second = train._passes(train._options())
+    assert first == [OURS, "ours fused", "hf"]
+    assert second == ["ours compiled", "ours recorded"]

@@ -158,11 +158,12 @@ def test_losses_do_not_depend_on_what_is_found_and_a_resume_keeps_it(
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_is_filled() -> None:
     """What is found runs, and the next size does not fit; nothing of the trial stays."""
     device = torch.device("cuda")
-    keys = {"num_layers": 8, "hidden_size": 2048, "num_attention_heads": 16, "seq_length": 2048}
+    keys = {"num_layers": 8, "hidden_size": 2048, "num_attention_heads": 16, "seq_length": 2048, "precision": "bf16"}
     resolved = auto(**keys, max_position_embeddings=2048, train_batch_size=1024)
     before = torch.cuda.memory_allocated()
     found = with_micro_batch(resolved, Mesh.single(device), 50304).batch.train_micro_batch_size_per_gpu
