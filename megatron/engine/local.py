@@ -170,6 +170,9 @@ class LocalEngine(MicroBatchEngine):
         """Return the gradient of the whole step, summed over the ranks, as one fp32 tensor or autograd's own."""
         if self._gradients is not None:
             return [self._gradients.reduce()]
+        for parameter in self._trained.values():
+            if parameter.grad is None:  # its weights decay, and its moments go on, as in every other layout
+                parameter.grad = torch.zeros_like(parameter)
         return [gradient for _, gradient in self._named_gradients()]
 
     def _named_gradients(self) -> Iterator[tuple[str, Tensor]]:

@@ -11,6 +11,9 @@ last bit:
 The second is handed over by the name that a compiled DeepSpeed uses for it, `flat_partition`, and norms of the second
 and third are taken as our own engine takes them: DeepSpeed would copy each gradient to fp64 first.
 
+A weight that a backward pass does not use has a zero gradient in it, as in our own engine. DeepSpeed does so too, but
+for its ZeRO 3, where the gradient of an earlier step would be applied again.
+
 ZeRO 3 in fp32 has masters beside weights that are the same numbers, in any world; here they are the same memory.
 """
 
@@ -37,9 +40,12 @@ def send_straight(optimizer: Any, mesh: Mesh) -> None:
     is_stage3 = type(optimizer) is DeepSpeedZeroOptimizer_Stage3
     if is_stage3 and not optimizer.offload_optimizer:
         _share_masters(optimizer)
-    if mesh.world.size > 1 or optimizer.communication_data_type not in (torch.float32, optimizer.dtype):
+    is_alone = mesh.world.size == 1 and optimizer.communication_data_type in (torch.float32, optimizer.dtype)
+    if is_stage3 and not (is_alone and not optimizer.offload_optimizer):
+        _Stage3Zeros(optimizer, mesh.device)
+    elif not is_alone:
         return  # gradients are reduced, or asked to be rounded
-    if is_stage3 and not optimizer.offload_optimizer:
+    elif is_stage3:
         _Stage3Gradients(optimizer)
     elif type(optimizer) is DeepSpeedZeroOptimizer and not optimizer.cpu_offload:
         _FlatGradients(optimizer)
@@ -151,6 +157,48 @@ class _Stage3Gradients:
         master = self._optimizer.fp32_partitioned_groups_flat[group]
         master.grad = self._groups[group].to(master.dtype)
         self._optimizer.averaged_gradients[group] = None
+
+
+class _Stage3Zeros:
+    """A zero gradient for every weight that a backward pass gave none.
+
+    A ZeRO 3 optimizer would apply the gradient of its last step again, or, of an offloaded optimizer, forget the
+    micro-batches before."""
+
+    def __init__(self, optimizer: Any, device: torch.device) -> None:
+        self._optimizer = optimizer
+        self._device = device
+        self._weights = [weight for group in optimizer.fp16_groups for weight in group if weight.requires_grad]
+        self._micro_step = 0
+        self._written: set[int] = set()  # in this micro-step
+        self._partition, self._begin_step = optimizer.partition_grads, optimizer._pre_step
+        self._finish = optimizer.independent_gradient_partition_epilogue
+        optimizer.partition_grads = self.take
+        optimizer.independent_gradient_partition_epilogue = self.finish
+        optimizer._pre_step = self.begin_step
+
+    def take(self, weights: list[Any], parts: list[Tensor]) -> Any:
+        """Note whose gradients are there; in the place of what copies or adds them to the sums."""
+        if self._optimizer.micro_step_id != self._micro_step:
+            self._micro_step = self._optimizer.micro_step_id
+            self._written.clear()
+        self._written.update(id(weight) for weight in weights)
+        return self._partition(weights, parts)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """End a backward pass, in the middle of which the last bucket may still be full."""
+        self._finish()
+        weights = [weight for weight in self._weights if id(weight) not in self._written]
+        if weights:
+            dtype = self._optimizer.gradient_accumulation_dtype
+            zeros = [torch.zeros(w.partition_numel(), dtype=dtype, device=self._device) for w in weights]
+            self.take(weights, zeros)
+
+    def begin_step(self) -> None:
+        """Let the next gradients begin new sums; at the beginning of the optimizer's step."""
+        self._written.clear()
+        self._begin_step()
 
 
 def _share_masters(optimizer: Any) -> None:
