@@ -67,7 +67,7 @@ summary() {  # writes OUT/summary.json, and packs
   } > "$out/summary.json"
   if [ -n "${PACK:-}" ]; then
     cp megatron/ops/measured.json "$out/measured.json"
-    (cd "$out" && tar -czf pack.part -- *.json *.log *.txt $(ls -- *.xml 2>/dev/null)) && mv "$out/pack.part" "$PACK"
+    (cd "$out" && tar -czf pack.part -- $(ls -- *.json *.log *.txt *.xml 2>/dev/null)) && mv "$out/pack.part" "$PACK"
   fi
 }
 

@@ -125,7 +125,7 @@ def all_sum(values: Tensor, region: TensorRegion) -> Tensor:
     """Return the sum over the tensor axis, a new tensor without gradient."""
     wide = values.float() if region.fp32 and values.dtype.itemsize == 2 else values
     total: Tensor = _OPS.wait_tensor(_OPS.all_reduce(wide.contiguous(), "sum", region.group))
-    return total.to(values.dtype)
+    return _as(total, values.dtype)
 
 
 def all_maximum(values: Tensor, region: TensorRegion) -> Tensor:
@@ -151,7 +151,13 @@ def _scatter_sum(partial: Tensor, region: TensorRegion) -> Tensor:
         raise ValueError(f"{wide.shape[1]} tokens do not split over {size} ranks (sequence_parallel)")
     stacked = wide.unflatten(1, (size, wide.shape[1] // size)).movedim(1, 0).flatten(0, 1).contiguous()
     share = _OPS.wait_tensor(_OPS.reduce_scatter_tensor(stacked, "sum", size, region.group))
-    return share.to(partial.dtype)
+    return _as(share, partial.dtype)
+
+
+def _as(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return values in a dtype. Where they are that already nothing may be called: of a conversion that returns the
+    tensor itself, at the end of an autograd function, torch.compile of PyTorch 2.11 makes a gradient of zeros."""
+    return values if values.dtype == dtype else values.to(dtype)
 
 
 class _Copy(torch.autograd.Function):

@@ -291,23 +291,40 @@ def _programs(width: int, device: torch.device) -> int:
 
 
 class _Norm(torch.autograd.Function):
+    """The norm alone. Not the sum's function without one: torch.compile wants a tensor for each output."""
+
     @staticmethod
     def forward(
-        ctx: Any,
-        inputs: Tensor,
-        residual: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        eps: float,
-        centred: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+        ctx: Any, inputs: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, centred: bool
+    ) -> Tensor:
         rows = as_rows(inputs)
-        added = None if residual is None else as_rows(residual)
-        output, total, mean, scale = norm_forward(rows, added, weight, bias, eps, centred)
-        ctx.save_for_backward(rows if residual is None else total, weight, mean, scale)
-        ctx.has_residual, ctx.has_bias = residual is not None, bias is not None
+        output, _, mean, scale = norm_forward(rows, None, weight, bias, eps, centred)
+        ctx.save_for_backward(rows, weight, mean, scale)
+        ctx.has_bias = bias is not None
+        result: Tensor = output.view(inputs.shape)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        values, weight, mean, scale = ctx.saved_tensors
+        inputs, weights, biases = norm_backward(as_rows(gradients[0]), None, values, weight, mean, scale, ctx.has_bias)
+        of_weight, of_bias = weights if weight is not None else None, biases if ctx.has_bias else None
+        return inputs.view(gradients[0].shape), of_weight, of_bias, None, None
+
+
+class _AddNorm(torch.autograd.Function):
+    """The norm of a sum, and the sum."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, inputs: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
+        centred: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        output, total, mean, scale = norm_forward(as_rows(inputs), as_rows(residual), weight, bias, eps, centred)
+        ctx.save_for_backward(total, weight, mean, scale)
+        ctx.has_bias = bias is not None
         ctx.set_materialize_grads(False)
-        return output.view(inputs.shape), None if residual is None else total.view(inputs.shape)
+        return output.view(inputs.shape), total.view(inputs.shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -317,16 +334,9 @@ class _Norm(torch.autograd.Function):
         values, weight, mean, scale = ctx.saved_tensors
         passed = None if total_gradient is None else as_rows(total_gradient)
         changes = norm_backward(as_rows(gradient), passed, values, weight, mean, scale, ctx.has_bias)
-        inputs, weights, biases = changes
-        inputs = inputs.view(gradient.shape)
-        return (
-            inputs,
-            inputs if ctx.has_residual else None,
-            weights if weight is not None else None,
-            biases if ctx.has_bias else None,
-            None,
-            None,
-        )
+        inputs = changes[0].view(gradient.shape)
+        of_weight, of_bias = changes[1] if weight is not None else None, changes[2] if ctx.has_bias else None
+        return inputs, inputs, of_weight, of_bias, None, None
 
 
 def layer_norm(
@@ -335,13 +345,13 @@ def layer_norm(
     """`megatron.ops.norms.layer_norm`, over the last dim or dims."""
     flat = inputs.flatten(-len(shape))
     gains, offsets = (None if each is None else each.flatten() for each in (weight, bias))
-    output: Tensor = _Norm.apply(flat, None, gains, offsets, eps, True)[0]
+    output: Tensor = _Norm.apply(flat, gains, offsets, eps, True)
     return output.view(inputs.shape)
 
 
 def rms_norm(inputs: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`megatron.ops.norms.rms_norm`, for weight [h]."""
-    output: Tensor = _Norm.apply(inputs, None, weight, None, eps, False)[0]
+    output: Tensor = _Norm.apply(inputs, weight, None, eps, False)
     return output
 
 
@@ -349,13 +359,13 @@ def add_layer_norm(
     inputs: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     """`megatron.ops.norms.add_layer_norm`."""
-    result: tuple[Tensor, Tensor] = _Norm.apply(inputs, residual, weight, bias, eps, True)
+    result: tuple[Tensor, Tensor] = _AddNorm.apply(inputs, residual, weight, bias, eps, True)
     return result
 
 
 def add_rms_norm(inputs: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`megatron.ops.norms.add_rms_norm`."""
-    result: tuple[Tensor, Tensor] = _Norm.apply(inputs, residual, weight, None, eps, False)
+    result: tuple[Tensor, Tensor] = _AddNorm.apply(inputs, residual, weight, None, eps, False)
     return result
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron.model.build import build_model
+from megatron.model.compiled import compile_blocks
 from megatron.model.kernels import choose_kernels
 from megatron.ops import dropout_add
 from megatron.ops.choice import Candidate, Choice, Choices
@@ -74,6 +75,31 @@ def test_forced_kernels_change_nothing(name: str, device: torch.device) -> None:
     assert {operation: candidates[operation] for operation in operations} == dict.fromkeys(operations, "triton")
     expected = loss_and_gradients(settings, eager(seeded=True), device)
     torch.testing.assert_close(loss_and_gradients(settings, choices, device), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["neox", "llama"])
+def test_compiled_blocks_of_kernels_change_nothing_either(
+    name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced and differentiated by torch.compile; code of the rest is generated on a GPU only."""
+    backend = "inductor" if device.type == "cuda" else "aot_eager"
+    settings, _ = MODELS[name]
+    config = small_config(**settings, **dict.fromkeys(KEYS, True))
+    choices = choose_kernels(config, device, torch.float32)
+    expected = loss_and_gradients(settings, choices, device)
+    counted: list[int] = []
+
+    plain = build_model
+
+    def compiled(*arguments: Any, **keys: Any) -> Any:
+        model = plain(*arguments, **keys)
+        counted.append(compile_blocks(model, backend))
+        return model
+
+    monkeypatch.setitem(loss_and_gradients.__globals__, "build_model", compiled)
+    found = loss_and_gradients(settings, choices, device)
+    assert counted[0] > 1
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_fp8_by_kernels_is_fp8_by_pytorch_bit_by_bit(device: torch.device) -> None:
