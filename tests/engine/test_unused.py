@@ -5,6 +5,8 @@ DeepSpeed's ZeRO 3 would apply the gradient of the last step in which it was use
 
 from __future__ import annotations
 
+import functools
+import json
 import math
 from typing import Any
 
@@ -67,24 +69,28 @@ def train(keys: dict[str, Any], world_size: int, model: Any = SometimesUsed) -> 
 LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "ours, sgd": (1, SGD, {}),
     "ours, lion": (1, LION, {}),
-    "ours, adam": (1, {}, {}),
     "ZeRO 1": (2, SGD, {"stage": 1}),
     "ZeRO 2": (2, LION, {"stage": 2}),
     "ZeRO 3": (2, {}, {"stage": 3}),
-    "ZeRO 3, sgd": (2, SGD, {"stage": 3}),
+    "ZeRO 3, accumulated": (2, {"gradient_accumulation_steps": 3}, {"stage": 3}),
     "ZeRO 3, bf16": (2, {"precision": "bf16"}, {"stage": 3}),
-    "ZeRO 3, one process": (1, {}, {"stage": 3}),
     "ZeRO 3, optimizer on the CPU": (2, {}, ON_CPU),
+    "ZeRO 3, optimizer on the CPU, accumulated": (2, {"gradient_accumulation_steps": 3}, ON_CPU),
     "ZeRO 3, optimizer on the CPU, one process": (1, {}, ON_CPU),
 }
 
 
-@pytest.mark.parametrize("accumulation", [1, 3])
+@functools.cache
+def of_our_own(keys: str) -> tuple[list[tuple[float, float]], dict]:
+    """Return what our own engine makes of JSON keys on two ranks, where it sums gradients into a buffer."""
+    found: tuple[list[tuple[float, float]], dict] = run_ranks(2, train, json.loads(keys), 2)[0]
+    return found
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_every_engine_gives_it_a_zero_gradient(name: str, accumulation: int) -> None:
+def test_every_engine_gives_it_a_zero_gradient(name: str) -> None:
     world_size, keys, layout = LAYOUTS[name]
-    keys = {**keys, "gradient_accumulation_steps": accumulation}
-    (expected, weights), *_ = run_ranks(2, train, keys, 2)  # our own engine, which sums into a buffer
+    expected, weights = of_our_own(json.dumps(keys))
     for steps, found in run_ranks(world_size, train, {**keys, **layout}, world_size):
         for one, other in zip(steps, expected, strict=True):
             assert one == pytest.approx(other, rel=1e-5)
