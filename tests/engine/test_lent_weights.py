@@ -177,7 +177,7 @@ def test_nothing_stays_where_onednn_multiplies(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_without_lending_all_matrices_of_the_blocks_would_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules[__name__], "PATIENCE", 0.1)
+    monkeypatch.setattr(sys.modules[__name__], "PATIENCE", 0.5)
     monkeypatch.setattr(through_deepspeed, "lend", lambda _: None)
     matrices = {"query_key_value": 3 * 32 * 32, "dense": 32 * 32, "linear1": 4 * 32 * 32, "linear2": 4 * 32 * 32}
     for found in run_ranks(2, held, NEOX, {}):
@@ -200,11 +200,11 @@ def test_without_lending_all_matrices_of_the_blocks_would_stay(monkeypatch: pyte
 )  # fmt: skip
 def test_what_deepspeed_keeps_on_purpose_is_planned(zero: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """By the third step. Weights stay that are used again within the distance, or that were fetched ahead."""
-    monkeypatch.setattr(sys.modules[__name__], "PATIENCE", 0.1)
+    monkeypatch.setattr(sys.modules[__name__], "PATIENCE", 0.5)
     live = Layout.of(matrix.make_config({**settings(zero), **NEOX}, 2)).live
     for found in run_ranks(2, held, NEOX, zero, 3):
         planned, kept = min(found.weights, live), sum(found.between.values())
-        assert planned - LAYER <= kept <= min(found.weights, planned + LAYER)
+        assert planned - LAYER <= kept <= min(found.weights, planned + 2 * LAYER)  # a buffer may still be going
         assert found.after == {}
 
 
