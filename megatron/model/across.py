@@ -62,7 +62,8 @@ class RingAcrossRanks:
     def __call__(self, asked: Asked) -> Tensor:
         if asked.rpe is not None or asked.dropout:
             raise ValueError("ring attention has neither relative position biases nor dropout")
-        sight = Sight(asked.scale, asked.mask.window, asked.mask.slopes, asked.segments)
+        slopes = asked.mask.slopes_on(asked.query.device)
+        sight = Sight(asked.scale, asked.mask.window, slopes, asked.segments)
         return ring_attention(asked.query, asked.key, asked.value, sight, self.axis, self.kernels)
 
 

@@ -57,4 +57,5 @@ def _forward(block: Block, compiled: Callable[..., Stream], stream: Stream, cach
     span = Span.of(length, cache, ALONE if attention.across is None else attention.across.axis)
     if attention.rotary is not None:
         attention.rotary(span, stream.hidden.device)
+    attention.mask.slopes_on(stream.hidden.device)
     return compiled(stream, cache)

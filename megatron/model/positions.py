@@ -118,14 +118,22 @@ class AttentionMask:
 
         segments: [b, s] document numbers; a token sees its own document only.
         """
-        sight = self._sight
+        slopes, sight = self.slopes_on(device), self._sight
         if sight is None or torch.compiler.is_compiling() or not self._is_of(sight, span, segments):
-            sight = Sight(scale, self.window, self.slopes, segments, span.padding)
+            sight = Sight(scale, self.window, slopes, segments, span.padding)
         elif sight.scale != scale:  # what a Sight has made does not depend on it
             sight = replace(sight, scale=scale)
         if not torch.compiler.is_compiling():  # what a graph makes is its own
             self._sight = sight
         return sight if bias is None else replace(sight, bias=bias(_distance(span, device)))
+
+    def slopes_on(self, device: torch.device) -> Tensor | None:
+        """Return the slopes on a device, where they stay: a copy at each call would make the host wait for a GPU."""
+        if self.slopes is not None and self.slopes.device != device:
+            with torch.inference_mode(False):  # what is moved while generating must serve training too
+                self.slopes = self.slopes.to(device)
+            self._sight = None
+        return self.slopes
 
     @staticmethod
     def _is_of(sight: Sight, span: Span, segments: Tensor | None) -> bool:
