@@ -50,9 +50,10 @@ def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
     return losses(folder)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_fp32_is_the_run_on_the_cpu(stage: int, tmp_path: Path, on_cpu: dict[int, float]) -> None:
-    train(tmp_path, GPU, zero_optimization={"stage": stage})
+@pytest.mark.parametrize(("engine", "stage"), [("local", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3)])
+def test_fp32_is_the_run_on_the_cpu(engine: str, stage: int, tmp_path: Path, on_cpu: dict[int, float]) -> None:
+    """By our own engine, and by DeepSpeed's, which nothing else asks for on one process."""
+    train(tmp_path, GPU, zero_optimization={"stage": stage}, engine=engine)
     assert losses(tmp_path) == pytest.approx(on_cpu, rel=1e-4)
 
 
@@ -65,19 +66,24 @@ def test_recorded_steps_are_those_of_the_run_on_the_cpu(size: int, tmp_path: Pat
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize("stage", [0, 1])
-def test_half_precision_stays_near_it(precision: str, stage: int, tmp_path: Path, on_cpu: dict[int, float]) -> None:
+@pytest.mark.parametrize(("engine", "stage"), [("local", 0), ("deepspeed", 1)])
+def test_half_precision_stays_near_it(
+    precision: str, engine: str, stage: int, tmp_path: Path, on_cpu: dict[int, float]
+) -> None:
+    if (GPU, engine, precision) == ("cpu", "deepspeed", "fp16"):
+        pytest.skip("DeepSpeed's fp16 needs a GPU")
     scale = {"fp16": {"enabled": True, "initial_scale_power": 8}} if precision == "fp16" else {"precision": precision}
-    train(tmp_path, GPU, zero_optimization={"stage": stage}, **{"precision": precision, **scale})
+    keys = {"engine": engine, "precision": precision, **scale}
+    train(tmp_path, GPU, zero_optimization={"stage": stage}, **keys)
     assert losses(tmp_path) == pytest.approx(on_cpu, rel=3e-2)
 
 
-@pytest.mark.parametrize("stage", [0, 3])
-def test_fp8_stays_near_it_as_well(stage: int, tmp_path: Path, on_cpu: dict[int, float]) -> None:
+@pytest.mark.parametrize(("engine", "stage"), [("local", 0), ("deepspeed", 3)])
+def test_fp8_stays_near_it_as_well(engine: str, stage: int, tmp_path: Path, on_cpu: dict[int, float]) -> None:
     reason = obstacle(torch.device(GPU, 0))
     if reason:
         pytest.skip(reason)
-    said = train(tmp_path, GPU, zero_optimization={"stage": stage}, precision="fp8")
+    said = train(tmp_path, GPU, zero_optimization={"stage": stage}, engine=engine, precision="fp8")
     assert "the linear layers of the blocks multiply in float8" in said
     assert losses(tmp_path) == pytest.approx(on_cpu, rel=3e-2)
 

@@ -120,6 +120,7 @@ def test_a_gpu_holds_two_blocks() -> None:
         "num_layers": 12, "hidden_size": 1024, "num_attention_heads": 8, "seq_length": 1024, "precision": "bf16",
         "max_position_embeddings": 1024, "train_micro_batch_size_per_gpu": 8, "pos_emb": "rotary",
         "optimizer": {"type": "adam", "params": {"lr": 1e-3}},
+        "attention_backend": "triton",  # flash-attn's backward pass sums in another order each time
     }  # fmt: skip
     peaks, gradients = [], []
     for keys in ({}, ON):
