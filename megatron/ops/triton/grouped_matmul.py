@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron.ops.triton.launch import INTERPRETED, Sample, as_rows, operator, runs, start
+from megatron.ops.triton.launch import INTERPRETED, Sample, architecture, as_rows, operator, runs, start
 
 GROUP = 4 if INTERPRETED else 8
 """Tiles of rows that are computed side by side."""
@@ -124,7 +124,7 @@ def grouped_matmul_rows(inputs: Tensor, weights: Tensor, offsets: Tensor) -> Ten
     num_experts, depth, num_columns = weights.shape
     output = torch.empty((len(inputs), num_columns), dtype=inputs.dtype, device=inputs.device)
     if runs(output):
-        inputs, tile = as_rows(inputs), _tile(inputs.dtype, num_columns)
+        inputs, tile = as_rows(inputs), _tile(inputs, num_columns)
         num_tiles = triton.cdiv(len(inputs), tile["ROWS"]) + num_experts
         start(
             _rows,
@@ -151,7 +151,7 @@ def grouped_matmul_weights(inputs: Tensor, upstream: Tensor, offsets: Tensor) ->
     num_experts, num_rows, num_columns = len(offsets) - 1, inputs.shape[1], upstream.shape[1]
     output = torch.empty((num_experts, num_rows, num_columns), dtype=inputs.dtype, device=inputs.device)
     if runs(output):
-        inputs, upstream, tile = as_rows(inputs), as_rows(upstream), _tile(inputs.dtype, num_columns)
+        inputs, upstream, tile = as_rows(inputs), as_rows(upstream), _tile(inputs, num_columns)
         num_tiles = triton.cdiv(num_rows, tile["ROWS"]) * triton.cdiv(num_columns, tile["COLUMNS"])
         start(
             _weights,
@@ -169,16 +169,19 @@ def grouped_matmul_weights(inputs: Tensor, upstream: Tensor, offsets: Tensor) ->
     return output
 
 
-def _tile(dtype: torch.dtype, num_columns: int) -> dict[str, Any]:
-    """Return a tile's size and how its products are computed; fp32 needs twice the shared memory of bf16."""
+def _tile(like: Tensor, num_columns: int) -> dict[str, Any]:
+    """Return a tile's size and how its products are computed; fp32 needs twice the shared memory of bf16.
+
+    Before Hopper a product's factors stand in registers, of which there are too few for 64 deep tiles."""
     precision = "tf32" if torch.get_float32_matmul_precision() != "highest" else "ieee"
     exact = {"UPCAST": INTERPRETED, "PRECISION": precision}
     if INTERPRETED:
         return {"ROWS": 16, "COLUMNS": 16, "DEPTH": 16, **exact}
-    if dtype == torch.float32:
+    if like.dtype == torch.float32:
         return {"ROWS": 64, "COLUMNS": 64, "DEPTH": 32, **exact, "num_warps": 4, "num_stages": 3}
     columns = 256 if num_columns >= 256 else 128
-    return {"ROWS": 128, "COLUMNS": columns, "DEPTH": 64, **exact, "num_warps": 8, "num_stages": 3}
+    depth = 64 if architecture(like.device) >= 90 else 32
+    return {"ROWS": 128, "COLUMNS": columns, "DEPTH": depth, **exact, "num_warps": 8, "num_stages": 3}
 
 
 class _GroupedMatmul(torch.autograd.Function):
