@@ -104,8 +104,8 @@ attention=(--json "$out/attention.json")
 if [ "$device" = cpu ]; then attention+=(--quick); fi
 if [ -n "${WRITE:-}" ]; then attention+=(--write); fi
 SHOWN=60 step attention 70 "$python" benchmarks/attention.py "${attention[@]}"
-SHOWN=30 step train 150 "$python" benchmarks/train.py --quick --json "$out/train.json"
 step fp8 30 "$python" benchmarks/fp8.py --quick --json "$out/fp8.json"
+SHOWN=30 step train 150 "$python" benchmarks/train.py --quick --json "$out/train.json"
 step startup 40 "$python" benchmarks/startup.py --quick --json "$out/startup.json"
 step data 45 "$python" benchmarks/data.py --quick --json "$out/data.json"
 

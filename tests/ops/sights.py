@@ -45,12 +45,13 @@ def sight_of(kind: str, queries: int, keys: int, device: torch.device | str = "c
 
 
 def heads_of(
-    kv_heads: int, queries: int, keys: int, dtype: torch.dtype, device: torch.device | str = "cpu", dim: int = 8
-) -> list[Tensor]:
-    """Return query, key, value, and an upstream gradient, [b, n, s, d] that lie as [b, s, n, d + 3]."""
+    kv_heads: int, queries: int, keys: int, dtype: torch.dtype, device: torch.device | str = "cpu", dim: int = 8,
+    gap: int = 3,
+) -> list[Tensor]:  # fmt: skip
+    """Return query, key, value, and an upstream gradient, [b, n, s, d] that lie as [b, s, n, d + gap]."""
     generator = torch.Generator().manual_seed(queries + dim)
     shapes = [(2, queries, HEADS, dim), *[(2, keys, kv_heads, dim)] * 2, (2, queries, HEADS, dim)]
-    wide = [torch.randn(*shape[:3], dim + 3, generator=generator) for shape in shapes]
+    wide = [torch.randn(*shape[:3], dim + gap, generator=generator) for shape in shapes]
     return [each.to(device, dtype)[..., :dim].transpose(1, 2) for each in wide]
 
 
