@@ -36,6 +36,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the start scripts set it, for all sides
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces each start
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 

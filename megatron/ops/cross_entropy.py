@@ -3,8 +3,9 @@
     logits = x W^T;   loss = logsumexp(logits) - logits[label];   d loss / d logits = softmax(logits) - onehot(label)
 
 The tokens are taken in chunks: the logits of a chunk, in the input's dtype, become fp32 losses and, in the same
-memory, their own gradient. `linear_cross_entropy_sum` finishes the gradients of x and W in the forward pass, because
-the loss of a language model is one weighted sum; it costs no recomputation. `linear_cross_entropy` returns each
+memory, their own gradient. `linear_cross_entropy_sum` makes the gradients of x and W without computing logits again,
+because the loss of a language model is one weighted sum: in the forward pass up to the factor that is still to come,
+or, where W's is one product, when that is known. `linear_cross_entropy` returns each
 token's loss, whose gradient is not known in advance, and computes the logits again in the backward pass.
 
 A token's weight scales its row of x, never its row of logits, which is a hundred times longer.
@@ -23,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron.ops.linear import accumulate_product, product_into
+from megatron.ops.linear import accumulate_product, product, product_into
 
 CHUNK_BYTES = 104 * 2**20
 """Bytes of a chunk's logits on a CPU: with fewer, the fp32 gradient of W is read and written too often. A CPU has the
@@ -94,7 +95,7 @@ def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, labels: Tenso
 
 
 class _WeightedSum(torch.autograd.Function):
-    """sum(mask * loss), whose gradients are finished in the forward pass up to the factor that arrives from above."""
+    """sum(mask * loss), whose gradients come from the forward pass's logits."""
 
     @staticmethod
     def forward(
@@ -138,43 +139,61 @@ class _PerToken(torch.autograd.Function):
 class _Gradients:
     """The gradients of x [t, h] and W [v, h], filled chunk by chunk, times `scale`.
 
-    The gradient of W is summed in fp32 over chunks; a single chunk needs no sum. In fp16 it is fp32 from the first
-    product on: the many gradients of a frequent label add up beyond fp16's range before any factor makes them small.
+    That of a single chunk's W is left until the factor from above is known, which then costs no pass over it. That of
+    several chunks is summed in fp32. In fp16 it is fp32 from the first product on: the many gradients of a frequent
+    label add up beyond fp16's range before any factor makes them small.
     """
 
     def __init__(self, hidden: Tensor, weight: Tensor) -> None:
         self.scale = FP16_SCALE if hidden.dtype == torch.float16 else 1.0
         self.hidden = torch.empty_like(hidden)
-        fits_dtype = len(hidden) <= _size(hidden, weight) and weight.dtype != torch.float16
-        self.weight = torch.empty_like(weight, dtype=weight.dtype if fits_dtype else torch.float32)
         self._parameter = weight
+        self._is_one = len(hidden) <= _size(hidden, weight) and weight.dtype == hidden.dtype != torch.float16
+        self._chunk: tuple[Tensor, Tensor, Tensor] | None = None  # what a single one's gradient of W is made of
+        self._sum = None if self._is_one else torch.empty_like(weight, dtype=torch.float32)
 
     def add(self, start: int, logits_gradient: Tensor, hidden: Tensor, weight: Tensor, factors: Tensor) -> None:
         """Take a chunk: gradient of the unweighted losses [c, v], x [c, h] and the weights of its tokens [c] fp32."""
         rows = self.hidden[start : start + len(hidden)]
         product_into(rows, logits_gradient, weight)
         rows.mul_(factors.unsqueeze(1))
-        weighted = (hidden * factors.unsqueeze(1)).to(hidden.dtype)
-        if self.weight.dtype == weighted.dtype:
-            accumulate_product(self.weight, logits_gradient.t(), weighted, is_first=not start)
-            return
-        if weighted.device.type == "cuda" and _sums_in_fp32(weighted.dtype):
-            settings: dict[str, Any] = {"out_dtype": torch.float32, "beta": 1 if start else 0, "out": self.weight}
-            torch.addmm(self.weight, logits_gradient.t(), weighted, **settings)
-            return
-        for block in _blocks(self.weight):
-            part = _product(logits_gradient[:, block].t(), weighted)
-            self.weight[block] = self.weight[block] + part if start else part
+        if self._sum is None:
+            self._chunk = logits_gradient, hidden, factors
+        else:
+            _accumulate(self._sum, logits_gradient, _weighted(hidden, factors), is_first=not start)
 
     def finish(self, factor: Tensor) -> tuple[Tensor, Tensor]:
         """Return both gradients times an fp32 scalar, in the parameters' dtype."""
         factor = factor / self.scale
-        if self.weight.dtype == self._parameter.dtype:
-            return self.hidden.mul_(factor), self.weight.mul_(factor)
-        weight = torch.empty_like(self._parameter)
-        for block in _blocks(self.weight):
-            weight[block] = self.weight[block].mul_(factor)
+        if self._chunk is not None:
+            logits_gradient, hidden, factors = self._chunk
+            weight = product(logits_gradient.t(), _weighted(hidden, factors * factor))
+        elif self._sum is None:  # of no tokens
+            weight = torch.zeros_like(self._parameter)
+        elif self._sum.dtype == self._parameter.dtype:
+            weight = self._sum.mul_(factor)
+        else:
+            weight = torch.empty_like(self._parameter)
+            for block in _blocks(self._sum):
+                weight[block] = self._sum[block].mul_(factor)
         return self.hidden.mul_(factor), weight
+
+
+def _weighted(hidden: Tensor, factors: Tensor) -> Tensor:
+    return (hidden * factors.unsqueeze(1)).to(hidden.dtype)
+
+
+def _accumulate(total: Tensor, logits_gradient: Tensor, weighted: Tensor, is_first: bool) -> None:
+    """Add logits_gradient^T [v, c] weighted [c, h] to fp32 `total` [v, h], or fill that with it."""
+    if total.dtype == weighted.dtype:
+        accumulate_product(total, logits_gradient.t(), weighted, is_first)
+    elif weighted.device.type == "cuda" and _sums_in_fp32(weighted.dtype):
+        settings: dict[str, Any] = {"out_dtype": torch.float32, "beta": 0 if is_first else 1, "out": total}
+        torch.addmm(total, logits_gradient.t(), weighted, **settings)
+    else:
+        for block in _blocks(total):
+            part = _product(logits_gradient[:, block].t(), weighted)
+            total[block] = part if is_first else total[block] + part
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:

@@ -2,11 +2,11 @@
 
     dx = dy W      dW = dy^T x      db = sum of the rows of dy
 
-PyTorch hands fp32 products on a CPU to MKL, which holds back on processors of another maker. There oneDNN, which
-PyTorch uses for bf16 anyway, is faster: on one core of an EPYC (Zen 4), whose limit is about 108 GFLOP/s, shapes of
-GPT-NeoX at hidden 512 to 1024 run at 100 to 107 in y and dx where MKL reaches 83 to 97. dW, whose left factor is
-transposed, is our own kernel's (`ops/cpu/product.py`), where a compiler could build it; else oneDNN's where x has 768
-features or more (96 to 101 against 86 to 92), and MKL's below. Small products are MKL's.
+PyTorch hands fp32 products on a CPU to MKL, which holds back on processors of another maker: on one core of an EPYC
+(Zen 4), whose limit is 117 GFLOP/s, shapes of GPT-NeoX at hidden 512 to 1024 run at 83 to 100. There our own kernel
+(`ops/cpu/product.py`), where a compiler could build it, reaches 105 to 111; it adds the bias, sums it for db, and
+writes where it is told to. oneDNN, which PyTorch uses for bf16 anyway, reaches 100 to 107 in y and dx, and has what is
+too small to be copied; of dW it has those where x has 768 features or more. Small products are MKL's.
 
 Which library computes is a function of processor, dtype, shape and threads, never of a timing: a resumed run repeats
 bit by bit, and so does every rank.
@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron.ops.cpu.product import add_product, serves
+from megatron.ops.cpu.library import is_plain
+from megatron.ops.cpu.product import multiply, serves
 from megatron.ops.lent_linear import is_lent, lent_linear
 
 SMALLEST = 2**24
@@ -39,7 +40,7 @@ faults, which a fresh 100 MB costs 25,000 of."""
 
 def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x W^T + b [..., out] from x [..., in], W [out, in] and b [out]."""
-    if not _is_faster_by_onednn(inputs, weight.t()):
+    if not _is_ours(inputs, weight, bias) and not _is_faster_by_onednn(inputs, weight.t()):
         is_eager = not torch.compiler.is_compiling()  # compiled code keeps parameters themselves
         plain = lent_linear if is_eager and is_lent(weight) else linear_reference
         return plain(inputs, weight, bias)
@@ -57,20 +58,22 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 
     It has no gradient of its own: it serves the functions that write theirs out.
     """
-    if _is_ours(left, right):
-        return add_product(left.new_empty(len(left), right.shape[1]), left, right, is_first=True)
+    if _serves(left, right):
+        return multiply(left.new_empty(len(left), right.shape[1]), left, right, is_read=not _is_turned(left))
     return _by_onednn(left, right.t()) if _is_faster_by_onednn(left, right) else torch.mm(left, right)
 
 
 def accumulate_product(total: Tensor, left: Tensor, right: Tensor, is_first: bool) -> Tensor:
     """Return `total` [n, m], contiguous, to which `product(left, right)` was added, or which was filled with it."""
-    if _is_ours(left, right):
-        return add_product(total, left, right, is_first)
+    if _serves(left, right):
+        return multiply(total, left, right, adds=not is_first, is_read=not _is_turned(left))
     return torch.addmm(total, left, right, beta=0 if is_first else 1, out=total)
 
 
 def product_into(output: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Return `output` [n, m], filled with `product(left, right)`."""
+    if output.stride(1) == 1 and _serves(left, right):
+        return multiply(output, left, right)
     if not _is_faster_by_onednn(left, right):
         return torch.mm(left, right, out=output)
     width = max(1, BLOCK_BYTES // (output.element_size() * len(left)))
@@ -85,7 +88,11 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(inputs, weight)
-        return _by_onednn(inputs, weight, bias)
+        if not _is_ours(inputs, weight, bias):
+            return _by_onednn(inputs, weight, bias)
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        result = multiply(inputs.new_empty(len(rows), len(weight)), rows, weight.t(), bias)
+        return result.view(*inputs.shape[:-1], len(weight))
 
     @staticmethod
     @once_differentiable
@@ -93,11 +100,19 @@ class _Linear(torch.autograd.Function):
         inputs, weight = ctx.saved_tensors
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad
         gradient = upstream.reshape(-1, upstream.shape[-1]).contiguous()
-        return (
-            product(gradient, weight).view(inputs.shape) if needs_input else None,
-            product(gradient.t(), inputs.reshape(-1, inputs.shape[-1])) if needs_weight else None,
-            gradient.sum(0) if needs_bias else None,
-        )
+        to_inputs = product(gradient, weight).view(inputs.shape) if needs_input else None
+        if not needs_weight:
+            return to_inputs, None, gradient.sum(0) if needs_bias else None
+        return to_inputs, *_parameter_gradients(gradient, inputs.reshape(-1, inputs.shape[-1]), needs_bias)
+
+
+def _parameter_gradients(gradient: Tensor, inputs: Tensor, needs_bias: bool) -> tuple[Tensor, Tensor | None]:
+    """Return dW [out, in] and db [out] from dy [t, out] and x [t, in]."""
+    turned = gradient.t()
+    if not (needs_bias and _serves(turned, inputs)):
+        return product(turned, inputs), gradient.sum(0) if needs_bias else None
+    weight, bias = inputs.new_empty(len(turned), inputs.shape[1]), inputs.new_empty(len(turned))
+    return multiply(weight, turned, inputs, sums=bias, is_read=False), bias
 
 
 def _by_onednn(left: Tensor, transposed: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -106,11 +121,27 @@ def _by_onednn(left: Tensor, transposed: Tensor, bias: Tensor | None = None) -> 
     return result
 
 
-def _is_ours(left: Tensor, right: Tensor) -> bool:
-    """Return whether our own kernel computes left @ right, whose left factor is a transposed view."""
+def _is_ours(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Return whether our own kernel computes x W^T + b."""
+    can_add = bias is None or (is_plain(bias) and bias.dtype == weight.dtype and bias.shape == weight.shape[:1])
+    return (
+        can_add
+        and (bias is None or bias.is_contiguous())
+        and inputs.dim() >= 2
+        and _serves(inputs.reshape(-1, inputs.shape[-1]), weight.t())
+    )
+
+
+def _serves(left: Tensor, right: Tensor) -> bool:
+    """Return whether our own kernel computes left [n, k] @ right [k, m], and does so faster than others."""
     if left.device.type != "cpu" or left.dim() != 2 or left.numel() * right.shape[1] < SMALLEST:
         return False
     return onednn_wins() and serves(left, right)
+
+
+def _is_turned(left: Tensor) -> bool:
+    """Return whether the left factor is a transposed view: the product is a weight's gradient, needed later."""
+    return left.stride(0) == 1 and left.shape[1] > 1
 
 
 def _is_faster_by_onednn(left: Tensor, right: Tensor) -> bool:
@@ -120,8 +151,7 @@ def _is_faster_by_onednn(left: Tensor, right: Tensor) -> bool:
     columns = right.shape[1]
     if left.numel() * columns < SMALLEST:
         return False
-    is_transposed = left.dim() == 2 and left.stride(0) == 1 and left.shape[1] > 1
-    if is_transposed and columns < NARROWEST:
+    if left.dim() == 2 and _is_turned(left) and columns < NARROWEST:
         return False
     return bool(torch.backends.mkldnn.enabled) and onednn_wins()
 

@@ -9,22 +9,29 @@ constexpr int64_t VECTORS = 2;
 constexpr int64_t ROWS = LANES == 8 ? 6 : 12;  // AVX2 has 16 registers, AVX-512 and NEON 32
 constexpr int64_t COLUMNS = VECTORS * LANES;
 
-// target[i][j] = sum over k < depth of left_ki right_kj for ROWS i and COLUMNS j, or that added to it. left_ki lies at
-// left[k * LEFT_K + i * LEFT_I], right_kj at right[k * RIGHT_K + j], and rows of the target `stride` apart.
-template <int64_t LEFT_K, int64_t LEFT_I, int64_t RIGHT_K>
-inline void sum_tile(const float* __restrict left, const float* __restrict right, int64_t depth,
-                     float* __restrict target, int64_t stride, bool adds) {
-    Floats sums[ROWS][VECTORS] = {};
+// sums[i][j] = sum over k < depth of left_ki right_kj for `rows` i and COLUMNS j. left_ki lies at
+// left[k * LEFT_K + i * LEFT_I], right_kj at right[k * RIGHT_K + j].
+template <int64_t rows, int64_t LEFT_K, int64_t LEFT_I, int64_t RIGHT_K>
+inline __attribute__((always_inline)) void tile_sums(const float* __restrict left, const float* __restrict right,
+                                                     int64_t depth, Floats (&sums)[rows][VECTORS]) {
 #pragma GCC unroll 2
     for (int64_t k = 0; k < depth; ++k) {
         Floats values[VECTORS];
         for (int64_t j = 0; j < VECTORS; ++j) values[j] = load(right + k * RIGHT_K + j * LANES);
 #pragma GCC unroll 12
-        for (int64_t i = 0; i < ROWS; ++i) {
+        for (int64_t i = 0; i < rows; ++i) {
 #pragma GCC unroll 2
             for (int64_t j = 0; j < VECTORS; ++j) sums[i][j] += left[k * LEFT_K + i * LEFT_I] * values[j];
         }
     }
+}
+
+// target[i][j] = those sums, or that with them added, for ROWS i; rows of the target lie `stride` apart.
+template <int64_t LEFT_K, int64_t LEFT_I, int64_t RIGHT_K>
+inline void sum_tile(const float* __restrict left, const float* __restrict right, int64_t depth,
+                     float* __restrict target, int64_t stride, bool adds) {
+    Floats sums[ROWS][VECTORS] = {};
+    tile_sums<ROWS, LEFT_K, LEFT_I, RIGHT_K>(left, right, depth, sums);
 #pragma GCC unroll 12
     for (int64_t i = 0; i < ROWS; ++i) {
 #pragma GCC unroll 2
