@@ -38,9 +38,10 @@ OPERATIONS: dict[str, Any] = {**RECOMPUTED, "checkpoint_operations": ["attention
 def train(compiled: bool, flat: dict[str, Any], world_size: int, backend: str = "aot_eager") -> tuple[Any, int, int]:
     """Return the trace of a run with two layers, the graphs that were compiled, and the breaks between graphs."""
     build.compile_blocks = partial(compile_blocks, backend=backend)  # type: ignore[assignment]
+    counters: Any = torch._dynamo.utils.counters
+    counters.clear()  # of what the process compiled that this one was forked from
     config = matrix.make_config({"num_layers": 2, "compile": compiled, **flat}, world_size)
     trace = matrix.train_layout(config, matrix.make_batches(config, steps=2))
-    counters: Any = torch._dynamo.utils.counters
     return trace, counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
 
 
