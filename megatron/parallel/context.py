@@ -240,7 +240,8 @@ def ring_forward(query: Tensor, key: Tensor, value: Tensor, parts: Parts, route:
             found = parts.forward(part, query[:, :, part.query], keys, values)
             merge_part(output[:, :, part.query], lse[:, :, part.query], *found)
         held = held if arriving is None else arriving()
-    return output.to(query.dtype), lse
+    # Where it is of that dtype already nothing may be called: see `collectives._as`.
+    return output if output.dtype == query.dtype else output.to(query.dtype), lse
 
 
 def ring_backward(
