@@ -38,6 +38,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the start scripts set it, for all sides
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces each start
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # who asks for a GPU here starts no CUDA, which turns need
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
