@@ -50,17 +50,22 @@ _OPERATIONS = (
     _element_wise(
         "layer_norm", "norms", probes.layer_norm,
         _apex("apex_norms:layer_norm"), _liger("layer_norm"),
-        _transformer_engine("transformer_engine_norms:layer_norm"),
+        _transformer_engine("transformer_engine_norms:layer_norm"), _cpp("norms:layer_norm"),
         twin="norms:layer_norm_reference",
     ),
     _element_wise(
         "rms_norm", "norms", probes.rms_norm,
         _apex("apex_norms:rms_norm"), _liger("rms_norm"), _transformer_engine("transformer_engine_norms:rms_norm"),
+        _cpp("norms:rms_norm"),
         twin="norms:rms_norm_reference",
     ),
-    _element_wise("add_layer_norm", "norms", probes.add_layer_norm, twin="norms:add_layer_norm_reference"),
     _element_wise(
-        "add_rms_norm", "norms", probes.add_rms_norm, _liger("add_rms_norm"), twin="norms:add_rms_norm_reference"
+        "add_layer_norm", "norms", probes.add_layer_norm, _cpp("norms:add_layer_norm"),
+        twin="norms:add_layer_norm_reference",
+    ),
+    _element_wise(
+        "add_rms_norm", "norms", probes.add_rms_norm, _liger("add_rms_norm"), _cpp("norms:add_rms_norm"),
+        twin="norms:add_rms_norm_reference",
     ),
     _element_wise("rotate_packed", "rotary", probes.rotate_packed, _cpp("rotary:rotate_packed")),
     _element_wise("bias_gelu", "activations", probes.bias_activation, _cpp("activations:bias_gelu")),

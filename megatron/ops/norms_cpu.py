@@ -4,7 +4,8 @@
     dw = sum over rows of dy s x;    dx = s (dy w - s x mean(dy w s x))
 
 PyTorch has no kernel of it there: it runs the formula pass by pass, each over all of memory, and keeps what is between
-them. Here the same passes run over a block at a time, in fp32, and s alone is kept.
+them. Here the same passes run over a block at a time, in fp32, and s alone is kept. Where there is a C++ compiler, one
+pass of `cpu/norms.py` takes the place of them all.
 """
 
 from __future__ import annotations

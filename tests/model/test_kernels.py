@@ -38,6 +38,7 @@ def test_the_operations_of_a_model(settings: dict[str, Any], operations: set[str
     choices = choose_kernels(small_config(**settings), CPU, torch.float32)
     always = {"cross_entropy": "cpp", "attention": "cpp"}
     in_cpp = {"rotate_packed", "bias_gelu", "bias_gelu_tanh", "bias_swiglu"}
+    in_cpp |= {"layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm"}
     chosen = {choice.operation: choice.candidate for choice in choices.choices}
     assert chosen == {name: "cpp" if name in in_cpp else "eager" for name in operations} | always
 

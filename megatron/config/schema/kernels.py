@@ -11,7 +11,7 @@ Float8Fusion = Literal["auto", True, False, "triton", "transformer_engine"]
 Fusion = Literal["auto", True, False, "triton"]
 ElementWiseFusion = Literal["auto", True, False, "triton", "compile"]
 RotaryFusion = Literal["auto", True, False, "triton", "cpp", "compile"]
-NormFusion = Literal["auto", True, False, "triton", "apex", "liger", "transformer_engine", "compile"]
+NormFusion = Literal["auto", True, False, "triton", "apex", "liger", "transformer_engine", "cpp", "compile"]
 ActivationFusion = Literal["auto", True, False, "triton", "liger", "cpp", "compile"]
 OptimizerFusion = Literal["auto", True, False, "triton", "apex", "cpp"]
 

@@ -3,9 +3,10 @@
 A family of kernels is a file `x.cpp` of `extern "C"` functions over pointers and sizes, with an `x.py` beside it: the
 Python functions with the signatures of the formulae. To add one:
 
-1. `x.cpp`: include `vectors.h` (what a vector of floats is, its loads from and stores to fp32, bf16 and fp16, exp) and
-   `parallel.h` (`parallel_for`, by PyTorch's own threads). Functions return an int64, 0 where nothing is to be told,
-   and are `DEEPY_EXPORT`. No instruction of one processor, no other library; results never depend on the threads.
+1. `x.cpp`: include `vectors.h` (what a vector of floats is, its loads from and stores to fp32, bf16 and fp16, exp),
+   `columns.h` (loops over a row of any width) and `parallel.h` (`parallel_for`, by PyTorch's own threads). Functions
+   return an int64, 0 where nothing is to be told, and are `DEEPY_EXPORT`. No instruction of one processor, no other
+   library; results never depend on the threads.
 2. `x.py`: `kernel("deepy_x", "ppi")` of `library.py` is the function, by the letters of its arguments; `is_plain` says
    whether tensors have memory that it can take. Everything else (other dtypes, fake tensors, torch.compile) goes to
    the eager function, from within the Python function.

@@ -4,8 +4,8 @@
 //     y = act(gate) value, of halves [value; gate] = x + b;      d value = dy act(gate);     d gate = dy value act'(gate)
 #include <type_traits>
 
+#include "columns.h"
 #include "parallel.h"
-#include "vectors.h"
 
 namespace deepy {
 namespace {
@@ -73,28 +73,6 @@ void with_kind(int64_t kind, const Function& function) {
     if (kind == GELU) return function(Gelu());
     if (kind == GELU_TANH) return function(GeluTanh());
     function(Silu());
-}
-
-// Calls body(column, load, store) for every LANES of `size` columns, by which it reads and writes them; the last may
-// be fewer.
-struct Whole {
-    template <class T>
-    Floats read(const T* pointer) const { return load(pointer); }
-    template <class T>
-    void write(T* pointer, Floats values) const { store(pointer, values); }
-};
-struct Part {
-    int64_t count;
-    template <class T>
-    Floats read(const T* pointer) const { return load_some(pointer, count, 0.0f); }
-    template <class T>
-    void write(T* pointer, Floats values) const { store_some(pointer, values, count); }
-};
-template <class Body>
-inline void over_columns(int64_t size, const Body& body) {
-    int64_t column = 0;
-    for (; column + LANES <= size; column += LANES) body(column, Whole());
-    if (column < size) body(column, Part{size - column});
 }
 
 template <class T>

@@ -47,6 +47,8 @@ _ARGUMENTS: dict[str, type[ctypes._SimpleCData[Any]]] = {
     "d": ctypes.c_double,
 }
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
 _loaded: list[ctypes.CDLL] = []
 
 
@@ -74,10 +76,12 @@ def kernel(name: str, arguments: str) -> Callable[..., int]:
 
 def is_plain(*tensors: Tensor) -> bool:
     """Return whether all are in the CPU's memory, of a dtype that kernels know, and nothing is being traced."""
-    return not torch.compiler.is_compiling() and all(
-        type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu" and tensor.dtype in DTYPES
-        for tensor in tensors
-    )
+    if torch.compiler.is_compiling():
+        return False
+    for tensor in tensors:  # no generator: kernels of some microseconds ask this at each call
+        if type(tensor) not in _PLAIN or not tensor.is_cpu or tensor.dtype not in DTYPES:
+            return False
+    return True
 
 
 def library(folder: Path | None = None) -> Path:

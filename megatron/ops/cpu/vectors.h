@@ -100,12 +100,18 @@ inline Vector raw(const Pointer* pointer) {
 inline Floats widened(Halves halves, BFloat16*) { return floats_of(extended(halves) << 16); }
 
 inline Floats widened(Halves halves, Float16*) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<Floats>(_mm512_cvtph_ps(reinterpret_cast<__m256i>(halves)));
+#elif defined(__AVX__) && defined(__F16C__)
+    return reinterpret_cast<Floats>(_mm256_cvtph_ps(reinterpret_cast<__m128i>(halves)));
+#else
     Bits all_bits = extended(halves);
     Bits sign = (all_bits & 0x8000u) << 16, rest = all_bits & 0x7FFFu;
     Bits normal = (rest << 13) + 0x38000000u;                                // the exponent's bias is 127, no more 15
     Bits small = bits_of(floats_of((rest & 0x3FFu) | 0x3F000000u) - 0.5f);   // in steps of 2^-24, from 0.5 on
     Bits large = (rest << 13) | 0x7F800000u;                                 // infinite, or not a number
     return floats_of(sign | select(rest < 0x400u, small, select(rest >= 0x7C00u, large, normal)));
+#endif
 }
 
 // To the nearest, ties to even; what is no number stays so.
@@ -116,6 +122,11 @@ inline Halves narrowed(Floats values, BFloat16*) {
 }
 
 inline Halves narrowed(Floats values, Float16*) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<Halves>(_mm512_cvtps_ph(reinterpret_cast<__m512>(values), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX__) && defined(__F16C__)
+    return reinterpret_cast<Halves>(_mm256_cvtps_ph(reinterpret_cast<__m256>(values), _MM_FROUND_TO_NEAREST_INT));
+#else
     Bits bits = bits_of(values), sign = bits & 0x80000000u, rest = bits ^ sign;
     Bits normal = (rest - 0x38000000u + 0xFFFu + ((rest >> 13) & 1u)) >> 13;
     Bits small = bits_of(floats_of(rest) + 0.5f) - 0x3F000000u;              // below 2^-14, in steps of 2^-24
@@ -123,6 +134,7 @@ inline Halves narrowed(Floats values, Float16*) {
     Bits large = select(rest > 0x7F800000u, no_number, infinite);
     Bits rounded = select(rest < 0x38800000u, small, select(rest >= 0x477FF000u, large, normal));
     return shortened(rounded | (sign >> 16));
+#endif
 }
 
 // LANES values from memory, which need not be aligned.
@@ -148,6 +160,15 @@ inline void store_normal(T* pointer, Floats values) {
 inline void store_normal(BFloat16* pointer, Floats values) {
     const __m256bh halves = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(values));
     std::memcpy(pointer, &halves, sizeof halves);
+}
+#endif
+#if defined(__AVX512DQ__) && defined(__AVX512BF16__)
+// By that instruction, unless a value is below 2^-126.
+inline void store(BFloat16* pointer, Floats values) {
+    constexpr int BELOW_NORMAL = 0x20;
+    if (__builtin_expect(_mm512_fpclass_ps_mask(reinterpret_cast<__m512>(values), BELOW_NORMAL), 0))
+        return store<BFloat16>(pointer, values);
+    store_normal(pointer, values);
 }
 #endif
 
@@ -178,6 +199,18 @@ inline float largest(Floats values) {
     float result = values[0];
     for (int lane = 1; lane < LANES; ++lane) result = values[lane] > result ? values[lane] : result;
     return result;
+}
+// Their sum in fp32, in a few steps.
+inline float lanes_sum(Floats values) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps(reinterpret_cast<__m512>(values));
+#else
+    float lanes[LANES];
+    std::memcpy(lanes, &values, sizeof lanes);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+    return lanes[0];
+#endif
 }
 inline double sum(Floats values) {
     double result = 0.0;
