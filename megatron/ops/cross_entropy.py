@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megatron.ops.linear import accumulate_product, product, product_into
 
@@ -107,14 +108,18 @@ class _WeightedSum(torch.autograd.Function):
         losses: BlockLosses,
         with_gradient: bool,
     ) -> Tensor:
-        gradients = _Gradients(hidden, weight) if with_gradient and any(ctx.needs_input_grad[:2]) else None
+        needs = ctx.needs_input_grad[:2]
+        gradients = _Gradients(hidden, weight, *needs) if with_gradient and any(needs) else None
         per_token = _walk(hidden, weight, labels, loss_mask, losses, gradients)
         ctx.gradients = gradients
         return torch.dot(per_token, loss_mask)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("the gradients of this loss were handed out and are gone: compute it again")
         return *gradients.finish(upstream[0]), None, None, None, None
 
 
@@ -128,55 +133,60 @@ class _PerToken(torch.autograd.Function):
         return _walk(hidden, weight, labels, torch.ones_like(labels, dtype=torch.float32), losses, None)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, labels = ctx.saved_tensors
         largest = upstream[0].abs().max().clamp(min=1e-30)  # so that no factor leaves the range of fp16
-        gradients = _Gradients(hidden, weight)
+        gradients = _Gradients(hidden, weight, *ctx.needs_input_grad[:2])
         _walk(hidden, weight, labels, upstream[0] / largest, ctx.losses, gradients)
         return *gradients.finish(largest), None, None
 
 
 class _Gradients:
-    """The gradients of x [t, h] and W [v, h], filled chunk by chunk, times `scale`.
+    """The gradients of x [t, h] and W [v, h], or of the one that needs it, filled chunk by chunk, times `scale`.
 
     That of a single chunk's W is left until the factor from above is known, which then costs no pass over it. That of
     several chunks is summed in fp32. In fp16 it is fp32 from the first product on: the many gradients of a frequent
     label add up beyond fp16's range before any factor makes them small.
     """
 
-    def __init__(self, hidden: Tensor, weight: Tensor) -> None:
+    def __init__(self, hidden: Tensor, weight: Tensor, needs_hidden: bool, needs_weight: bool) -> None:
         self.scale = FP16_SCALE if hidden.dtype == torch.float16 else 1.0
-        self.hidden = torch.empty_like(hidden)
+        self._hidden = torch.empty_like(hidden) if needs_hidden else None
+        self._needs_weight = needs_weight
         self._parameter = weight
-        self._is_one = len(hidden) <= _size(hidden, weight) and weight.dtype == hidden.dtype != torch.float16
+        is_one = len(hidden) <= _size(hidden, weight) and weight.dtype == hidden.dtype != torch.float16
         self._chunk: tuple[Tensor, Tensor, Tensor] | None = None  # what a single one's gradient of W is made of
-        self._sum = None if self._is_one else torch.empty_like(weight, dtype=torch.float32)
+        self._sum = None if is_one or not needs_weight else torch.empty_like(weight, dtype=torch.float32)
 
     def add(self, start: int, logits_gradient: Tensor, hidden: Tensor, weight: Tensor, factors: Tensor) -> None:
         """Take a chunk: gradient of the unweighted losses [c, v], x [c, h] and the weights of its tokens [c] fp32."""
-        rows = self.hidden[start : start + len(hidden)]
-        product_into(rows, logits_gradient, weight)
-        rows.mul_(factors.unsqueeze(1))
-        if self._sum is None:
+        if self._hidden is not None:
+            rows = self._hidden[start : start + len(hidden)]
+            product_into(rows, logits_gradient, weight).mul_(factors.unsqueeze(1))
+        if self._sum is None and self._needs_weight:
             self._chunk = logits_gradient, hidden, factors
-        else:
+        elif self._sum is not None:
             _accumulate(self._sum, logits_gradient, _weighted(hidden, factors), is_first=not start)
 
-    def finish(self, factor: Tensor) -> tuple[Tensor, Tensor]:
-        """Return both gradients times an fp32 scalar, in the parameters' dtype."""
+    def finish(self, factor: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return both gradients times an fp32 scalar, in the parameters' dtype; None is what nobody needs."""
         factor = factor / self.scale
+        weight = self._weight_gradient(factor) if self._needs_weight else None
+        return None if self._hidden is None else self._hidden.mul_(factor), weight
+
+    def _weight_gradient(self, factor: Tensor) -> Tensor:
         if self._chunk is not None:
             logits_gradient, hidden, factors = self._chunk
-            weight = product(logits_gradient.t(), _weighted(hidden, factors * factor))
-        elif self._sum is None:  # of no tokens
-            weight = torch.zeros_like(self._parameter)
-        elif self._sum.dtype == self._parameter.dtype:
-            weight = self._sum.mul_(factor)
-        else:
-            weight = torch.empty_like(self._parameter)
-            for block in _blocks(self._sum):
-                weight[block] = self._sum[block].mul_(factor)
-        return self.hidden.mul_(factor), weight
+            return product(logits_gradient.t(), _weighted(hidden, factors * factor))
+        if self._sum is None:  # of no tokens
+            return torch.zeros_like(self._parameter)
+        if self._sum.dtype == self._parameter.dtype:
+            return self._sum.mul_(factor)
+        weight = torch.empty_like(self._parameter)
+        for block in _blocks(self._sum):
+            weight[block] = self._sum[block].mul_(factor)
+        return weight
 
 
 def _weighted(hidden: Tensor, factors: Tensor) -> Tensor:

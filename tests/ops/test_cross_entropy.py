@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -75,6 +77,48 @@ def test_losses_of_tokens(dtype: torch.dtype) -> None:
     torch.testing.assert_close(losses.double(), exact, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype])
     (losses * weights).sum().backward()
     check_gradients(leaves, gradients, dtype)
+
+
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("frozen", [0, 1])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_frozen_costs_no_product(dtype: torch.dtype, frozen: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, labels, weights = draw(dtype)
+    _, gradients = exact_gradients(hidden, weight, labels, weights)
+    leaves = [tensor.requires_grad_(index != frozen) for index, tensor in enumerate((hidden, weight))]
+    into, of_weights = cross_entropy.product_into, ("product", "accumulate_product", "_product")
+    if frozen:
+        for name in of_weights:
+            monkeypatch.setattr(cross_entropy, name, lambda *args: pytest.fail("nobody needs W's gradient"))
+    else:  # all that is left of these is logits
+        monkeypatch.setattr(
+            cross_entropy, "product_into", lambda out, *pair: into(out, *pair) if out.shape[1] != HIDDEN else 1 / 0
+        )
+    linear_cross_entropy_sum(*leaves, labels, weights).backward()
+    (linear_cross_entropy(*leaves, labels) * weights).sum().backward()
+    assert leaves[frozen].grad is None
+    check_gradients([leaves[1 - frozen]], [2 * gradients[1 - frozen]], dtype)
+
+
+@pytest.mark.usefixtures("chunks")
+def test_a_second_backward_pass_is_refused() -> None:
+    hidden, weight, labels, weights = draw(torch.float32)
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    total = linear_cross_entropy_sum(*leaves, labels, weights)
+    total.backward(retain_graph=True)
+    before = [leaf.grad.clone() for leaf in leaves]
+    with pytest.raises(RuntimeError, match="compute it again"):
+        total.backward()
+    assert all(torch.equal(leaf.grad, one) for leaf, one in zip(leaves, before, strict=True))
+
+
+@pytest.mark.parametrize("function", [linear_cross_entropy_sum, lambda *args: linear_cross_entropy(*args[:3]).sum()])
+def test_gradients_of_gradients_are_refused(function: Callable[..., Tensor]) -> None:
+    hidden, weight, labels, weights = draw(torch.float32)
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    first = torch.autograd.grad(function(*leaves, labels, weights).square(), leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first[0].sum().backward()
 
 
 def test_a_target_of_probability_zero_has_a_finite_loss() -> None:

@@ -73,7 +73,7 @@ Row statistics_of(const T* row, int64_t size, float* weights, float* shifts) {
             result.maximum = largest_here;
         }
         const float shift = result.maximum == lowest ? 0.0f : result.maximum;  // so far all are 0
-        result.total += block_sum<KEEPS>(row + column, count, shift, weights + column);
+        result.total += block_sum<KEEPS>(row + column, count, shift, KEEPS ? weights + column : nullptr);
         if (KEEPS) shifts[column / BLOCK] = result.maximum;
     }
     return result;

@@ -21,13 +21,22 @@ struct Factor {
     }
 };
 
+// The lanes with these numbers of two vectors, the other's from LANES on. (GCC before 12 has no __builtin_shufflevector.)
+template <int... lanes>
+inline Floats chosen(Floats one, Floats other) {
+#if defined(__clang__)
+    return __builtin_shufflevector(one, other, lanes...);
+#else
+    return __builtin_shuffle(one, other, Ints{lanes...});
+#endif
+}
 template <int... lanes>
 inline Floats low_halves(Floats one, Floats other, std::integer_sequence<int, lanes...>) {
-    return __builtin_shufflevector(one, other, (lanes / 2 + (lanes % 2) * LANES)...);
+    return chosen<(lanes / 2 + (lanes % 2) * LANES)...>(one, other);
 }
 template <int... lanes>
 inline Floats high_halves(Floats one, Floats other, std::integer_sequence<int, lanes...>) {
-    return __builtin_shufflevector(one, other, (LANES / 2 + lanes / 2 + (lanes % 2) * LANES)...);
+    return chosen<(LANES / 2 + lanes / 2 + (lanes % 2) * LANES)...>(one, other);
 }
 
 // Turns LANES vectors of LANES values: each round puts vector i and vector i + LANES / 2 together, lane by lane.

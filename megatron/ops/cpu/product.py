@@ -28,7 +28,11 @@ def serves(left: Tensor, right: Tensor) -> bool:
     if not left.dim() == right.dim() == 2 or left.shape[1] != len(right):
         return False
     rows, columns = len(left), right.shape[1]
-    enough = min(rows, columns) >= FEWEST_LINES and rows * columns >= FEWEST_RESULTS * torch.get_num_threads()
+    enough = (
+        min(rows, columns) >= FEWEST_LINES
+        and len(right) > 0
+        and rows * columns >= FEWEST_RESULTS * torch.get_num_threads()
+    )
     return enough and 1 in left.stride() and 1 in right.stride() and not make_ready(torch.device("cpu"))
 
 

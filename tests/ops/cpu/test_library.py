@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -52,6 +54,20 @@ def fresh() -> Iterator[None]:
     yield
     library.make_ready.cache_clear()
     library._loaded[:] = loaded
+
+
+@pytest.mark.parametrize("flags", [[], ["-mno-avx512f", "-mavx2"], ["-mno-avx"]], ids=" ".join)
+def test_the_sources_are_what_the_compilers_that_are_here_know(flags: list[str]) -> None:
+    """For this processor and, where it is an x86, for those of narrower vectors."""
+    if flags and platform.machine() not in ("x86_64", "AMD64"):
+        flags = []
+    found = {path for name in ("c++", "g++-9", "g++-11", "clang++") if (path := shutil.which(name))}
+    for compiler in {str(Path(path).resolve()) for path in found}:
+        words = [*library.command([compiler], Path("nothing"))[:-2], *flags, "-fsyntax-only"]
+        result = subprocess.run(
+            [word for word in words if word != "-shared"], capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 0, result.stderr
 
 
 def test_ranks_that_come_together_build_once(compiler: Path, tmp_path: Path) -> None:

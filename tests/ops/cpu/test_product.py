@@ -128,6 +128,7 @@ def test_what_is_served() -> None:
         assert serves(left, right[:1].expand(64, 96))
         assert not serves(left.bfloat16(), right.bfloat16())
         assert not serves(left[:95], right)
+        assert not serves(left[:, :0], right[:0])  # nothing to copy
         assert not serves(left, right[:, ::2])
         assert not serves(left, right[:63])
         assert not serves(left[:300], right)  # fewer results than a thread is worth
