@@ -40,7 +40,8 @@ faults, which a fresh 100 MB costs 25,000 of."""
 
 def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x W^T + b [..., out] from x [..., in], W [out, in] and b [out]."""
-    if not _is_ours(inputs, weight, bias) and not _is_faster_by_onednn(inputs, weight.t()):
+    fits = _fits(inputs, weight, bias)
+    if not fits or not (_is_ours(inputs, weight, bias) or _is_faster_by_onednn(inputs, weight.t())):
         is_eager = not torch.compiler.is_compiling()  # compiled code keeps parameters themselves
         plain = lent_linear if is_eager and is_lent(weight) else linear_reference
         return plain(inputs, weight, bias)
@@ -121,15 +122,21 @@ def _by_onednn(left: Tensor, transposed: Tensor, bias: Tensor | None = None) -> 
     return result
 
 
-def _is_ours(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Return whether our own kernel computes x W^T + b."""
-    can_add = bias is None or (is_plain(bias) and bias.dtype == weight.dtype and bias.shape == weight.shape[:1])
+def _fits(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Return whether shapes and dtypes are a linear map's, of plain tensors: PyTorch knows or refuses all others."""
+    biases = [] if bias is None else [bias]
     return (
-        can_add
-        and (bias is None or bias.is_contiguous())
-        and inputs.dim() >= 2
-        and _serves(inputs.reshape(-1, inputs.shape[-1]), weight.t())
+        is_plain(inputs, weight, *biases)
+        and weight.dim() == 2
+        and inputs.shape[-1:] == weight.shape[1:]
+        and all(each.dtype == weight.dtype and each.shape == weight.shape[:1] for each in biases)
     )
+
+
+def _is_ours(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Return whether our own kernel computes x W^T + b, which fit."""
+    is_whole = inputs.dim() >= 2 and (bias is None or bias.is_contiguous())
+    return is_whole and _serves(inputs.flatten(0, -2), weight.t())
 
 
 def _serves(left: Tensor, right: Tensor) -> bool:
@@ -146,7 +153,7 @@ def _is_turned(left: Tensor) -> bool:
 
 def _is_faster_by_onednn(left: Tensor, right: Tensor) -> bool:
     """Return whether oneDNN computes left [..., k] @ right [k, m] faster than PyTorch's own choice."""
-    if left.device.type != "cpu" or not left.dtype == right.dtype == torch.float32 or torch.compiler.is_compiling():
+    if not left.dtype == right.dtype == torch.float32 or not is_plain(left, right):
         return False
     columns = right.shape[1]
     if left.numel() * columns < SMALLEST:

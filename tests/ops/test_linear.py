@@ -133,6 +133,26 @@ def test_mixed_dtypes_are_refused_as_by_pytorch(by_onednn: list[int]) -> None:
         linear(inputs, weight.bfloat16())
 
 
+def test_what_only_pytorch_knows_is_its_own(by_onednn: list[int]) -> None:
+    class Special(torch.Tensor):
+        pass
+
+    inputs, weight, bias = (leaf.detach() for leaf in draw(True))
+    for arguments in (
+        (inputs.as_subclass(Special), weight, bias),
+        (inputs, weight, bias[:1]),
+        (torch._neg_view(inputs), weight, bias),
+    ):
+        found = linear(*arguments)
+        assert torch.equal(found, linear_reference(*arguments))
+        assert type(found) is type(arguments[0])
+    assert not by_onednn
+    with pytest.raises(RuntimeError, match="shape"):
+        linear(inputs, weight[:, 1:])
+    with pytest.raises(RuntimeError, match="dtype"):
+        linear(inputs, weight, bias.bfloat16())
+
+
 def test_without_onednn(by_onednn: list[int]) -> None:
     leaves = draw(True)
     with torch.backends.mkldnn.flags(enabled=False):

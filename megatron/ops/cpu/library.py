@@ -75,11 +75,14 @@ def kernel(name: str, arguments: str) -> Callable[..., int]:
 
 
 def is_plain(*tensors: Tensor) -> bool:
-    """Return whether all are in the CPU's memory, of a dtype that kernels know, and nothing is being traced."""
+    """Return whether all are in the CPU's memory, of a dtype that kernels know, and nothing is being traced.
+
+    A view of negated numbers (the imaginary part of a conjugate) is not: its memory holds them with the other sign.
+    """
     if torch.compiler.is_compiling():
         return False
     for tensor in tensors:  # no generator: kernels of some microseconds ask this at each call
-        if type(tensor) not in _PLAIN or not tensor.is_cpu or tensor.dtype not in DTYPES:
+        if type(tensor) not in _PLAIN or not tensor.is_cpu or tensor.dtype not in DTYPES or tensor.is_neg():
             return False
     return True
 
