@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron.ops.linear import accumulate_product, product, product_into
+from megatron.ops.linear import accumulate_product, product_into
 
 CHUNK_BYTES = 104 * 2**20
 """Bytes of a chunk's logits on a CPU: with fewer, the fp32 gradient of W is read and written too often. A CPU has the
@@ -157,6 +157,8 @@ class _Gradients:
         self._parameter = weight
         is_one = len(hidden) <= _size(hidden, weight) and weight.dtype == hidden.dtype != torch.float16
         self._chunk: tuple[Tensor, Tensor, Tensor] | None = None  # what a single one's gradient of W is made of
+        # Room for it before there are logits, which go first, so that malloc is left with no hole between both.
+        self._room = torch.empty_like(weight) if is_one and needs_weight else None
         self._sum = None if is_one or not needs_weight else torch.empty_like(weight, dtype=torch.float32)
 
     def add(self, start: int, logits_gradient: Tensor, hidden: Tensor, weight: Tensor, factors: Tensor) -> None:
@@ -164,7 +166,7 @@ class _Gradients:
         if self._hidden is not None:
             rows = self._hidden[start : start + len(hidden)]
             product_into(rows, logits_gradient, weight).mul_(factors.unsqueeze(1))
-        if self._sum is None and self._needs_weight:
+        if self._room is not None:
             self._chunk = logits_gradient, hidden, factors
         elif self._sum is not None:
             _accumulate(self._sum, logits_gradient, _weighted(hidden, factors), is_first=not start)
@@ -176,11 +178,14 @@ class _Gradients:
         return None if self._hidden is None else self._hidden.mul_(factor), weight
 
     def _weight_gradient(self, factor: Tensor) -> Tensor:
-        if self._chunk is not None:
+        if self._room is not None:
+            if self._chunk is None:  # no tokens
+                return self._room.zero_()
             logits_gradient, hidden, factors = self._chunk
-            return product(logits_gradient.t(), _weighted(hidden, factors * factor))
-        if self._sum is None:  # of no tokens
-            return torch.zeros_like(self._parameter)
+            return accumulate_product(
+                self._room, logits_gradient.t(), _weighted(hidden, factors * factor), is_first=True
+            )
+        assert self._sum is not None
         if self._sum.dtype == self._parameter.dtype:
             return self._sum.mul_(factor)
         weight = torch.empty_like(self._parameter)
