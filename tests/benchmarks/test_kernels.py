@@ -57,6 +57,7 @@ def test_a_gpus_measurements_end_at_the_limit_and_are_written(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA X")
     monkeypatch.setattr(kernels, "GPU_SIZES", [(AIMED_AT[0], 8), (64, 8)])
     monkeypatch.setattr("megatron.ops.compiled.compiler_obstacle", lambda: "not in this test")
+    monkeypatch.setattr("megatron.ops.cpu.library.make_ready", lambda device: "not in this test")
     monkeypatch.setattr(Clock, "copy_bandwidth", lambda self: 1e9)
     works = [work for work in WORKS if work.operation in ("rms_norm", "add_layer_norm")]
     clock = Clock(torch.device("cpu"), seconds=0.0)

@@ -106,11 +106,11 @@ struct Norm {
         over_columns(width, [&](int64_t column, auto some) {
             const Floats given = some.read(upstream + column);
             const Floats gained = weight ? given * some.read(weight + column) : given;
-            // A difference, and no product, which would not be rounded before dt is added: so dx is the same to the
-            // last bit where autograd adds it.
-            Floats found = gained * scale - ((some.read(values + column) - average) * slope + share);
-            if (above) found += some.read(above + column);
+            // A difference, and no product, which would not be rounded before dt is added, and rounded to T as well: so
+            // dx is the same to the last bit where autograd adds it, as behind a pipeline's stage.
+            const Floats found = gained * scale - ((some.read(values + column) - average) * slope + share);
             some.write_normal(gradient + column, found);
+            if (above) some.write_normal(gradient + column, some.read(gradient + column) + some.read(above + column));
         });
     }
 };
