@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron import whereabouts
+
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -23,6 +25,12 @@ def pytest_configure(config: pytest.Config) -> None:
     paths = [(config.invocation_params.dir / argument.partition("::")[0]).resolve() for argument in config.args]
     if any(KERNELS.is_relative_to(path) or path.is_relative_to(KERNELS) for path in paths):
         importlib.import_module("tests.ops.triton.interpreted")
+
+
+@pytest.fixture(autouse=True)
+def nowhere_yet() -> None:
+    """Each test stands where a process begins: no step that an earlier one trained in this process is left."""
+    whereabouts.reset()
 
 
 @pytest.fixture(scope="session")

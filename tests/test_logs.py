@@ -10,7 +10,6 @@ from megatron import logs, whereabouts
 @pytest.fixture(autouse=True)
 def restored() -> Iterator[None]:
     yield
-    whereabouts.reset()
     logs.setup()
 
 

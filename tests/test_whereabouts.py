@@ -5,19 +5,11 @@ import os
 import signal
 import time
 import timeit
-from collections.abc import Iterator
 
 import pytest
 
 from megatron import whereabouts
 from megatron.whereabouts import RECORD_BYTES, Phase, Position, enter, inside
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    whereabouts.reset()
-    yield
-    whereabouts.reset()
 
 
 def test_words() -> None:
