@@ -1,12 +1,17 @@
 // C [m, n] = A B, or C + A B, or A B + a bias to each row, in fp32: A [m, k] and B [k, n] may each be a transposed view.
 //
-// As in Goto & van de Geijn 2008, "Anatomy of high-performance matrix multiplication": a block of B [DEPTH, WIDTH]
-// stays in the third cache, a slab of A [SLAB, DEPTH] and a sliver of B [DEPTH, COLUMNS] in the second, and a tile of C
-// [ROWS, COLUMNS] in registers. Both are copied into the order in which they are read; while a slab is multiplied, the
-// memory of the next is asked for, so that copying it waits for nothing. Each element of C is summed over k in one
-// order, whatever tile or thread computes it, and whatever the other rows and columns are.
+// As in Goto & van de Geijn 2008, "Anatomy of high-performance matrix multiplication": a tile of C [ROWS, COLUMNS] stays
+// in registers, a few lines of one factor in the second cache, and many of the other in the third. Both are copied into
+// the order in which they are read. The factor that is copied again and again is the one for which that is less: the
+// left one, in slabs of SLAB rows, along WIDTH columns; or the right one, in slivers of COLUMNS, along PANEL rows. While
+// a piece is multiplied, the memory of the next is asked for, so that copying it waits for nothing. Each element of C is
+// summed over k in one order, whatever tile or thread computes it, and whatever the other rows and columns are.
 
+#include <cstdlib>
 #include <memory>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "packing.h"
 #include "parallel.h"
@@ -15,16 +20,50 @@
 namespace deepy {
 namespace {
 
-constexpr int64_t DEPTH = 768, WIDTH = 24 * COLUMNS, SLAB = 8 * ROWS;
+constexpr int64_t DEPTH = 768, WIDTH = 24 * COLUMNS, SLAB = 8 * ROWS, PANEL = 43 * ROWS;
 
 struct Scratch {
-    alignas(64) float left[DEPTH * SLAB + LANES];
+    alignas(64) float left[DEPTH * PANEL + LANES];
     alignas(64) float right[DEPTH * WIDTH + LANES];
 };
 
+constexpr size_t HUGE = size_t{1} << 21, SCRATCH_BYTES = (sizeof(Scratch) + HUGE - 1) / HUGE * HUGE;
+
+// The second cache is indexed by physical addresses: copies in scattered small pages may push each other out of it, by
+// chance, for as long as the process lives. In huge pages they cannot; and memory that was never written gets those.
+Scratch* make_scratch() {
+#if defined(__linux__)
+    void* place = mmap(nullptr, SCRATCH_BYTES + HUGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (place == MAP_FAILED) return nullptr;
+    const size_t before = (HUGE - reinterpret_cast<uintptr_t>(place) % HUGE) % HUGE;
+    char* start = static_cast<char*>(place) + before;
+    if (before) munmap(place, before);
+    if (before < HUGE) munmap(start + SCRATCH_BYTES, HUGE - before);
+    madvise(start, SCRATCH_BYTES, MADV_HUGEPAGE);  // where it refuses, pages are small
+    return reinterpret_cast<Scratch*>(start);
+#else
+    return static_cast<Scratch*>(std::aligned_alloc(HUGE, SCRATCH_BYTES));
+#endif
+}
+
+struct FreeScratch {
+    void operator()(Scratch* scratch) const {
+#if defined(__linux__)
+        munmap(scratch, SCRATCH_BYTES);
+#else
+        std::free(scratch);
+#endif
+    }
+};
+
+// The thread's own.
 Scratch& scratch() {
-    static thread_local std::unique_ptr<Scratch> kept;
-    if (!kept) kept.reset(new Scratch);
+    static thread_local std::unique_ptr<Scratch, FreeScratch> kept;
+    if (!kept) kept.reset(make_scratch());
+    if (!kept) {
+        std::fputs("deepy: no memory for the copies of a product's factors\n", stderr);
+        std::abort();
+    }
     return *kept;
 }
 
@@ -55,7 +94,7 @@ void make_tile(const float* left, const float* right, int64_t depth, Target targ
     for (int64_t i = 0; target.write != PASS && i < high; ++i) {
         for (int64_t j = 0; j < wide; j += 16) __builtin_prefetch(target.values + i * target.stride + j, 1, 3);
     }
-    Floats sums[rows][VECTORS] = {};
+    Floats sums[rows][VECTORS];
     tile_sums<rows, ROWS, 1, COLUMNS>(left, right, depth, sums);
     if (high == rows && wide == COLUMNS) {
         Floats bias[VECTORS] = {};
@@ -68,10 +107,16 @@ void make_tile(const float* left, const float* right, int64_t depth, Target targ
         }
         return;
     }
+    float kept[rows * COLUMNS];  // `sums` with an index that changes would have to stay in memory
+#pragma GCC unroll 12
+    for (int64_t i = 0; i < rows; ++i) {
+#pragma GCC unroll 2
+        for (int64_t j = 0; j < VECTORS; ++j) store(kept + i * COLUMNS + j * LANES, sums[i][j]);
+    }
     for (int64_t i = 0; i < high; ++i) {
         for (int64_t j = 0; j < wide; ++j) {
             float& place = target.values[i * target.stride + j];
-            const float value = sums[i][j / LANES][j % LANES] + (target.bias ? target.bias[j] : 0.0f);
+            const float value = kept[i * COLUMNS + j] + (target.bias ? target.bias[j] : 0.0f);
             place = target.write == ADD ? place + value : value;
         }
     }
@@ -92,7 +137,9 @@ void sum_lines(Factor from, int64_t depth, int64_t lines, float* sums, bool adds
     }
 }
 
-// The product of a slab and a block, both copied.
+int64_t pieces(int64_t size, int64_t piece) { return (size + piece - 1) / piece; }
+
+// The product of two copies.
 void multiply(const Scratch& from, int64_t depth, Target target, int64_t high, int64_t wide, Ahead& ahead) {
     constexpr int64_t FEW = ROWS / 3, SOME = 2 * FEW;  // of the last tile's rows
     for (int64_t column = 0; column < wide; column += COLUMNS) {
@@ -108,30 +155,75 @@ void multiply(const Scratch& from, int64_t depth, Target target, int64_t high, i
     }
 }
 
-// A part of C, by one thread. sums: of the lines of A, or null.
-void multiply(Factor left, Factor right, Target target, int64_t rows, int64_t columns, int64_t depth, float* sums) {
-    Scratch& to = scratch();
-    const int64_t passes = (depth + DEPTH - 1) / DEPTH, deepest = (depth + passes - 1) / passes;
-    for (int64_t start = 0; start < columns; start += WIDTH) {
-        const int64_t wide = std::min(WIDTH, columns - start);
-        for (int64_t k = 0; k < depth; k += deepest) {
-            const int64_t deep = std::min(deepest, depth - k);
-            Target part = target.from(0, start);
-            if (k > 0) part.write = ADD, part.bias = nullptr;
-            pack<COLUMNS>(right.from(start, k), deep, wide, to.right);
-            for (int64_t slab = 0; slab < rows; slab += SLAB) {
-                const int64_t high = std::min(SLAB, rows - slab), next = std::min(SLAB, rows - slab - high);
-                pack<ROWS>(left.from(slab, k), deep, high, to.left);
-                if (sums && start == 0) sum_lines(left.from(slab, k), deep, high, sums + slab, k > 0);
-                Ahead ahead(left.from(slab + high, k), deep, next, (high + ROWS - 1) / ROWS * (wide / COLUMNS));
-                multiply(to, deep, part.from(slab, 0), high, wide, ahead);
+// A part of C, made by one thread. sums: of the lines of A, or null.
+struct Part {
+    Factor left, right;
+    Target target;
+    int64_t rows, columns, depth;
+    float* sums;
+
+    int64_t deepest() const {
+        const int64_t passes = pieces(depth, DEPTH);
+        return passes ? pieces(depth, passes) : 1;
+    }
+
+    void copy_left(int64_t row, int64_t high, int64_t k, int64_t deep, bool is_first) const {
+        pack<ROWS>(left.from(row, k), deep, high, scratch().left);
+        if (sums && is_first) sum_lines(left.from(row, k), deep, high, sums + row, k > 0);
+    }
+
+    void multiply_copies(int64_t row, int64_t high, int64_t column, int64_t wide, int64_t k, int64_t deep,
+                         Ahead ahead) const {
+        Target place = target.from(row, column);
+        if (k > 0) place.write = ADD, place.bias = nullptr;
+        multiply(scratch(), deep, place, high, wide, ahead);
+    }
+
+    // The copies of WIDTH columns stay, those of slabs pass.
+    void pass_slabs() const {
+        for (int64_t column = 0; column < columns; column += WIDTH) {
+            const int64_t wide = std::min(WIDTH, columns - column);
+            for (int64_t k = 0; k < depth; k += deepest()) {
+                const int64_t deep = std::min(deepest(), depth - k);
+                pack<COLUMNS>(right.from(column, k), deep, wide, scratch().right);
+                for (int64_t row = 0; row < rows; row += SLAB) {
+                    const int64_t high = std::min(SLAB, rows - row), next = std::min(SLAB, rows - row - high);
+                    copy_left(row, high, k, deep, column == 0);
+                    const Ahead ahead(left.from(row + high, k), deep, next, pieces(high, ROWS) * pieces(wide, COLUMNS));
+                    multiply_copies(row, high, column, wide, k, deep, ahead);
+                }
             }
         }
     }
+
+    // The copies of PANEL rows stay, those of slivers pass.
+    void pass_slivers() const {
+        for (int64_t row = 0; row < rows; row += PANEL) {
+            const int64_t high = std::min(PANEL, rows - row);
+            for (int64_t k = 0; k < depth; k += deepest()) {
+                const int64_t deep = std::min(deepest(), depth - k);
+                copy_left(row, high, k, deep, true);
+                for (int64_t column = 0; column < columns; column += COLUMNS) {
+                    const int64_t wide = std::min(COLUMNS, columns - column);
+                    const int64_t next = std::min(COLUMNS, columns - column - wide);
+                    pack<COLUMNS>(right.from(column, k), deep, wide, scratch().right);
+                    const Ahead ahead(right.from(column + wide, k), deep, next, pieces(high, ROWS));
+                    multiply_copies(row, high, column, wide, k, deep, ahead);
+                }
+            }
+        }
+    }
+
+    void make() const {
+        const int64_t copied_for_slabs = columns + pieces(columns, WIDTH) * rows;
+        const int64_t copied_for_slivers = rows + pieces(rows, PANEL) * columns;
+        if (copied_for_slivers <= copied_for_slabs) pass_slivers();
+        else pass_slabs();
 #if defined(__AVX512F__)
-    if (target.write == PASS) _mm_sfence();
+        if (target.write == PASS) _mm_sfence();
 #endif
-}
+    }
+};
 
 // How many of the threads share the columns; the others share the rows. Each copies what it needs of both factors.
 int64_t column_parts(int64_t rows, int64_t columns, int64_t threads) {
@@ -144,10 +236,9 @@ int64_t column_parts(int64_t rows, int64_t columns, int64_t threads) {
     return best;
 }
 
-// The start of piece `index` of `pieces` of `size`, in multiples of `step`.
-int64_t piece_start(int64_t index, int64_t pieces, int64_t size, int64_t step) {
-    const int64_t steps = (size + step - 1) / step;
-    return std::min(size, steps * index / pieces * step);
+// The start of piece `index` of `count` of `size`, in multiples of `step`.
+int64_t piece_start(int64_t index, int64_t count, int64_t size, int64_t step) {
+    return std::min(size, pieces(size, step) * index / count * step);
 }
 
 }  // namespace
@@ -171,7 +262,7 @@ DEEPY_EXPORT int64_t deepy_product(float* target, int64_t stride, const float* l
             const Factor from_left = Factor{left, left_stride, left_lines != 0}.from(row, 0);
             const Factor from_right = Factor{right, right_stride, right_lines != 0}.from(column, 0);
             const Target place = Target{target, stride, bias, write}.from(row, column);
-            multiply(from_left, from_right, place, high, wide, depth, sums && column == 0 ? sums + row : nullptr);
+            Part{from_left, from_right, place, high, wide, depth, sums && column == 0 ? sums + row : nullptr}.make();
         }
     });
     return 0;

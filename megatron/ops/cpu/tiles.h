@@ -14,6 +14,11 @@ constexpr int64_t COLUMNS = VECTORS * LANES;
 template <int64_t rows, int64_t LEFT_K, int64_t LEFT_I, int64_t RIGHT_K>
 inline __attribute__((always_inline)) void tile_sums(const float* __restrict left, const float* __restrict right,
                                                      int64_t depth, Floats (&sums)[rows][VECTORS]) {
+#pragma GCC unroll 12
+    for (int64_t i = 0; i < rows; ++i) {
+#pragma GCC unroll 2
+        for (int64_t j = 0; j < VECTORS; ++j) sums[i][j] = Floats{};
+    }
 #pragma GCC unroll 2
     for (int64_t k = 0; k < depth; ++k) {
         Floats values[VECTORS];
@@ -30,7 +35,7 @@ inline __attribute__((always_inline)) void tile_sums(const float* __restrict lef
 template <int64_t LEFT_K, int64_t LEFT_I, int64_t RIGHT_K>
 inline void sum_tile(const float* __restrict left, const float* __restrict right, int64_t depth,
                      float* __restrict target, int64_t stride, bool adds) {
-    Floats sums[ROWS][VECTORS] = {};
+    Floats sums[ROWS][VECTORS];
     tile_sums<ROWS, LEFT_K, LEFT_I, RIGHT_K>(left, right, depth, sums);
 #pragma GCC unroll 12
     for (int64_t i = 0; i < ROWS; ++i) {
