@@ -40,13 +40,12 @@ faults, which a fresh 100 MB costs 25,000 of."""
 
 def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x W^T + b [..., out] from x [..., in], W [out, in] and b [out]."""
-    fits = _fits(inputs, weight, bias)
-    if not fits or not (_is_ours(inputs, weight, bias) or _is_faster_by_onednn(inputs, weight.t())):
-        is_eager = not torch.compiler.is_compiling()  # compiled code keeps parameters themselves
-        plain = lent_linear if is_eager and is_lent(weight) else linear_reference
-        return plain(inputs, weight, bias)
-    result: Tensor = _Linear.apply(inputs, weight, bias)
-    return result
+    if _is_large(inputs, weight, bias) and onednn_wins():
+        result: Tensor = _Linear.apply(inputs, weight, bias)
+        return result
+    is_eager = not torch.compiler.is_compiling()  # compiled code keeps parameters themselves
+    plain = lent_linear if is_eager and is_lent(weight) else linear_reference
+    return plain(inputs, weight, bias)
 
 
 def linear_reference(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -54,26 +53,29 @@ def linear_reference(inputs: Tensor, weight: Tensor, bias: Tensor | None = None)
     return F.linear(inputs, weight, bias)
 
 
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """Return left @ right [n, m] from left [n, k] and right [k, m], either of which may be a transposed view.
+def product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return left @ right + bias [n, m] from left [n, k], right [k, m] and bias [m]; factors may be transposed views.
 
     It has no gradient of its own: it serves the functions that write theirs out.
     """
-    if _serves(left, right):
-        return multiply(left.new_empty(len(left), right.shape[1]), left, right, is_read=not _is_turned(left))
-    return _by_onednn(left, right.t()) if _is_faster_by_onednn(left, right) else torch.mm(left, right)
+    if _is_ours(left, right):
+        output = left.new_empty(left.shape[0], right.shape[1])
+        return multiply(output, left, right, bias, is_read=not _is_turned(left))
+    if _is_faster_by_onednn(left, right):
+        return _by_onednn(left, right.t(), bias)
+    return torch.mm(left, right) if bias is None else torch.addmm(bias, left, right)
 
 
 def accumulate_product(total: Tensor, left: Tensor, right: Tensor, is_first: bool) -> Tensor:
     """Return `total` [n, m], contiguous, to which `product(left, right)` was added, or which was filled with it."""
-    if _serves(left, right):
+    if _is_ours(left, right):
         return multiply(total, left, right, adds=not is_first, is_read=not _is_turned(left))
     return torch.addmm(total, left, right, beta=0 if is_first else 1, out=total)
 
 
 def product_into(output: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Return `output` [n, m], filled with `product(left, right)`."""
-    if output.stride(1) == 1 and _serves(left, right):
+    if output.stride(1) == 1 and _is_ours(left, right):
         return multiply(output, left, right)
     if not _is_faster_by_onednn(left, right):
         return torch.mm(left, right, out=output)
@@ -89,11 +91,9 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(inputs, weight)
-        if not _is_ours(inputs, weight, bias):
-            return _by_onednn(inputs, weight, bias)
-        rows = inputs.reshape(-1, inputs.shape[-1])
-        result = multiply(inputs.new_empty(len(rows), len(weight)), rows, weight.t(), bias)
-        return result.view(*inputs.shape[:-1], len(weight))
+        *batch, features = inputs.shape
+        rows = inputs.reshape(-1, features)
+        return product(rows, weight.t(), None if bias is None else bias.contiguous()).view(*batch, weight.shape[0])
 
     @staticmethod
     @once_differentiable
@@ -110,7 +110,7 @@ class _Linear(torch.autograd.Function):
 def _parameter_gradients(gradient: Tensor, inputs: Tensor, needs_bias: bool) -> tuple[Tensor, Tensor | None]:
     """Return dW [out, in] and db [out] from dy [t, out] and x [t, in]."""
     turned = gradient.t()
-    if not (needs_bias and _serves(turned, inputs)):
+    if not (needs_bias and _is_ours(turned, inputs)):
         return product(turned, inputs), gradient.sum(0) if needs_bias else None
     weight, bias = inputs.new_empty(len(turned), inputs.shape[1]), inputs.new_empty(len(turned))
     return multiply(weight, turned, inputs, sums=bias, is_read=False), bias
@@ -122,28 +122,23 @@ def _by_onednn(left: Tensor, transposed: Tensor, bias: Tensor | None = None) -> 
     return result
 
 
-def _fits(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Return whether shapes and dtypes are a linear map's, of plain tensors: PyTorch knows or refuses all others."""
-    biases = [] if bias is None else [bias]
+def _is_large(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Return whether this is a map of fp32 tensors on a CPU whose products are worth a choice: PyTorch knows or refuses
+    all others, among them tensors that are more than memory and those that do not fit."""
+    biases = () if bias is None else (bias,)
     return (
         is_plain(inputs, weight, *biases)
+        and inputs.dtype == weight.dtype == torch.float32
         and weight.dim() == 2
+        and inputs.numel() * weight.shape[0] >= SMALLEST
         and inputs.shape[-1:] == weight.shape[1:]
         and all(each.dtype == weight.dtype and each.shape == weight.shape[:1] for each in biases)
     )
 
 
-def _is_ours(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Return whether our own kernel computes x W^T + b, which fit."""
-    is_whole = inputs.dim() >= 2 and (bias is None or bias.is_contiguous())
-    return is_whole and _serves(inputs.flatten(0, -2), weight.t())
-
-
-def _serves(left: Tensor, right: Tensor) -> bool:
+def _is_ours(left: Tensor, right: Tensor) -> bool:
     """Return whether our own kernel computes left [n, k] @ right [k, m], and does so faster than others."""
-    if left.device.type != "cpu" or left.dim() != 2 or left.numel() * right.shape[1] < SMALLEST:
-        return False
-    return onednn_wins() and serves(left, right)
+    return left.numel() * right.shape[1] >= SMALLEST and onednn_wins() and serves(left, right)
 
 
 def _is_turned(left: Tensor) -> bool:
@@ -152,15 +147,12 @@ def _is_turned(left: Tensor) -> bool:
 
 
 def _is_faster_by_onednn(left: Tensor, right: Tensor) -> bool:
-    """Return whether oneDNN computes left [..., k] @ right [k, m] faster than PyTorch's own choice."""
-    if not left.dtype == right.dtype == torch.float32 or not is_plain(left, right):
-        return False
+    """Return whether oneDNN computes left [n, k] @ right [k, m] faster than PyTorch's own choice."""
     columns = right.shape[1]
-    if left.numel() * columns < SMALLEST:
+    if not left.dtype == right.dtype == torch.float32 or left.numel() * columns < SMALLEST:
         return False
-    if left.dim() == 2 and _is_turned(left) and columns < NARROWEST:
-        return False
-    return bool(torch.backends.mkldnn.enabled) and onednn_wins()
+    is_narrow = _is_turned(left) and columns < NARROWEST
+    return not is_narrow and bool(torch.backends.mkldnn.enabled) and onednn_wins() and is_plain(left, right)
 
 
 @functools.cache

@@ -19,21 +19,19 @@ FEWEST_RESULTS = 2**15
 
 _FILL, _ADD, _PASS = range(3)
 _ALIGNMENT = 64
+_CPU = torch.device("cpu")
 
 
 def serves(left: Tensor, right: Tensor) -> bool:
     """Return whether `multiply` computes left [n, k] @ right [k, m], each plain or a transposed view."""
-    if not is_plain(left, right) or not left.dtype == right.dtype == torch.float32:
+    if not left.dtype == right.dtype == torch.float32 or not left.dim() == right.dim() == 2:
         return False
-    if not left.dim() == right.dim() == 2 or left.shape[1] != len(right):
+    (rows, depth), (deep, columns) = left.shape, right.shape
+    if not 0 < depth == deep or min(rows, columns) < FEWEST_LINES:
         return False
-    rows, columns = len(left), right.shape[1]
-    enough = (
-        min(rows, columns) >= FEWEST_LINES
-        and len(right) > 0
-        and rows * columns >= FEWEST_RESULTS * torch.get_num_threads()
-    )
-    return enough and 1 in left.stride() and 1 in right.stride() and not make_ready(torch.device("cpu"))
+    is_enough = rows * columns >= FEWEST_RESULTS * torch.get_num_threads()
+    has_lines = 1 in left.stride() and 1 in right.stride()
+    return is_enough and has_lines and is_plain(left, right) and not make_ready(_CPU)
 
 
 def multiply(
@@ -52,17 +50,14 @@ def multiply(
     is_read: whether the result is needed soon. Else it goes to memory past the caches.
     """
     write = _ADD if adds else _FILL if is_read or not _is_aligned(output) else _PASS
+    (rows, columns), (down, across), (down_right, across_right) = output.shape, left.stride(), right.stride()
+    has_lines, has_lines_right = across == 1, down_right == 1
     kernel("deepy_product", "pipiipiippiiiii")(
-        output.data_ptr(), output.stride(0), left.data_ptr(), *_strides(left), right.data_ptr(), *_strides(right.t()),
-        _address(bias), _address(sums), *output.shape, len(right), write, torch.get_num_threads(),
+        output.data_ptr(), output.stride(0), left.data_ptr(), down if has_lines else across, has_lines,
+        right.data_ptr(), across_right if has_lines_right else down_right, has_lines_right, _address(bias),
+        _address(sums), rows, columns, right.shape[0], write, torch.get_num_threads(),
     )  # fmt: skip
     return output
-
-
-def _strides(factor: Tensor) -> tuple[int, int]:
-    """Return how far apart lines [n] of a factor [n, k], or their elements, lie, and whether lines are pieces (1)."""
-    has_lines = factor.stride(1) == 1
-    return (factor.stride(0) if has_lines else factor.stride(1)), int(has_lines)
 
 
 def _address(tensor: Tensor | None) -> int | None:

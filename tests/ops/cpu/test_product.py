@@ -14,7 +14,16 @@ from megatron.ops.cpu import library
 from megatron.ops.cpu import product as module
 from megatron.ops.cpu.product import multiply, serves
 
-SIZES = [(1, 1, 1), (12, 32, 5), (13, 33, 257), (700, 70, 300), (96, 512, 256), (97, 769, 513), (20, 40, 1541)]
+SIZES = [
+    (1, 1, 1),
+    (12, 32, 5),
+    (13, 33, 257),
+    (700, 70, 300),
+    (96, 512, 256),
+    (97, 769, 513),
+    (20, 40, 1541),
+    (1030, 6200, 3),
+]
 TURNED = [(False, False), (False, True), (True, False), (True, True)]
 
 pytestmark = pytest.mark.usefixtures("ready")
