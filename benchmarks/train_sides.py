@@ -31,6 +31,7 @@ from megatron.config.schema.config import Config
 from megatron.data.batch import Batch
 from megatron.engine.build import build_engine
 from megatron.engine.pending import PendingStep
+from megatron.launch.lean import defer_compiler
 from megatron.model.build import DTYPES, build_model
 from megatron.objectives.build import build_objective
 from megatron.ops.compiled import mend_cpp_reductions
@@ -88,7 +89,8 @@ def _our_model(config: Config, mesh: Mesh) -> nn.Module:
 
 
 def ours(size: Size, precision: str, device: torch.device, **keys: Any) -> Step:
-    """Return the step of an engine of ours. keys: of the config, beside those of the size."""
+    """Return the step of an engine of ours, as a worker of train.py has it. keys: of the config, beside the size's."""
+    defer_compiler()
     config = resolve(settings(size, precision, device.type == "cuda") | keys)
     mesh = Mesh.single(device)
     engine = build_engine(config, mesh, _our_model(config, mesh), build_objective())

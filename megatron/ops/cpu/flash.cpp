@@ -13,6 +13,7 @@
 #include <new>
 #include <type_traits>
 
+#include "packing.h"
 #include "parallel.h"
 #include "tiles.h"
 
@@ -80,12 +81,6 @@ void copy_out(const float* from, int64_t count, int64_t dim, const float* factor
     }
 }
 
-template <int64_t DIM>
-void transpose(const float* rows, int64_t dim, float* columns) {
-    for (int64_t column = 0; column < dim; ++column)
-        for (int64_t row = 0; row < QUERIES; ++row) columns[column * QUERIES + row] = rows[row * DIM + column];
-}
-
 // A block of queries of one head: what they see, and the products over it.
 template <int64_t DIM>
 struct Block {
@@ -129,16 +124,38 @@ struct Block {
                                               scores + (key - begin) * QUERIES + query, QUERIES, false);
     }
 
-    // Calls body(scores, seen, bias, query) for the vectors of all pairs of [begin, end) and `query`.
+    // The keys that any of the queries [query, query + LANES) sees.
+    struct Keys {
+        int64_t from, to;
+    };
+    Keys seen_by(int64_t query) const {
+        Keys keys = {end, begin};
+        for (int64_t each = query; each < query + LANES; ++each) {
+            if (first[each] > last[each]) continue;
+            keys.from = std::min<int64_t>(keys.from, first[each]);
+            keys.to = std::max<int64_t>(keys.to, last[each] + 1);
+        }
+        return keys.from < keys.to ? keys : Keys{begin, begin};
+    }
+
+    // Calls body(scores, seen, bias) for the vectors of all pairs of those keys and these queries.
     template <class Body>
     void each_pair(float* scores, int64_t query, const Body& body) const {
         Ints lowest = raw<Ints>(first + query), highest = raw<Ints>(last + query);
         const Floats position = load(positions + query);
-        for (int64_t key = begin; key < end; ++key) {
+        const Keys keys = seen_by(query);
+        for (int64_t key = keys.from; key < keys.to; ++key) {
             const Ints number = Ints{} + static_cast<int32_t>(key);
             const Floats bias = (all(static_cast<float>(key)) - position) * slope;
             body(scores + (key - begin) * QUERIES + query, (number >= lowest) & (number <= highest), bias);
         }
+    }
+
+    // Sets the weights of these queries to 0 for all other keys.
+    void clear_others(float* weights, int64_t query) const {
+        const Keys keys = seen_by(query);
+        for (int64_t key = begin; key < keys.from; ++key) store(weights + (key - begin) * QUERIES + query, Floats{});
+        for (int64_t key = keys.to; key < end; ++key) store(weights + (key - begin) * QUERIES + query, Floats{});
     }
 
     // out[query][feature] = sum over keys of weights[key][query] rows[key][feature].
@@ -183,7 +200,7 @@ void attend(const Shape& shape, Heads<const T> query, Heads<const T> key, Heads<
         const Block<DIM> block(shape, batch, head, start);
         copy_in<DIM>(query.at(batch, head, start), query.step(), block.count, shape.dim, shape.scale, QUERIES,
                      rows.values);
-        transpose<DIM>(rows.values, shape.dim, columns.values);
+        pack<QUERIES>(Factor{rows.values, DIM, true}, shape.dim, QUERIES, columns.values);
         block.products(keys.values, columns.values, scores.values);
         float factors[QUERIES], sums[QUERIES], tops[QUERIES];
         for (int64_t place = 0; place < QUERIES; place += LANES) {
@@ -195,10 +212,11 @@ void attend(const Shape& shape, Heads<const T> query, Heads<const T> key, Heads<
             });
             top = select(top == -INFINITE, Floats{}, top);
             block.each_pair(scores.values, place, [&](float* score, Ints, Floats) {
-                const Floats weight = exponential(load(score) - top);
+                const Floats weight = exponential_below_zero(load(score) - top);
                 store(score, weight);
                 total += weight;
             });
+            block.clear_others(scores.values, place);
             store(tops + place, top);
             store(sums + place, total);
         }
@@ -246,18 +264,20 @@ void attend_back(const Shape& shape, Heads<const T> query, Heads<const T> key, H
             }
             copy_in<DIM>(query.at(batch, head, start), query.step(), block.count, shape.dim, shape.scale, QUERIES,
                          rows.values);
-            transpose<DIM>(rows.values, shape.dim, columns.values);
-            transpose<DIM>(above.values, shape.dim, above_columns.values);
+            pack<QUERIES>(Factor{rows.values, DIM, true}, shape.dim, QUERIES, columns.values);
+            pack<QUERIES>(Factor{above.values, DIM, true}, shape.dim, QUERIES, above_columns.values);
             block.products(keys.values, columns.values, weights.values);
             block.products(values.values, above_columns.values, scores.values);
             const int64_t distance = scores.values - weights.values;
             for (int64_t place = 0; place < QUERIES; place += LANES) {
                 const Floats line = load(lines + place), mean = load(inner + place);
                 block.each_pair(weights.values, place, [&](float* pair, Ints seen, Floats bias) {
-                    const Floats weight = select(seen, exponential(load(pair) + bias - line), Floats{});
+                    const Floats weight = select(seen, exponential_below_zero(load(pair) + bias - line), Floats{});
                     store(pair, weight);
                     store(pair + distance, select(seen, weight * (load(pair + distance) - mean), Floats{}));
                 });
+                block.clear_others(weights.values, place);
+                block.clear_others(scores.values, place);
             }
             block.add_weighted(weights.values, above.values, value_sums.values);
             block.add_weighted(scores.values, rows.values, key_sums.values);
