@@ -29,11 +29,13 @@ from megatron.launch.hosts import HOSTS_VARIABLE, parse_hosts
 from megatron.launch.interface import address_towards, why_unreachable
 from megatron.launch.place import Place
 from megatron.launch.slurm import ranks_to_hosts
+from megatron.ops.cpu.library import make_ready
 
 QUIET_SECONDS = 3.0
 """How long a rank waits for the others before it says so."""
 READ_SECONDS = 10.0
 _SHOWN_KEYS = 6
+_SOURCES = (".py", ".cpp", ".cu", ".cuh", ".h")
 _SSH_PORT = 22
 logger = logs.get_logger(__name__)
 
@@ -43,7 +45,8 @@ class Card:
     """What a rank says of itself.
 
     address: by which it reaches MASTER_ADDR. device: its name; kind: cpu or cuda. The rest must be alike on all ranks;
-    code: a hash of this library's files.
+    code: a hash of this library's files. kernels: whether those in C++ are there on a CPU. PyTorch's, which serve where
+    they are not, round differently, and what every rank should hold alike would drift apart.
     """
 
     host: str
@@ -56,6 +59,7 @@ class Card:
     cuda: str
     deepspeed: str
     code: str
+    kernels: str
     config: str
 
 
@@ -66,6 +70,7 @@ ALIKE = {
     "cuda": "CUDA and NCCL",
     "deepspeed": "deepspeed",
     "code": "this library (hash of its files)",
+    "kernels": "the library of C++ kernels",
     "config": "config (hash)",
 }
 """Field -> what a person calls it."""
@@ -84,8 +89,15 @@ def write_card(place: Place, config: Config, device: torch.device, name: str) ->
         cuda=_cuda() if device.type == "cuda" else "none",
         deepspeed=importlib.metadata.version("deepspeed"),
         code=hash_of_code(),
+        kernels=_cpu_kernels(device),
         config=hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:12],
     )
+
+
+def _cpu_kernels(device: torch.device) -> str:
+    if device.type != "cpu":
+        return "not used"
+    return "missing" if make_ready(device) else "there"
 
 
 def _cuda() -> str:
@@ -94,9 +106,9 @@ def _cuda() -> str:
 
 @cache
 def hash_of_code() -> str:
-    """Return a hash of this library's Python files: names and contents."""
+    """Return a hash of this library's sources: names and contents."""
     root, found = Path(__file__).resolve().parents[1], hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted(path for path in root.rglob("*") if path.suffix in _SOURCES):
         found.update(str(path.relative_to(root)).encode() + path.read_bytes())
     return found.hexdigest()[:12]
 
@@ -228,8 +240,9 @@ def _require_one_size(store: dist.Store, sizes: Sequence[int]) -> None:
 
 def differences(cards: Sequence[Card]) -> list[Problem]:
     """Return a problem for each fact but the config in which ranks differ, with all ranks of the fewer kind."""
-    fix = "Start all ranks from the same installation with the same files."
-    return [_difference(field, cards, fix) for field in ALIKE if field != "config" and _differ(field, cards)]
+    fixes = dict.fromkeys(ALIKE, "Start all ranks from the same installation with the same files.")
+    fixes["kernels"] = "`./deepy.py doctor` says there what stands in the way: most often a C++ compiler is lacking."
+    return [_difference(field, cards, fixes[field]) for field in ALIKE if field != "config" and _differ(field, cards)]
 
 
 def _config_problem(cards: Sequence[Card]) -> list[Problem]:

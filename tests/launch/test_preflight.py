@@ -76,6 +76,22 @@ def test_all_that_differ_are_named_on_every_rank(store: dist.TCPStore, tmp_path:
     assert "this library (hash of its files) is c0de for rank 4 (n4): but " in said[0]
 
 
+def test_a_host_without_the_c_kernels_is_named(store: dist.TCPStore, tmp_path: Path) -> None:
+    said = meet(store, tmp_path, [{"kernels": "there"}, {"kernels": "missing"}, {"kernels": "there"}])
+    assert len(set(said)) == 1
+    assert "the library of C++ kernels is missing for rank 1 (n1): but there for ranks 0, 2 (n0, n2)." in said[0]
+    assert "deepy.py doctor" in said[0]
+
+
+def test_whether_the_c_kernels_are_there_stands_on_the_card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    own, config = Place(0, 1, 0, 1, "127.0.0.1", 1, "n0"), resolve(settings(tmp_path), 1)
+    for reason, kernels in (("", "there"), ("no compiler", "missing")):
+        monkeypatch.setattr(preflight, "make_ready", lambda _, found=reason: found)
+        assert write_card(own, config, torch.device("cpu"), "CPU").kernels == kernels
+    monkeypatch.setattr(preflight, "_cuda", lambda: "")  # which only a build of torch for CUDA can tell
+    assert write_card(own, config, torch.device("cuda"), "GPU").kernels == "not used"
+
+
 def test_the_keys_in_which_a_config_differs_are_named(store: dist.TCPStore, tmp_path: Path) -> None:
     said = meet(store, tmp_path, [{}, {}, {}], seed=7, train_iters=9)
     assert len(set(said)) == 1
@@ -139,7 +155,7 @@ def test_hosts_that_are_expected() -> None:
 
 
 def card_of(host: str, address: str) -> Card:
-    return Card(host, address, "CPU", "cpu", 2, "3.11", "2", "none", "0", "c", "c")
+    return Card(host, address, "CPU", "cpu", 2, "3.11", "2", "none", "0", "c", "there", "c")
 
 
 def test_gloo_is_kept_from_the_loopback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,9 +4,10 @@ A family of kernels is a file `x.cpp` of `extern "C"` functions over pointers an
 Python functions with the signatures of the formulae. To add one:
 
 1. `x.cpp`: include `vectors.h` (what a vector of floats is, its loads from and stores to fp32, bf16 and fp16, exp),
-   `columns.h` (loops over a row of any width) and `parallel.h` (`parallel_for`, by PyTorch's own threads). Functions
-   return an int64, 0 where nothing is to be told, and are `DEEPY_EXPORT`. No instruction of one processor, no other
-   library; results never depend on the threads.
+   `columns.h` (loops over a row of any width) and `parallel.h` (`parallel_for`, by PyTorch's own threads); products
+   are made of `tiles.h` (sums that stay in registers) and `packing.h` (copies in the order of reading). Functions
+   return an int64, 0 where nothing is to be told, and are `DEEPY_EXPORT`. No instruction of one processor but beside a
+   general form, no other library; results never depend on the threads.
 2. `x.py`: `kernel("deepy_x", "ppi")` of `library.py` is the function, by the letters of its arguments; `is_plain` says
    whether tensors have memory that it can take. Everything else (other dtypes, fake tensors, torch.compile) goes to
    the eager function, from within the Python function.
