@@ -35,7 +35,7 @@ QUIET_SECONDS = 3.0
 """How long a rank waits for the others before it says so."""
 READ_SECONDS = 10.0
 _SHOWN_KEYS = 6
-_SOURCES = (".py", ".cpp", ".cu", ".cuh", ".h")
+_SOURCES = (".py", ".cpp", ".cu", ".cuh", ".h", ".json")
 _SSH_PORT = 22
 logger = logs.get_logger(__name__)
 
@@ -106,7 +106,7 @@ def _cuda() -> str:
 
 @cache
 def hash_of_code() -> str:
-    """Return a hash of this library's sources: names and contents."""
+    """Return a hash of this library's sources, and of the measurements that choose kernels: names and contents."""
     root, found = Path(__file__).resolve().parents[1], hashlib.sha256()
     for path in sorted(path for path in root.rglob("*") if path.suffix in _SOURCES):
         found.update(str(path.relative_to(root)).encode() + path.read_bytes())

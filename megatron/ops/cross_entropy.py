@@ -179,8 +179,7 @@ class _Gradients:
 
     def _weight_gradient(self, factor: Tensor) -> Tensor:
         if self._room is not None:
-            if self._chunk is None:  # no tokens
-                return self._room.zero_()
+            assert self._chunk is not None
             logits_gradient, hidden, factors = self._chunk
             return accumulate_product(
                 self._room, logits_gradient.t(), _weighted(hidden, factors * factor), is_first=True

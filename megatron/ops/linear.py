@@ -67,8 +67,8 @@ def product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def accumulate_product(total: Tensor, left: Tensor, right: Tensor, is_first: bool) -> Tensor:
-    """Return `total` [n, m], contiguous, to which `product(left, right)` was added, or which was filled with it."""
-    if _is_ours(left, right):
+    """Return `total` [n, m], to which `product(left, right)` was added, or which was filled with it."""
+    if total.stride(1) == 1 and _is_ours(left, right):
         return multiply(total, left, right, adds=not is_first, is_read=not _is_turned(left))
     return torch.addmm(total, left, right, beta=0 if is_first else 1, out=total)
 

@@ -92,6 +92,22 @@ def test_whether_the_c_kernels_are_there_stands_on_the_card(monkeypatch: pytest.
     assert write_card(own, config, torch.device("cuda"), "GPU").kernels == "not used"
 
 
+@pytest.mark.parametrize("suffix", [".py", ".cpp", ".cu", ".cuh", ".h", ".json"])
+def test_every_file_that_changes_results_is_in_the_hash_of_the_code(
+    suffix: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    source = tmp_path / "launch" / f"any{suffix}"
+    source.parent.mkdir()
+    monkeypatch.setattr(preflight, "__file__", str(source.with_name("preflight.py")))
+    found = set()
+    for text in ("one", "other"):
+        source.write_text(text)
+        found.add(preflight.hash_of_code.__wrapped__())
+    assert len(found) == 2
+    source.with_suffix(".pyc").write_text("what Python keeps for itself")
+    assert preflight.hash_of_code.__wrapped__() in found
+
+
 def test_the_keys_in_which_a_config_differs_are_named(store: dist.TCPStore, tmp_path: Path) -> None:
     said = meet(store, tmp_path, [{}, {}, {}], seed=7, train_iters=9)
     assert len(set(said)) == 1

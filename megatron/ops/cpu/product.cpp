@@ -27,22 +27,22 @@ struct Scratch {
     alignas(64) float right[DEPTH * WIDTH + LANES];
 };
 
-constexpr size_t HUGE = size_t{1} << 21, SCRATCH_BYTES = (sizeof(Scratch) + HUGE - 1) / HUGE * HUGE;
+constexpr size_t HUGE_PAGE = size_t{1} << 21, SCRATCH_BYTES = (sizeof(Scratch) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
 
 // The second cache is indexed by physical addresses: copies in scattered small pages may push each other out of it, by
 // chance, for as long as the process lives. In huge pages they cannot; and memory that was never written gets those.
 Scratch* make_scratch() {
 #if defined(__linux__)
-    void* place = mmap(nullptr, SCRATCH_BYTES + HUGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void* place = mmap(nullptr, SCRATCH_BYTES + HUGE_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (place == MAP_FAILED) return nullptr;
-    const size_t before = (HUGE - reinterpret_cast<uintptr_t>(place) % HUGE) % HUGE;
+    const size_t before = (HUGE_PAGE - reinterpret_cast<uintptr_t>(place) % HUGE_PAGE) % HUGE_PAGE;
     char* start = static_cast<char*>(place) + before;
     if (before) munmap(place, before);
-    if (before < HUGE) munmap(start + SCRATCH_BYTES, HUGE - before);
+    if (before < HUGE_PAGE) munmap(start + SCRATCH_BYTES, HUGE_PAGE - before);
     madvise(start, SCRATCH_BYTES, MADV_HUGEPAGE);  // where it refuses, pages are small
     return reinterpret_cast<Scratch*>(start);
 #else
-    return static_cast<Scratch*>(std::aligned_alloc(HUGE, SCRATCH_BYTES));
+    return static_cast<Scratch*>(std::aligned_alloc(HUGE_PAGE, SCRATCH_BYTES));
 #endif
 }
 

@@ -164,6 +164,20 @@ def test_products_are_ours_where_this_processor_gains(monkeypatch: pytest.Monkey
     assert len(calls) == (16 if serving else 0)
 
 
+def test_what_lies_transposed_is_filled_and_added_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "onednn_wins", lambda: True)
+    monkeypatch.setattr(linear, "SMALLEST", 0)
+    left, right = draw(500, 112, 64, (True, False))
+    exact, total = (left.double() @ right.double()).float(), torch.full((112, 500), float("nan")).t()
+    with threads(1):
+        assert serves(left, right)
+        linear.accumulate_product(total, left, right, is_first=True)
+        linear.accumulate_product(total, left, right, is_first=False)
+        output = linear.product_into(torch.full((112, 500), float("nan")).t(), left, right)
+    torch.testing.assert_close(total, 2 * exact, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(output, exact, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("frozen", [None, 0, 1, 2])
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_a_linear_map_and_its_gradients(monkeypatch: pytest.MonkeyPatch, has_bias: bool, frozen: int | None) -> None:
