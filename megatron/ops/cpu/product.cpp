@@ -9,6 +9,7 @@
 
 #include <cstdlib>
 #include <memory>
+#include <new>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -60,10 +61,7 @@ struct FreeScratch {
 Scratch& scratch() {
     static thread_local std::unique_ptr<Scratch, FreeScratch> kept;
     if (!kept) kept.reset(make_scratch());
-    if (!kept) {
-        std::fputs("deepy: no memory for the copies of a product's factors\n", stderr);
-        std::abort();
-    }
+    if (!kept) throw std::bad_alloc();
     return *kept;
 }
 
