@@ -139,9 +139,10 @@ def test_threads_change_nothing(kind: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_are_added_as_autograd_would(kind: str) -> None:
-    weight, bias, centred = parameters(130, torch.float32, kind)
-    one, two, *upstream = draw(torch.float32, *[(9, 130)] * 4)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gradients_are_added_as_autograd_would(kind: str, dtype: torch.dtype) -> None:
+    weight, bias, centred = parameters(130, dtype, kind)
+    one, two, *upstream = draw(dtype, *[(9, 130)] * 4)
     pair = added(one, two, weight, bias, centred)
     (found,) = torch.autograd.grad(pair, one, upstream)
     apart = (one + two).detach().requires_grad_()
