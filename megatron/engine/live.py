@@ -12,6 +12,7 @@ from megatron.engine import restore, state, zero
 from megatron.engine.base import StateSource
 from megatron.engine.fragments import Holdings
 from megatron.engine.judged import judged
+from megatron.engine.one_update import update_at_once
 from megatron.engine.step import StepEngine, Update
 from megatron.engine.straight import send_straight
 from megatron.engine.verdict import Verdict
@@ -27,7 +28,8 @@ class LiveEngine(StepEngine):
         super().__init__(config, mesh, objective)
         self._live = live
         zero.skip_by_norm(live.optimizer)
-        send_straight(live.optimizer, mesh)
+        self._one_update = update_at_once(live.optimizer, config, mesh)
+        send_straight(live.optimizer, mesh, self._one_update, self._num_micro_batches)
         state.make_states(self._holdings())
 
     def state_pieces(self) -> Iterator[StatePiece]:

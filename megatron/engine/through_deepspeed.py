@@ -49,15 +49,18 @@ def _plain(config: Config, mesh: Mesh, model: nn.Module, optimizer: Optimizer, o
     live, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config), mpu=unit)
     sum_partial_gradients(live, TensorRegion(mesh.tp, config.parallel.sequence_parallel))
     if live.zero_optimization_stage() == 3:
-        _let_weights_go(config, live)
+        _let_weights_go(config, mesh, live)
     return DeepSpeedEngine(config, mesh, live, objective)
 
 
-def _let_weights_go(config: Config, live: Any) -> None:
-    """Let nothing hold a gathered weight between a layer's forward pass and its backward pass."""
+def _let_weights_go(config: Config, mesh: Mesh, live: Any) -> None:
+    """Let nothing hold a gathered weight between a layer's forward pass and its backward pass.
+
+    Blocks are gathered whole where they are compiled, and where one rank holds all: its gathered weights are views, and
+    hooks on each part of a block take time for nothing."""
     for parameter in live.module.parameters():
         lend(parameter)
-    if config.kernels.compile is True:
+    if config.kernels.compile is True or mesh.replicas.size == 1:
         gather_whole(live)
 
 

@@ -1,4 +1,4 @@
-"""Compiled blocks under ZeRO 3: DeepSpeed gathers the weights of each as a whole, around the compiled code.
+"""Blocks gathered whole under ZeRO 3: DeepSpeed gathers the weights of each around its code, compiled code above all.
 
 DeepSpeed gathers weights by hooks on the module that owns them. A compiled block runs as one piece, in which no hook of
 its parts is called. So the block itself asks for the weights of all its parts, and the parts ask for nothing:
@@ -10,6 +10,9 @@ What compiled code keeps for its backward pass is the parameter itself, with wha
 is held in between; a test counts it. Gradients are reduced as without, each as soon as autograd has it. A block is
 gathered as a whole where an eager one is layer by layer: with `stage3_max_live_parameters` or
 `stage3_max_reuse_distance` below its size, more weights are gathered at once.
+
+In a world of one eager blocks are gathered whole as well. There gathered weights are views that take no memory, and the
+hooks of nine parts of a block took 30 ms of a step of 12 blocks on a CPU.
 """
 
 from __future__ import annotations

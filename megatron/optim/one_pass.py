@@ -9,7 +9,8 @@ the same.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,25 +54,50 @@ class OnePassAdamW:
         coefficient = coefficient_of(allowed, loss_scale, clip)
         counted = torch.isfinite(allowed).float()
         for group in self._optimizer.param_groups:
-            masters, states = group["params"], [self._optimizer.state[master] for master in group["params"]]
-            steps = [state["step"] for state in states]
-            torch._foreach_add_(steps, [counted] * len(steps))
-            self._update(
-                [_gradient(master, self._weights.get(id(master), master)) for master in masters],
-                [master.detach() for master in masters],
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
-                [self._weights[id(master)].detach() for master in masters if id(master) in self._weights],
-                coefficient,
-                steps[0],
-                group["lr"],
-                *group["betas"],
-                group["eps"],
-                group["weight_decay"],
-                getattr(self._optimizer, "seed", 0),
-                group.get("first", 0),
-            )
+            masters = group["params"]
+            gradients = [_gradient(master, self._weights.get(id(master), master)) for master in masters]
+            weights = [self._weights[id(master)].detach() for master in masters if id(master) in self._weights]
+            self.update(group, gradients, weights, coefficient, counted)
         return norm
+
+    @torch.no_grad()
+    def update(
+        self,
+        group: Mapping[str, Any],
+        gradients: Sequence[Tensor | Sequence[Tensor]],
+        weights: Sequence[Tensor],
+        coefficient: Tensor,
+        counted: Tensor,
+    ) -> None:
+        """Do one update of a group's masters.
+
+        gradients: of each master a tensor of its size, or, of a flat one, the tensors that it is made of, in order.
+        weights: rounded copies of all masters, or none. coefficient: what gradients are multiplied with, fp32 scalar;
+        nothing changes where it is not finite. counted: 1 where this update counts, else 0, fp32 scalar.
+        """
+        states = [self._optimizer.state[master] for master in group["params"]]
+        steps = [state["step"] for state in states]
+        torch._foreach_add_(steps, [counted] * len(steps))
+
+        def cut(tensors: Sequence[Tensor]) -> list[Tensor]:
+            """Return one tensor for each gradient."""
+            return [part for tensor, like in zip(tensors, gradients, strict=True) for part in _cut(tensor, like)]
+
+        self._update(
+            [part for gradient in gradients for part in _parts(gradient)],
+            cut([master.detach() for master in group["params"]]),
+            cut([state["exp_avg"] for state in states]),
+            cut([state["exp_avg_sq"] for state in states]),
+            cut(weights) if weights else [],
+            coefficient,
+            steps[0],
+            group["lr"],
+            *group["betas"],
+            group["eps"],
+            group["weight_decay"],
+            getattr(self._optimizer, "seed", 0),
+            group.get("first", 0),
+        )
 
 
 def one_pass(
@@ -89,6 +115,15 @@ def one_pass(
         logger.info("the optimizer on %s:\n%s", situation.device, choices.table())
     update, squares = choices.get("adamw_update_", adamw_update_), choices.get("sum_of_squares", sum_of_squares)
     return OnePassAdamW(optimizer, weights, update, squares)
+
+
+def _parts(gradient: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+    return [gradient] if isinstance(gradient, Tensor) else gradient
+
+
+def _cut(tensor: Tensor, like: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return a tensor in the pieces of its gradient, flat ones."""
+    return [tensor] if isinstance(like, Tensor) else tensor.split([part.numel() for part in like])
 
 
 def _gradient(master: Tensor, weight: Tensor) -> Tensor:
