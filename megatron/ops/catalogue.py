@@ -87,7 +87,7 @@ _OPERATIONS = (
     ),
     _operation(
         "masked_softmax", "softmax:masked_softmax", "softmax:masked_softmax_reference", probes.masked_softmax,
-        "softmax:masked_softmax",
+        "softmax:masked_softmax", _cpp("softmax:masked_softmax"),
     ),
     _operation(
         "grouped_matmul", "grouped_gemm:grouped_matmul", "grouped_gemm:grouped_matmul", probes.grouped_matmul,

@@ -84,6 +84,7 @@ def test_dense_takes_the_softmax_of_neoxs_keys(monkeypatch: pytest.MonkeyPatch) 
     )  # fmt: skip
     table = choose_kernels(config, CPU, torch.float32).table()
     assert "not triton   needs a CUDA device, and this is cpu" in table
+    assert "masked_softmax                cpp          true was asked for" in table
     assert "masked_softmax within limits  eager        false was asked for" in table
     calls: list[str] = []
     made = attention_dense.masked_softmax
@@ -98,8 +99,9 @@ def test_dense_takes_the_softmax_of_neoxs_keys(monkeypatch: pytest.MonkeyPatch) 
     causal, limited = named["masked_softmax"], named["masked_softmax within limits"]
     assert causal.function is not limited.function
     model = build_model(config, VOCAB, Mesh.single(), choices=choices)
+    calls.clear()  # of the probes
     model(random_tokens(1, 9))
-    assert len(calls) == 2
+    assert calls == ["megatron.ops.softmax:masked_softmax", "megatron.ops.cpu.softmax:masked_softmax"]  # local, global
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from megatron.config.schema.base import Section, setting
 
 LossFusion = Literal["auto", True, False, "triton", "cuda", "cpp"]
 Float8Fusion = Literal["auto", True, False, "triton", "transformer_engine"]
-Fusion = Literal["auto", True, False, "triton"]
+SoftmaxFusion = Literal["auto", True, False, "triton", "cpp"]
 ElementWiseFusion = Literal["auto", True, False, "triton", "compile"]
 RotaryFusion = Literal["auto", True, False, "triton", "cpp", "compile"]
 NormFusion = Literal["auto", True, False, "triton", "apex", "liger", "transformer_engine", "cpp", "compile"]
@@ -38,10 +38,10 @@ class KernelsConfig(Section):
         "efficient: that one. triton: the library's own. cpp: its own for a CPU. flash2, flash3: the package "
         "flash-attn. dense: two products, with all scores in memory. What one of them cannot compute goes to sdpa.",
     )
-    scaled_upper_triang_masked_softmax_fusion: Fusion = setting(
+    scaled_upper_triang_masked_softmax_fusion: SoftmaxFusion = setting(
         "auto", f"What computes the causal softmax of attention_backend: dense. {_MEANING}"
     )
-    scaled_masked_softmax_fusion: Fusion = setting(
+    scaled_masked_softmax_fusion: SoftmaxFusion = setting(
         "auto", f"What computes its softmax within windows, documents and left padding. {_MEANING}"
     )
     layernorm_fusion: NormFusion = setting("auto", f"What computes norm: layernorm. {_COMPILED}")

@@ -1,9 +1,9 @@
-// What stands between the products of attention, in place, a row of scores at a time while it is in a core's cache:
+// What stands between the products of attention, a row of scores at a time while it is in a core's cache:
 //
-//     P = softmax of what is seen, with alibi's -slope * distance; 0 elsewhere
-//     dS = P (dP - sum over the row of dP P)
+//     P = softmax of what is seen of scale S, with alibi's -slope * distance; 0 elsewhere
+//     dS = scale P (dP - sum over the row of dP P)
 //
-// and sums of gradients in fp32. Arithmetic is fp32.
+// and sums of gradients in fp32. Arithmetic is fp32. A row is read before it is written: results may take its place.
 #include <memory>
 #include <type_traits>
 
@@ -46,9 +46,11 @@ void clear_outside(T* row, Columns columns, int64_t size) {
     if (columns.end < size) std::memset(row + columns.end, 0, (size - columns.end) * sizeof(T));
 }
 
-// The softmax over columns first..last, of scores plus slope (column - position); scratch: `size` + LANES values.
+// The softmax over columns first..last, of scale * scores plus slope (column - position); scratch: `size` + LANES values.
 template <class T>
-void softmax_row(T* row, int64_t size, int64_t first, int64_t last, float slope, float position, float* scratch) {
+void softmax_row(
+    const T* scores, T* row, int64_t size, int64_t first, int64_t last, float scale, float slope, float position,
+    float* scratch) {
     if (first > last) {
         std::memset(row, 0, size * sizeof(T));
         return;
@@ -59,7 +61,7 @@ void softmax_row(T* row, int64_t size, int64_t first, int64_t last, float slope,
     Floats found = lowest, total = {};
     for (int64_t column = columns.begin; column < columns.end; column += LANES) {
         const Floats number = numbers(column);
-        Floats score = load_within(row, column, size) + (number - position) * slope;
+        Floats score = load_within(scores, column, size) * scale + (number - position) * slope;
         score = select((number >= begin) & (number <= end), score, lowest);
         store(scratch + column, score);
         found = larger(score, found);
@@ -77,7 +79,7 @@ void softmax_row(T* row, int64_t size, int64_t first, int64_t last, float slope,
 }
 
 template <class T>
-void gradient_row(const T* weights, T* row, int64_t size, int64_t first, int64_t last) {
+void gradient_row(const T* weights, const T* above, T* row, int64_t size, int64_t first, int64_t last, float scale) {
     if (first > last) {
         std::memset(row, 0, size * sizeof(T));
         return;
@@ -85,12 +87,12 @@ void gradient_row(const T* weights, T* row, int64_t size, int64_t first, int64_t
     const Columns columns = around(first, last);
     Floats products = {};
     for (int64_t column = columns.begin; column < columns.end; column += LANES)
-        products += load_within(weights, column, size) * load_within(row, column, size);
+        products += load_within(weights, column, size) * load_within(above, column, size);
     const float mean = static_cast<float>(sum(products));
     clear_outside(row, columns, size);
     for (int64_t column = columns.begin; column < columns.end; column += LANES) {
-        const Floats weight = load_within(weights, column, size), above = load_within(row, column, size);
-        store_within(row, column, size, weight * (above - mean));
+        const Floats weight = load_within(weights, column, size) * scale;
+        store_within(row, column, size, weight * (load_within(above, column, size) - mean));
     }
 }
 
@@ -119,35 +121,37 @@ struct Seen {
 }  // namespace
 }  // namespace deepy
 
-// scores [batch, heads, queries, size], which become probabilities. slopes [heads] or null; query 0 stands at column
-// `position`. first, last, stride, begin: `Seen`.
+// scores and probabilities [batch, heads, queries, size]. slopes [heads] or null; query 0 stands at column `position`.
+// first, last, stride, begin: `Seen`.
 DEEPY_EXPORT int64_t deepy_seen_softmax(
-    void* scores, int64_t type, const int32_t* first, const int32_t* last, int64_t stride, const float* slopes,
-    int64_t batch, int64_t heads, int64_t queries, int64_t size, int64_t begin, int64_t position) {
+    const void* scores, void* probabilities, int64_t type, const int32_t* first, const int32_t* last, int64_t stride,
+    const float* slopes, float scale, int64_t batch, int64_t heads, int64_t queries, int64_t size, int64_t begin,
+    int64_t position) {
     using namespace deepy;
     const Seen seen{first, last, stride, heads, queries, begin, size};
     with_type(type, [&](auto* tag) {
         using T = std::remove_pointer_t<decltype(tag)>;
         seen.each(batch, [&](int64_t row, int64_t head, int64_t query, int64_t low, int64_t high, float* scratch) {
             softmax_row(
-                static_cast<T*>(scores) + row * size, size, low, high, slopes ? slopes[head] : 0.0f,
-                static_cast<float>(position + query), scratch);
+                static_cast<const T*>(scores) + row * size, static_cast<T*>(probabilities) + row * size, size, low,
+                high, scale, slopes ? slopes[head] : 0.0f, static_cast<float>(position + query), scratch);
         });
     });
     return 0;
 }
 
-// weights: the probabilities; gradient: of them, which becomes that of the scores.
+// weights: the probabilities; above: their gradient; gradient: that of the scores.
 DEEPY_EXPORT int64_t deepy_seen_softmax_gradient(
-    const void* weights, void* gradient, int64_t type, const int32_t* first, const int32_t* last, int64_t stride,
-    int64_t batch, int64_t heads, int64_t queries, int64_t size, int64_t begin) {
+    const void* weights, const void* above, void* gradient, int64_t type, const int32_t* first, const int32_t* last,
+    int64_t stride, float scale, int64_t batch, int64_t heads, int64_t queries, int64_t size, int64_t begin) {
     using namespace deepy;
     const Seen seen{first, last, stride, heads, queries, begin, size};
     with_type(type, [&](auto* tag) {
         using T = std::remove_pointer_t<decltype(tag)>;
         seen.each(batch, [&](int64_t row, int64_t, int64_t, int64_t low, int64_t high, float*) {
             gradient_row(
-                static_cast<const T*>(weights) + row * size, static_cast<T*>(gradient) + row * size, size, low, high);
+                static_cast<const T*>(weights) + row * size, static_cast<const T*>(above) + row * size,
+                static_cast<T*>(gradient) + row * size, size, low, high, scale);
         });
     });
     return 0;

@@ -24,17 +24,17 @@ class _InOnePass(Between):
     def probabilities_(self, scores: Tensor, block: Block) -> None:
         first, last, stride = _bounds(block)
         slopes = None if block.sight.slopes is None else block.sight.slopes.float().contiguous()
-        kernel("deepy_seen_softmax", "pippipiiiiii")(
-            scores.data_ptr(), DTYPES[scores.dtype], first, last, stride,
-            None if slopes is None else slopes.data_ptr(), *scores.shape, block.keys.start,
+        kernel("deepy_seen_softmax", "ppippipfiiiiii")(
+            scores.data_ptr(), scores.data_ptr(), DTYPES[scores.dtype], first, last, stride,
+            None if slopes is None else slopes.data_ptr(), 1.0, *scores.shape, block.keys.start,
             block.queries.start + block.num_keys - block.num_queries - block.keys.start,
         )  # fmt: skip
 
     def gradient(self, gradient: Tensor, probabilities: Tensor, block: Block) -> Tensor:
         first, last, stride = _bounds(block)
-        kernel("deepy_seen_softmax_gradient", "ppippiiiiii")(
-            probabilities.data_ptr(), gradient.data_ptr(), DTYPES[gradient.dtype], first, last, stride,
-            *gradient.shape, block.keys.start,
+        kernel("deepy_seen_softmax_gradient", "pppippifiiiii")(
+            probabilities.data_ptr(), gradient.data_ptr(), gradient.data_ptr(), DTYPES[gradient.dtype], first, last,
+            stride, 1.0, *gradient.shape, block.keys.start,
         )  # fmt: skip
         return gradient
 
