@@ -12,13 +12,19 @@ from megatron.errors import ConfigError, Problem
 from megatron.logs import get_logger
 from megatron.model.attention_choice import choose_attention
 from megatron.ops.catalogue import CATALOGUE
-from megatron.ops.choice import Asked, Choices, Situation, choose
+from megatron.ops.choice import UNMEASURED, Asked, Choices, Situation, choose
 from megatron.ops.fp8 import obstacle
 from megatron.ops.measured import fastest
 from megatron.parallel.agreement import gathered
 from megatron.parallel.mesh import Axis
 
 logger = get_logger(__name__)
+
+_MEASURE = (
+    "auto knows nothing of %s and is mostly PyTorch's own. To let it choose the fastest here, run once, in some "
+    "minutes, python benchmarks/kernels.py --write and python benchmarks/attention.py --write; they fill "
+    "megatron/ops/measured.json, which all hosts must have alike"
+)
 
 _ACTIVATIONS = {"gelu": "bias_gelu", "swiglu": "bias_swiglu", "geglu": "bias_geglu"}
 _NORMS = {"layernorm": "layer_norm", "non_parametric_layernorm": "layer_norm", "rmsnorm": "rms_norm"}
@@ -34,6 +40,8 @@ def choose_kernels(config: Config, device: torch.device, dtype: torch.dtype) -> 
     asked["attention"] = config.kernels.attention_backend
     if device.type == "cuda" or choices.refused() or any(wish not in ("auto", False) for wish in asked.values()):
         logger.info("kernels on %s:\n%s", device, choices.table())
+    if any(choice.why == UNMEASURED for choice in choices.choices):
+        logger.info(_MEASURE, torch.cuda.get_device_name(device))
     return choices
 
 

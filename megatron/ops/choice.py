@@ -32,6 +32,7 @@ Asked = str | bool
 """auto, true, false, or the name of a candidate."""
 
 EAGER = "eager"
+UNMEASURED = "auto: nothing was measured on this device"
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ def _order(operation: Operation, wish: Asked, situation: Situation, fastest: str
             return [*written_for_it, (eager, f"auto on {kind}")]
         why = "auto: the fastest measured on this device"
         if fastest is None:
-            fastest, why = operation.unmeasured, "auto: nothing was measured on this device"
+            fastest, why = operation.unmeasured, UNMEASURED
             if fastest == EAGER:
                 return [(eager, why)]
         return [*((each, why) for each in operation.candidates if each.name == fastest), _last(eager)]

@@ -15,6 +15,7 @@ from megatron.model.build import build_model
 from megatron.model.kernels import choose_kernels, require_agreement
 from megatron.ops.catalogue import CATALOGUE
 from megatron.ops.choice import Choice, Choices
+from megatron.ops.measured import Fastest
 from megatron.parallel.mesh import Axis, Mesh
 from tests.model.models import VOCAB, random_tokens, small_config
 from tests.ranks import run_ranks
@@ -100,6 +101,8 @@ def test_every_candidate_can_be_asked_for_by_its_operations_key() -> None:
         "bias_dropout_fusion": ("add_dropped",),
         "cross_entropy_fusion": ("cross_entropy", "share_losses"),
         "optimizer_fusion": ("adamw_update_", "sum_of_squares"),
+        "scaled_upper_triang_masked_softmax_fusion": ("masked_softmax",),
+        "scaled_masked_softmax_fusion": ("masked_softmax",),
     }
     for key, operations in keys.items():
         names = {each.name for operation in operations for each in CATALOGUE[operation].candidates} - {"eager"}
@@ -116,3 +119,18 @@ def test_fp8_on_a_gpu_without_it_is_refused_before_anything_is_built(monkeypatch
         'precision = "fp8": NVIDIA A100 has compute capability 8.0, and float8 products need 8.9 (Ada), 9.0 (Hopper) '
         "or later. Set precision: bf16"
     )
+
+
+@pytest.mark.parametrize("operations", [(), tuple(CATALOGUE)])
+def test_a_gpu_that_nothing_was_measured_on_is_said_with_what_to_run(
+    operations: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = tuple(Fastest("NVIDIA", operation, 0, "eager") for operation in operations)
+    monkeypatch.setattr("megatron.ops.measured.read_rows", lambda: rows)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA X")
+    with caplog.at_level(logging.INFO, logger="deepy.model.kernels"):
+        choose_kernels(small_config(), torch.device("cuda", 0), torch.bfloat16)
+    said = caplog.text
+    assert "kernels on cuda:0:" in said
+    assert ("run once, in some minutes, python benchmarks/kernels.py --write" in said) == (not operations)
+    assert ("auto knows nothing of NVIDIA X" in said) == (not operations)
