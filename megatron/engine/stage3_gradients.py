@@ -119,8 +119,7 @@ class OwnGradients(_WholeGradients):
         self._let_go(self._optimizer.fp16_groups[group])
 
     def _add(self, weight: Any, part: Tensor, is_first: bool) -> None:
-        there = self._gradients[weight.ds_id]  # another backward pass of the same step is no rule, but right
-        self._gradients[weight.ds_id] = part if is_first else there.float().add_(part)
+        self._gradients[weight.ds_id] = part if is_first else self._gradients[weight.ds_id].add_(part)
 
     def _clear(self, weight: Any) -> None:
         self._gradients[weight.ds_id] = torch.zeros_like(weight.ds_tensor)

@@ -238,7 +238,7 @@ inline Floats exponential(Floats x) {
     return select(x == x, result, x);
 }
 
-// e^x of x <= 0, or of what is no number, to 2 units in the last place, in fewer steps. Below 2^-126.5 it becomes 0.
+// e^x of x <= 0, or of what is no number, to 2.2 units in the last place, in fewer steps. Below 2^-126.5 it becomes 0.
 inline Floats exponential_below_zero(Floats x) {
     const Floats shift = all(12582912.0f);
     x = larger(all(-88.0f), x);  // so that 2^n has the bits of 0

@@ -57,7 +57,7 @@ def test_queries_that_see_nothing_give_and_get_nothing() -> None:
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
-def test_what_is_not_seen_may_be_anything() -> None:
+def test_what_no_query_of_a_group_sees_may_be_anything() -> None:
     query, key, value, _ = heads_of(4, 30, 30, torch.float32)
     clean = flash_attention(query, key, value, sight_of("causal", 30, 30))
     query, key, value = (each.clone() for each in (query, key, value))
