@@ -6,11 +6,12 @@ engines of this library hold it:
 
     stage                      weights   masters   moments    gradients
     0  (our own engine)        w P       4 P *     b m P      4 P **, ***
-    1                          w P       4 P / D   b m P / D  4 P
-    2                          w P       4 P / D   b m P / D  4 P / D
-    3                          w P / D   4 P / D * b m P / D  4 P / D
+    1                          w P       4 P / D * b m P / D  4 P
+    2                          w P       4 P / D * b m P / D  4 P / D
+    3                          w P / D   4 P / D * b m P / D  4 P / D ***
     * none in fp32, where the weights are the masters    ** of the largest tensor alone under optimizer_in_backward
     *** w P of one process with one micro-batch and AdamW: autograd's own, which come as the activations go
+        (not under ZeRO 3 in fp16)
 
 Under offload_activations the activations of two blocks are on the GPU at once, and the rest in the CPU's memory.
 
@@ -122,11 +123,11 @@ def state_bytes(config: Config, layout: Layout, numel: int) -> State:
     """Return the state of `numel` parameters on a GPU; offloaded states count nothing."""
     weight, shards, stage = WEIGHT_BYTES[config.numerics.weight_precision], layout.replicas, layout.zero_stage
     share = -(-numel // shards)
-    gradient = _gradient_bytes(config) if stage else weight if has_own_gradients(config, layout) else 4
+    gradient = weight if has_own_gradients(config, layout) else _gradient_bytes(config) if stage else 4
     own = numel if stage == 0 else share
     return State(
         weights=weight * (share if stage == 3 else numel),
-        masters=0 if layout.offload or (stage in (0, 3) and weight == 4) else 4 * own,
+        masters=0 if layout.offload or weight == 4 else 4 * own,
         moments=0 if layout.offload else round(layout.moment_bytes * num_moments(config) * own),
         gradients=0 if layout.at_once else gradient * (share if stage >= 2 else numel),
     )
@@ -147,8 +148,10 @@ def is_adam(config: Config) -> bool:
 
 def has_own_gradients(config: Config, layout: Layout) -> bool:
     """Return whether autograd's own gradients are those of the step, on one process that adds none up."""
-    is_alone = layout.zero_stage == 0 and layout.gpus == layout.accumulation == 1
-    return is_alone and is_adam(config) and not layout.at_once and config.kernels.cuda_graphs is not True
+    is_alone = layout.gpus == layout.accumulation == 1 and not layout.offload and is_adam(config)
+    if layout.zero_stage == 3:
+        return is_alone and config.numerics.precision != "fp16"
+    return is_alone and layout.zero_stage == 0 and not layout.at_once and config.kernels.cuda_graphs is not True
 
 
 def buffer_bytes(config: Config, layout: Layout, numel: int) -> int:

@@ -121,7 +121,9 @@ def test_state_equals_the_tensors_of_the_engine(stage, precision):
         assert measured[term] == pytest.approx(getattr(planned, term), rel=0.05, abs=1), term
     _check_payload(measured, stage, precision, numel)
     if stage < 2:  # reduced when the backward pass is over
-        assert measured["total"] == pytest.approx(planned.total + update_bytes(resolved, layout, numel), rel=0.08)
+        filled = 4 * BUCKET  # by gradients that are gone from where they were: more or less of it counts twice
+        total = planned.total + update_bytes(resolved, layout, numel)
+        assert measured["total"] == pytest.approx(total, rel=0.04, abs=filled if stage else 0)
     else:  # reduced within it, beside as many activations as are left
         (whole,) = stage_memory(resolved, layout, stages(resolved, VOCAB, 1), VOCAB, reserve=0)
         assert planned.total + buffer_bytes(resolved, layout, numel) < measured["total"] < whole.backward
@@ -289,6 +291,33 @@ def test_gpt_neox_20b_fits_where_it_was_trained():
     planned = stage_memory(resolved, Layout.of(resolved), stages(resolved, 50432, 4, 2), 50432)
     assert 15 * 2**30 < max(stage.total for stage in planned) < 40 * 2**30
     assert sum(stage.num_parameters for stage in stages(resolved, 50432, 4)) == 20_554_567_680
+
+
+def gradients_in_the_update(stage, keys):
+    """Run in a process of its own: the bytes of gradients when the backward pass is over."""
+    resolved = config(1, stage, **keys)
+    mesh = Mesh.create() if stage else Mesh.single()
+    engine = build_engine(resolved, mesh, build_model(resolved, VOCAB, mesh), build_objective())
+    found, update = [], engine._update
+
+    def measured_update(*arguments):
+        found.append(held(engine, torch.device("cpu")).gradients)
+        return update(*arguments)
+
+    engine._update = measured_update
+    for step in range(2):
+        engine.train_step([batch(resolved) for _ in range(resolved.batch.gradient_accumulation_steps)], step)
+    return found
+
+
+@pytest.mark.parametrize("keys", [{}, {"precision": "fp32"}, {"gradient_accumulation_steps": 2}])
+def test_gradients_of_zero_3_alone(keys):
+    keys = {"gradient_accumulation_steps": 1, "engine": "deepspeed", **keys}
+    resolved = config(1, 3, **keys)
+    (found,) = run_ranks(1, gradients_in_the_update, 3, keys)
+    (planned,) = stage_memory(resolved, Layout.of(resolved), stages(resolved, VOCAB, 1), VOCAB, reserve=0)
+    assert planned.gradients_come == (keys["gradient_accumulation_steps"] == 1)
+    assert found == [planned.state.gradients] * 2
 
 
 @pytest.mark.parametrize("keys", [{}, {"precision": "fp32"}, {"precision": "fp16"}, {"gradient_accumulation_steps": 2}])
