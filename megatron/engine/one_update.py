@@ -72,6 +72,7 @@ class OneUpdate:
         """Return the factor at the top, an fp32 scalar. norm: of the scaled gradient; None where nobody needed it."""
         scale = float(getattr(self._optimizer, "loss_scale", 1.0))
         known = torch.zeros((), device=self._device) if norm is None else norm.to(self._device)
+        known = known.double()  # as our own engine has it
         return coefficient_of(known / scale, scale, float(self._optimizer.clip_grad))
 
 

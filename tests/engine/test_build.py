@@ -107,19 +107,21 @@ def test_masters_that_are_not_the_weights_are_fatal_on_every_rank(stage):
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_clipping_is_real(stage, world_size):
+@pytest.mark.parametrize(
+    ("stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (0, "bf16"), (1, "bf16"), (3, "bf16")]
+)
+def test_clipping_is_real(stage, precision, world_size):
     """One huge gradient: what the optimizer receives has norm 1, whatever the engine reports."""
 
     def step() -> tuple:
-        config = tiny.config(world_size, stage=stage, gradient_clipping=1.0)
+        config = tiny.config(world_size, stage=stage, precision=precision, gradient_clipping=1.0)
         engine = tiny.make_engine(config)
         objective = engine._objective
         engine._objective = lambda model, batch: tuple(1e4 * value for value in objective(model, batch))
         squares = []
 
         def measured(gradients, masters, averages, moments, weights, coefficient, *rest) -> None:
-            squares.extend((gradient * coefficient).square().sum().item() for gradient in gradients)
+            squares.extend((gradient.float() * coefficient).square().sum().item() for gradient in gradients)
             update(gradients, masters, averages, moments, weights, coefficient, *rest)
 
         one_pass = engine._one_update._update if stage else engine._one_pass

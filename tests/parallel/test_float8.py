@@ -13,7 +13,11 @@ from megatron.config.resolve import resolve
 from megatron.proof.compare import ALLOWED
 from megatron.proof.shrink import shrink
 
-FP8: dict[str, Any] = {"precision": "fp8", "gpt_j_residual": True, "rotary_pct": 0.5, "gradient_accumulation_steps": 4}
+FP8: dict[str, Any] = {
+    "precision": "fp8", "gpt_j_residual": True, "rotary_pct": 0.5, "gradient_accumulation_steps": 4,
+    "gradient_clipping": 0.0,
+}  # fmt: skip
+"""Not clipped: DeepSpeed sums the norm in another order, and float8 makes much of the last bit of a weight."""
 
 
 @functools.cache
