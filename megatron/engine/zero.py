@@ -51,10 +51,10 @@ def publish_masters(optimizer: Any) -> None:
     if not isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         optimizer.update_lp_params()
         return
+    optimizer.checkpoint_event_prologue()  # lets go of what is gathered, which would not be gathered again
     for index in range(len(optimizer.fp16_groups)):
         optimizer._reassign_or_swap_out_partitioned_parameters(index)
-    if optimizer.persistent_parameters:
-        optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+    optimizer.checkpoint_event_epilogue()
 
 
 def gradients(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from megatron.config.schema.config import Config
 from megatron.errors import CheckpointError
 from tests.ranks import preload, run_ranks
 
@@ -24,11 +25,8 @@ OPTIMIZERS = {
 }
 
 
-def run(world_size: int, stage: int, precision: str, steps: tuple[int, ...], saved=None, optimizer="adam") -> tuple:
-    """Train from each of `steps` to the next, from `saved` where given.
-
-    Return the results and, at each of `steps`, all that a checkpoint would hold."""
-    config = tiny.config(
+def configured(world_size: int, stage: int, precision: str, optimizer="adam") -> Config:
+    return tiny.config(
         world_size,
         stage=stage,
         precision=precision,
@@ -36,6 +34,13 @@ def run(world_size: int, stage: int, precision: str, steps: tuple[int, ...], sav
         optimizer=OPTIMIZERS[optimizer],
         weight_decay=0.0 if optimizer == "sm3" else 0.1,
     )
+
+
+def run(world_size: int, stage: int, precision: str, steps: tuple[int, ...], saved=None, optimizer="adam") -> tuple:
+    """Train from each of `steps` to the next, from `saved` where given.
+
+    Return the results and, at each of `steps`, all that a checkpoint would hold."""
+    config = configured(world_size, stage, precision, optimizer)
     model = tiny.TinyModel()
     if saved is not None:  # nothing of the new model may survive
         for parameter in model.parameters():
@@ -128,6 +133,26 @@ def test_weights_alone_make_the_masters_and_survive_a_step_of_nothing(stage, pre
 
     state = tiny.merge(run_ranks(2, fine_tune))
     assert_bitwise({key: tensor for key, tensor in state.items() if key[1] == "weight"}, weights)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_an_engine_that_has_trained_goes_back_to_a_checkpoint_bitwise(stage, precision, world_size):
+    """What a rollback does. Weights that ZeRO 3 keeps gathered are none of the steps that are taken back."""
+    through, (_, halfway, end) = run_from_scratch(world_size, stage, precision, (0, 3, 5))
+
+    def go_back() -> tuple:
+        config = configured(world_size, stage, precision)
+        engine = tiny.make_engine(config)
+        tiny.train(engine, config, 6, 8)
+        engine.evaluate(tiny.micro_batches(config, 8, engine._mesh))
+        engine.load_state(Tensors(halfway), with_optimizer=True)
+        return tiny.train(engine, config, 3, 5), tiny.full_state(engine)
+
+    ranks = run_ranks(world_size, go_back)
+    assert ranks[0][0] == through[3:]
+    assert_bitwise(tiny.merge([state for _, state in ranks]), end)
 
 
 def test_missing_and_misshapen_tensors_are_all_named_on_every_rank():
