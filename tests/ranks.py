@@ -14,6 +14,7 @@ way back: return plain values or small CPU tensors.
 from __future__ import annotations
 
 import datetime
+import functools
 import gc
 import importlib
 import os
@@ -32,7 +33,10 @@ _PRELOADED = (
     "torch",
     "torch._dynamo",
     "torch._inductor.config",
+    "torch._subclasses.schema_check_mode",
     "deepspeed",
+    "deepspeed.comm.mori",
+    "deepspeed.module_inject.auto_ep_layer",
     "deepspeed.runtime.zero.stage_1_and_2",
     "deepspeed.runtime.zero.stage3",
     "deepspeed.runtime.zero.muon.muon_optimizer",
@@ -41,6 +45,14 @@ _PRELOADED = (
     "matplotlib.backends.backend_agg",
     "matplotlib.figure",
     "matplotlib.ticker",
+    "megatron.engine.through_deepspeed",
+    "megatron.model.build",
+    "megatron.ops.cpu.activations",
+    "megatron.ops.cpu.adamw",
+    "megatron.ops.cpu.attention",
+    "megatron.ops.cpu.cross_entropy",
+    "megatron.ops.cpu.norms",
+    "megatron.ops.cpu.rotary",
 )
 
 
@@ -55,8 +67,9 @@ class _Rank:
     connection: Connection
 
 
+@functools.cache
 def preload() -> None:
-    """Import what the ranks need, once per process (5 s); each fork then has it for nothing."""
+    """Import what the ranks need, and do once what each would do first, once per process (5 s)."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     for name in _PRELOADED:
         importlib.import_module(name)
@@ -69,6 +82,20 @@ def preload() -> None:
 
     logger.setLevel("WARNING")
     torch.set_num_threads(1)  # a fork of a process with an OpenMP team hangs in its first parallel region
+    _build_a_model()
+
+
+def _build_a_model() -> None:
+    """Build a small decoder: what computes its operations is tried, and makes tables and pages of its own for that."""
+    from PIL import Image
+
+    from megatron.config.resolve import resolve
+    from megatron.model.build import build_model
+    from megatron.parallel.mesh import Mesh
+
+    Image.preinit()  # of the plots
+    sizes = {"num_layers": 1, "hidden_size": 32, "num_attention_heads": 4, "seq_length": 8}
+    build_model(resolve({**sizes, "max_position_embeddings": 8}, world_size=1), 48, Mesh.single())
 
 
 def run_ranks(n: int, function: Callable[..., Any], *args: Any, timeout: float = 60) -> list[Any]:
