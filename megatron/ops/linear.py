@@ -4,7 +4,7 @@
 
 PyTorch hands fp32 products on a CPU to MKL, which holds back on processors of another maker: on one core of an EPYC
 (Zen 4), whose limit is 117 GFLOP/s, shapes of GPT-NeoX at hidden 512 to 1024 run at 83 to 100. There our own kernel
-(`ops/cpu/product.py`), where a compiler could build it, reaches 105 to 111; it adds the bias, sums it for db, and
+(`ops/cpu/product.py`), where a compiler could build it, reaches 105 to 113; it adds the bias, sums it for db, and
 writes where it is told to. oneDNN, which PyTorch uses for bf16 anyway, reaches 100 to 107 in y and dx, and has what is
 too small to be copied; of dW it has those where x has 768 features or more. Small products are MKL's.
 
