@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron.ops.linear import accumulate_product, product_into
+from megatron.ops.linear import accumulate_product, accumulates, product_into
 
 CHUNK_BYTES = 104 * 2**20
 """Bytes of a chunk's logits on a CPU: with fewer, the fp32 gradient of W is read and written too often. A CPU has the
@@ -199,7 +199,7 @@ def _weighted(hidden: Tensor, factors: Tensor) -> Tensor:
 
 def _accumulate(total: Tensor, logits_gradient: Tensor, weighted: Tensor, is_first: bool) -> None:
     """Add logits_gradient^T [v, c] weighted [c, h] to fp32 `total` [v, h], or fill that with it."""
-    if total.dtype == weighted.dtype:
+    if total.dtype == weighted.dtype or accumulates(logits_gradient.t(), weighted):
         accumulate_product(total, logits_gradient.t(), weighted, is_first)
     elif weighted.device.type == "cuda" and _sums_in_fp32(weighted.dtype):
         settings: dict[str, Any] = {"out_dtype": torch.float32, "beta": 0 if is_first else 1, "out": total}

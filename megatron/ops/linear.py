@@ -5,8 +5,9 @@
 PyTorch hands fp32 products on a CPU to MKL, which holds back on processors of another maker: on one core of an EPYC
 (Zen 4), whose limit is 117 GFLOP/s, shapes of GPT-NeoX at hidden 512 to 1024 run at 83 to 100. There our own kernel
 (`ops/cpu/product.py`), where a compiler could build it, reaches 105 to 113; it adds the bias, sums it for db, and
-writes where it is told to. oneDNN, which PyTorch uses for bf16 anyway, reaches 100 to 107 in y and dx, and has what is
-too small to be copied; of dW it has those where x has 768 features or more. Small products are MKL's.
+writes where it is told to. oneDNN reaches 100 to 107 in y and dx, and has what is too small to be copied; of dW it has
+those where x has 768 features or more. Small products are MKL's. In bf16, which PyTorch hands to oneDNN, the kernel is
+faster as well: docs/cpu_kernels.md has the figures.
 
 Which library computes is a function of processor, dtype, shape and threads, never of a timing: a resumed run repeats
 bit by bit, and so does every rank.
@@ -23,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron.ops.cpu.library import is_plain
-from megatron.ops.cpu.product import multiply, serves
+from megatron.ops.cpu.library import is_plain, make_ready
+from megatron.ops.cpu.product import has_bf16, multiply, serves
 from megatron.ops.lent_linear import is_lent, lent_linear
 
 SMALLEST = 2**24
@@ -40,7 +41,7 @@ faults, which a fresh 100 MB costs 25,000 of."""
 
 def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x W^T + b [..., out] from x [..., in], W [out, in] and b [out]."""
-    if _is_large(inputs, weight, bias) and onednn_wins():
+    if _is_large(inputs, weight, bias):
         result: Tensor = _Linear.apply(inputs, weight, bias)
         return result
     is_eager = not torch.compiler.is_compiling()  # compiled code keeps parameters themselves
@@ -67,10 +68,19 @@ def product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def accumulate_product(total: Tensor, left: Tensor, right: Tensor, is_first: bool) -> Tensor:
-    """Return `total` [n, m], to which `product(left, right)` was added, or which was filled with it."""
-    if total.stride(1) == 1 and _is_ours(left, right):
+    """Return `total` [n, m], to which `product(left, right)` was added, or which was filled with it.
+
+    total: of the factors' dtype, or fp32 where `accumulates(left, right)`.
+    """
+    is_addable = is_first or total.dtype == torch.float32
+    if is_addable and total.stride(1) == 1 and _is_ours(left, right):
         return multiply(total, left, right, adds=not is_first, is_read=not _is_turned(left))
     return torch.addmm(total, left, right, beta=0 if is_first else 1, out=total)
+
+
+def accumulates(left: Tensor, right: Tensor) -> bool:
+    """Return whether `accumulate_product` adds left @ right, unrounded, to fp32 whose rows lie in one piece each."""
+    return _is_ours(left, right)
 
 
 def product_into(output: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -112,8 +122,8 @@ def _parameter_gradients(gradient: Tensor, inputs: Tensor, needs_bias: bool) -> 
     turned = gradient.t()
     if not (needs_bias and _is_ours(turned, inputs)):
         return product(turned, inputs), gradient.sum(0) if needs_bias else None
-    weight, bias = inputs.new_empty(len(turned), inputs.shape[1]), inputs.new_empty(len(turned))
-    return multiply(weight, turned, inputs, sums=bias, is_read=False), bias
+    weight, sums = inputs.new_empty(len(turned), inputs.shape[1]), inputs.new_empty(len(turned), dtype=torch.float32)
+    return multiply(weight, turned, inputs, sums=sums, is_read=False), sums.to(inputs.dtype)
 
 
 def _by_onednn(left: Tensor, transposed: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -123,17 +133,25 @@ def _by_onednn(left: Tensor, transposed: Tensor, bias: Tensor | None = None) -> 
 
 
 def _is_large(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Return whether this is a map of fp32 tensors on a CPU whose products are worth a choice: PyTorch knows or refuses
-    all others, among them tensors that are more than memory and those that do not fit."""
+    """Return whether this is a map of tensors on a CPU whose products are worth a choice: PyTorch knows or refuses all
+    others, among them tensors that are more than memory and those that do not fit."""
     biases = () if bias is None else (bias,)
     return (
         is_plain(inputs, weight, *biases)
-        and inputs.dtype == weight.dtype == torch.float32
+        and inputs.dtype == weight.dtype
         and weight.dim() == 2
         and inputs.numel() * weight.shape[0] >= SMALLEST
         and inputs.shape[-1:] == weight.shape[1:]
         and all(each.dtype == weight.dtype and each.shape == weight.shape[:1] for each in biases)
+        and _has_choice(weight)
     )
+
+
+def _has_choice(weight: Tensor) -> bool:
+    """Return whether PyTorch's own products of this dtype are not the fastest on this processor."""
+    if weight.dtype == torch.bfloat16:
+        return onednn_wins() and not make_ready(weight.device) and has_bf16()
+    return weight.dtype == torch.float32 and onednn_wins()
 
 
 def _is_ours(left: Tensor, right: Tensor) -> bool:

@@ -200,7 +200,7 @@ void attend(const Shape& shape, Heads<const T> query, Heads<const T> key, Heads<
         const Block<DIM> block(shape, batch, head, start);
         copy_in<DIM>(query.at(batch, head, start), query.step(), block.count, shape.dim, shape.scale, QUERIES,
                      rows.values);
-        pack<QUERIES>(Factor{rows.values, DIM, true}, shape.dim, QUERIES, columns.values);
+        pack<QUERIES>(Factor<float>{rows.values, DIM, true}, shape.dim, QUERIES, columns.values);
         block.products(keys.values, columns.values, scores.values);
         float factors[QUERIES], sums[QUERIES], tops[QUERIES];
         for (int64_t place = 0; place < QUERIES; place += LANES) {
@@ -264,8 +264,8 @@ void attend_back(const Shape& shape, Heads<const T> query, Heads<const T> key, H
             }
             copy_in<DIM>(query.at(batch, head, start), query.step(), block.count, shape.dim, shape.scale, QUERIES,
                          rows.values);
-            pack<QUERIES>(Factor{rows.values, DIM, true}, shape.dim, QUERIES, columns.values);
-            pack<QUERIES>(Factor{above.values, DIM, true}, shape.dim, QUERIES, above_columns.values);
+            pack<QUERIES>(Factor<float>{rows.values, DIM, true}, shape.dim, QUERIES, columns.values);
+            pack<QUERIES>(Factor<float>{above.values, DIM, true}, shape.dim, QUERIES, above_columns.values);
             block.products(keys.values, columns.values, weights.values);
             block.products(values.values, above_columns.values, scores.values);
             const int64_t distance = scores.values - weights.values;

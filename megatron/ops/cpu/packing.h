@@ -1,5 +1,6 @@
 // Copies of parts of a matrix in the order in which a product reads them: slivers of a few lines (rows of the left
-// factor, columns of the right one), in each of which the lines' elements k stand together.
+// factor, columns of the right one), in each of which the lines' words k stand together. A word is an fp32 element, or
+// two of bf16, k even and the next.
 #pragma once
 
 #include <algorithm>
@@ -9,10 +10,19 @@
 
 namespace deepy {
 
+// How many elements make a word, and words of so many elements, the last filled up with 0.
+template <class T>
+constexpr int64_t PER_WORD = sizeof(float) / sizeof(T);
+template <class T>
+constexpr int64_t words(int64_t elements) {
+    return (elements + PER_WORD<T> - 1) / PER_WORD<T>;
+}
+
 // A factor: line i, element k lies at values[i * stride + k] where lines lie in one piece, else at
 // values[k * stride + i].
+template <class T>
 struct Factor {
-    const float* values;
+    const T* values;
     int64_t stride;
     bool has_lines;
 
@@ -56,10 +66,11 @@ inline void transpose(Floats* vectors) {
 }
 
 // Asks, a few at a time, for the cache lines of a part of a factor, so that they have arrived when it is copied.
+template <class T>
 class Ahead {
 public:
     // calls: of `advance`, after which all were asked for.
-    Ahead(Factor from, int64_t depth, int64_t lines, int64_t calls)
+    Ahead(Factor<T> from, int64_t depth, int64_t lines, int64_t calls)
         : from_(from), rows_(from.has_lines ? lines : depth), width_(from.has_lines ? depth : lines) {
         const int64_t all = rows_ * ((width_ + LINE - 1) / LINE);
         each_ = calls > 0 ? (all + calls - 1) / calls : 0;
@@ -74,14 +85,14 @@ public:
     }
 
 private:
-    static constexpr int64_t LINE = 16;  // floats
-    Factor from_;
+    static constexpr int64_t LINE = 64 / sizeof(T);
+    Factor<T> from_;
     int64_t rows_, width_, each_, row_ = 0, column_ = 0;
 };
 
 // Lines that do not lie in one piece: rows are read a few at a time, whole, so that memory is read as it lies.
 template <int64_t width>
-void pack_rows(Factor from, int64_t depth, int64_t lines, float* to) {
+void pack_rows(Factor<float> from, int64_t depth, int64_t lines, float* to) {
     constexpr int64_t BATCH = 4, DISTANCE = 8;  // rows copied at once, and rows ahead of which memory is asked for
     for (int64_t batch = 0; batch < depth; batch += BATCH) {
         const int64_t end = std::min(depth, batch + BATCH);
@@ -104,7 +115,7 @@ void pack_rows(Factor from, int64_t depth, int64_t lines, float* to) {
 
 // A sliver of lines that lie in one piece each, of which `count` are there. While it is copied, `next` is asked for.
 template <int64_t width>
-void pack_lines(Factor from, int64_t depth, int64_t count, float* to, Ahead& next) {
+void pack_lines(Factor<float> from, int64_t depth, int64_t count, float* to, Ahead<float>& next) {
     const int64_t whole = depth / LANES * LANES;
     for (int64_t k = 0; k < whole; k += LANES) {
         next.advance();
@@ -129,13 +140,50 @@ void pack_lines(Factor from, int64_t depth, int64_t count, float* to, Ahead& nex
 // `lines` lines in slivers of `width` each, one behind the other, the last filled up with 0. It may write LANES floats
 // beyond the last.
 template <int64_t width>
-void pack(Factor from, int64_t depth, int64_t lines, float* to) {
+void pack(Factor<float> from, int64_t depth, int64_t lines, float* to) {
     if (!from.has_lines) return pack_rows<width>(from, depth, lines, to);
     for (int64_t start = 0; start < lines; start += width) {
         const int64_t behind = std::min(width, std::max<int64_t>(lines - start - width, 0));
-        Ahead next(from.from(start + width, 0), depth, behind, depth / LANES);
+        Ahead<float> next(from.from(start + width, 0), depth, behind, depth / LANES);
         pack_lines<width>(from.from(start, 0), depth, std::min(width, lines - start), to + start * depth, next);
     }
 }
+
+#if HAS_BF16_PRODUCTS
+// Pairs of rows of lines that do not lie in one piece, put together element by element.
+template <int64_t width>
+void pack_pairs(Factor<BFloat16> from, int64_t depth, int64_t lines, float* to) {
+    constexpr int64_t BATCH = 4, DISTANCE = 8;  // as in pack_rows, of pairs and rows
+    const int64_t pairs = words<BFloat16>(depth);
+    for (int64_t batch = 0; batch < pairs; batch += BATCH) {
+        const int64_t end = std::min(pairs, batch + BATCH);
+        for (int64_t start = 0; start < lines; start += width) {
+            const int64_t count = std::min(width, lines - start);
+            for (int64_t pair = batch; pair < end; ++pair) {
+                const BFloat16 *even = from.values + 2 * pair * from.stride + start, *odd = even + from.stride;
+                float* target = to + start * pairs + pair * width;
+                __builtin_prefetch(even + DISTANCE * from.stride, 0, 2);
+                __builtin_prefetch(odd + DISTANCE * from.stride, 0, 2);
+                const bool is_pair = 2 * pair + 1 < depth;
+#pragma GCC unroll 2
+                for (int64_t i = 0; i < width; i += 16) {
+                    const __mmask16 there = first_lanes(count - i), wanted = first_lanes(width - i);
+                    const Bits low = extended((Halves)_mm256_maskz_loadu_epi16(there, even + i));
+                    const Bits high = extended((Halves)_mm256_maskz_loadu_epi16(is_pair ? there : 0, odd + i));
+                    _mm512_mask_storeu_epi32(target + i, wanted, (__m512i)(low | high << 16));
+                }
+            }
+        }
+    }
+}
+
+// The same for bf16. Lines in one piece each are of an even number of elements, at addresses and strides of whole words.
+template <int64_t width>
+void pack(Factor<BFloat16> from, int64_t depth, int64_t lines, float* to) {
+    if (!from.has_lines) return pack_pairs<width>(from, depth, lines, to);
+    const Factor<float> of_words{reinterpret_cast<const float*>(from.values), from.stride / 2, true};
+    pack<width>(of_words, depth / 2, lines, to);
+}
+#endif
 
 }  // namespace deepy

@@ -1,15 +1,18 @@
-// C [m, n] = A B, or C + A B, or A B + a bias to each row, in fp32: A [m, k] and B [k, n] may each be a transposed view.
+// C [m, n] = A B, or C + A B, or A B + a bias to each row: A [m, k] and B [k, n] may each be a transposed view. All are
+// fp32; or A and B are bf16, whose products are summed in fp32, and C either.
 //
 // As in Goto & van de Geijn 2008, "Anatomy of high-performance matrix multiplication": a tile of C [ROWS, COLUMNS] stays
 // in registers, a few lines of one factor in the second cache, and many of the other in the third. Both are copied into
 // the order in which they are read. The factor that is copied again and again is the one for which that is less: the
 // left one, in slabs of SLAB rows, along WIDTH columns; or the right one, in slivers of COLUMNS, along PANEL rows. While
 // a piece is multiplied, the memory of the next is asked for, so that copying it waits for nothing. Each element of C is
-// summed over k in one order, whatever tile or thread computes it, and whatever the other rows and columns are.
+// summed over k in one order, whatever tile or thread computes it, and whatever the other rows and columns are. Sums over
+// more than DEPTH words go on from what was kept in fp32: in C, or where that is bf16 in memory of the thread's own.
 
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <type_traits>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -21,11 +24,13 @@
 namespace deepy {
 namespace {
 
+// Words, columns, and rows of copies.
 constexpr int64_t DEPTH = 768, WIDTH = 24 * COLUMNS, SLAB = 8 * ROWS, PANEL = 43 * ROWS;
 
 struct Scratch {
     alignas(64) float left[DEPTH * PANEL + LANES];
     alignas(64) float right[DEPTH * WIDTH + LANES];
+    alignas(64) float sums[PANEL * WIDTH];  // of a part of C that is bf16
 };
 
 constexpr size_t HUGE_PAGE = size_t{1} << 21, SCRATCH_BYTES = (sizeof(Scratch) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
@@ -67,41 +72,64 @@ Scratch& scratch() {
 
 enum Write : int64_t { FILL = 0, ADD = 1, PASS = 2 };  // PASS: fill past the caches, what is not needed soon
 
+template <class Out>
 struct Target {
-    float* values;
+    Out* values;
     int64_t stride;
-    const float* bias;  // of the first column, or null
-    int64_t write;
+    const Out* bias;       // of the first column, or null
+    const float* earlier;  // what is added, or null
+    int64_t earlier_stride;
+    bool is_read;  // soon
 
     Target from(int64_t row, int64_t column) const {
-        return {values + row * stride + column, stride, bias ? bias + column : nullptr, write};
+        return {values + row * stride + column, stride, bias ? bias + column : nullptr,
+                earlier ? earlier + row * earlier_stride + column : nullptr, earlier_stride, is_read};
     }
 };
 
-inline void put(float* place, Floats values, int64_t write) {
-    if (write == ADD) return store(place, load(place) + values);
+inline void put(float* place, const Floats (&values)[VECTORS], bool is_read) {
+#pragma GCC unroll 2
+    for (int64_t j = 0; j < VECTORS; ++j) {
 #if defined(__AVX512F__)
-    if (write == PASS) return _mm512_stream_ps(place, reinterpret_cast<__m512>(values));
+        if (!is_read) {
+            _mm512_stream_ps(place + j * LANES, reinterpret_cast<__m512>(values[j]));
+            continue;
+        }
 #endif
-    store(place, values);
+        store(place + j * LANES, values[j]);
+    }
 }
 
-// A tile of `rows` rows, of which `high` are there, and `wide` of its COLUMNS.
-template <int64_t rows>
-void make_tile(const float* left, const float* right, int64_t depth, Target target, int64_t high, int64_t wide) {
-    for (int64_t i = 0; target.write != PASS && i < high; ++i) {
-        for (int64_t j = 0; j < wide; j += 16) __builtin_prefetch(target.values + i * target.stride + j, 1, 3);
+#if HAS_BF16_PRODUCTS
+inline void put(BFloat16* place, const Floats (&values)[VECTORS], bool is_read) {
+    static_assert(VECTORS == 2, "a line of the cache");
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)values[1], (__m512)values[0]);
+    if (is_read) _mm512_storeu_si512(place, both);
+    else _mm512_stream_si512(reinterpret_cast<__m512i*>(place), both);
+}
+#endif
+
+// A tile of `rows` rows, of which `high` are there, and `wide` of its COLUMNS. depth: words of In.
+template <class In, int64_t rows, class Out>
+void make_tile(const float* left, const float* right, int64_t depth, Target<Out> target, int64_t high, int64_t wide) {
+    for (int64_t i = 0; target.is_read && i < high; ++i) {
+        for (int64_t j = 0; j < wide; j += 64 / sizeof(Out))
+            __builtin_prefetch(target.values + i * target.stride + j, 1, 3);
     }
     Floats sums[rows][VECTORS];
-    tile_sums<rows, ROWS, 1, COLUMNS>(left, right, depth, sums);
+    tile_sums<rows, ROWS, 1, COLUMNS, In>(left, right, depth, sums);
     if (high == rows && wide == COLUMNS) {
         Floats bias[VECTORS] = {};
         for (int64_t j = 0; target.bias && j < VECTORS; ++j) bias[j] = load(target.bias + j * LANES);
 #pragma GCC unroll 12
         for (int64_t i = 0; i < rows; ++i) {
+            const float* earlier = target.earlier ? target.earlier + i * target.earlier_stride : nullptr;
 #pragma GCC unroll 2
-            for (int64_t j = 0; j < VECTORS; ++j)
-                put(target.values + i * target.stride + j * LANES, sums[i][j] + bias[j], target.write);
+            for (int64_t j = 0; j < VECTORS; ++j) {
+                if (earlier) sums[i][j] += load(earlier + j * LANES);
+                sums[i][j] += bias[j];
+            }
+            put(target.values + i * target.stride, sums[i], target.is_read);
         }
         return;
     }
@@ -112,21 +140,24 @@ void make_tile(const float* left, const float* right, int64_t depth, Target targ
         for (int64_t j = 0; j < VECTORS; ++j) store(kept + i * COLUMNS + j * LANES, sums[i][j]);
     }
     for (int64_t i = 0; i < high; ++i) {
-        for (int64_t j = 0; j < wide; ++j) {
-            float& place = target.values[i * target.stride + j];
-            const float value = kept[i * COLUMNS + j] + (target.bias ? target.bias[j] : 0.0f);
-            place = target.write == ADD ? place + value : value;
+        for (int64_t j = 0; j < wide; j += LANES) {
+            const int64_t count = std::min<int64_t>(LANES, wide - j);
+            Floats values = load(kept + i * COLUMNS + j);
+            if (target.earlier) values += load_some(target.earlier + i * target.earlier_stride + j, count, 0.0f);
+            if (target.bias) values += load_some(target.bias + j, count, 0.0f);
+            store_some(target.values + i * target.stride + j, values, count);
         }
     }
 }
 
 // The sum of each line's elements, or that added.
-void sum_lines(Factor from, int64_t depth, int64_t lines, float* sums, bool adds) {
+template <class T>
+void sum_lines(Factor<T> from, int64_t depth, int64_t lines, float* sums, bool adds) {
     for (int64_t line = 0; line < lines; line += LANES) {
         const int64_t count = std::min<int64_t>(LANES, lines - line);
         Floats even = {}, odd = {};
         for (int64_t k = 0; k < depth; ++k) {
-            const float* place = from.from(line, k).values;
+            const T* place = from.from(line, k).values;
             (k % 2 ? odd : even) += count == LANES ? load(place) : load_some(place, count, 0.0f);
         }
         Floats total = even + odd;
@@ -137,44 +168,59 @@ void sum_lines(Factor from, int64_t depth, int64_t lines, float* sums, bool adds
 
 int64_t pieces(int64_t size, int64_t piece) { return (size + piece - 1) / piece; }
 
-// The product of two copies.
-void multiply(const Scratch& from, int64_t depth, Target target, int64_t high, int64_t wide, Ahead& ahead) {
+// The product of two copies. depth: words of In.
+template <class In, class Out>
+void multiply(const Scratch& from, int64_t depth, Target<Out> target, int64_t high, int64_t wide, Ahead<In>& ahead) {
     constexpr int64_t FEW = ROWS / 3, SOME = 2 * FEW;  // of the last tile's rows
     for (int64_t column = 0; column < wide; column += COLUMNS) {
         for (int64_t row = 0; row < high; row += ROWS) {
             const float *left = from.left + row * depth, *right = from.right + column * depth;
             const int64_t rows = std::min(ROWS, high - row), columns = std::min(COLUMNS, wide - column);
-            const Target place = target.from(row, column);
+            const Target<Out> place = target.from(row, column);
             ahead.advance();
-            if (rows > SOME) make_tile<ROWS>(left, right, depth, place, rows, columns);
-            else if (rows > FEW) make_tile<SOME>(left, right, depth, place, rows, columns);
-            else make_tile<FEW>(left, right, depth, place, rows, columns);
+            if (rows > SOME) make_tile<In, ROWS>(left, right, depth, place, rows, columns);
+            else if (rows > FEW) make_tile<In, SOME>(left, right, depth, place, rows, columns);
+            else make_tile<In, FEW>(left, right, depth, place, rows, columns);
         }
     }
 }
 
 // A part of C, made by one thread. sums: of the lines of A, or null.
+template <class In, class Out>
 struct Part {
-    Factor left, right;
-    Target target;
+    Factor<In> left, right;
+    Target<Out> target;
     int64_t rows, columns, depth;
     float* sums;
 
-    int64_t deepest() const {
-        const int64_t passes = pieces(depth, DEPTH);
-        return passes ? pieces(depth, passes) : 1;
-    }
+    int64_t passes() const { return pieces(words<In>(depth), DEPTH); }
+    int64_t deepest() const { return passes() ? pieces(words<In>(depth), passes()) * PER_WORD<In> : 1; }
 
     void copy_left(int64_t row, int64_t high, int64_t k, int64_t deep, bool is_first) const {
         pack<ROWS>(left.from(row, k), deep, high, scratch().left);
         if (sums && is_first) sum_lines(left.from(row, k), deep, high, sums + row, k > 0);
     }
 
+    // Where sums over a part of k are kept: C itself, or memory for so many columns as are copied at once.
+    Target<float> kept() const {
+        if constexpr (std::is_same_v<Out, float>) return {target.values, target.stride, nullptr, nullptr, 0, true};
+        else return {scratch().sums, WIDTH, nullptr, nullptr, 0, true};
+    }
+
     void multiply_copies(int64_t row, int64_t high, int64_t column, int64_t wide, int64_t k, int64_t deep,
-                         Ahead ahead) const {
-        Target place = target.from(row, column);
-        if (k > 0) place.write = ADD, place.bias = nullptr;
-        multiply(scratch(), deep, place, high, wide, ahead);
+                         Ahead<In> ahead) const {
+        const Target<float> sum = kept();
+        const float* earlier = k > 0 ? sum.values : target.earlier;
+        const int64_t stride = k > 0 ? sum.stride : target.earlier_stride;
+        if (k + deep >= depth) {
+            Target<Out> whole = target;
+            whole.earlier = earlier, whole.earlier_stride = stride;
+            multiply(scratch(), words<In>(deep), whole.from(row, column), high, wide, ahead);
+        } else {
+            Target<float> part = sum;
+            part.earlier = earlier, part.earlier_stride = stride;
+            multiply(scratch(), words<In>(deep), part.from(row, column), high, wide, ahead);
+        }
     }
 
     // The copies of WIDTH columns stay, those of slabs pass.
@@ -187,7 +233,8 @@ struct Part {
                 for (int64_t row = 0; row < rows; row += SLAB) {
                     const int64_t high = std::min(SLAB, rows - row), next = std::min(SLAB, rows - row - high);
                     copy_left(row, high, k, deep, column == 0);
-                    const Ahead ahead(left.from(row + high, k), deep, next, pieces(high, ROWS) * pieces(wide, COLUMNS));
+                    const Ahead<In> ahead(left.from(row + high, k), deep, next,
+                                          pieces(high, ROWS) * pieces(wide, COLUMNS));
                     multiply_copies(row, high, column, wide, k, deep, ahead);
                 }
             }
@@ -205,20 +252,32 @@ struct Part {
                     const int64_t wide = std::min(COLUMNS, columns - column);
                     const int64_t next = std::min(COLUMNS, columns - column - wide);
                     pack<COLUMNS>(right.from(column, k), deep, wide, scratch().right);
-                    const Ahead ahead(right.from(column + wide, k), deep, next, pieces(high, ROWS));
+                    const Ahead<In> ahead(right.from(column + wide, k), deep, next, pieces(high, ROWS));
                     multiply_copies(row, high, column, wide, k, deep, ahead);
                 }
             }
         }
     }
 
+    Part from(int64_t row, int64_t column, int64_t high, int64_t wide) const {
+        return {left.from(row, 0), right.from(column, 0), target.from(row, column), high, wide, depth,
+                sums && column == 0 ? sums + row : nullptr};
+    }
+
     void make() const {
+        if (!std::is_same_v<Out, float> && passes() > 1 && (rows > PANEL || columns > WIDTH)) {
+            for (int64_t row = 0; row < rows; row += PANEL) {
+                for (int64_t column = 0; column < columns; column += WIDTH)
+                    from(row, column, std::min(PANEL, rows - row), std::min(WIDTH, columns - column)).make();
+            }
+            return;
+        }
         const int64_t copied_for_slabs = columns + pieces(columns, WIDTH) * rows;
         const int64_t copied_for_slivers = rows + pieces(rows, PANEL) * columns;
         if (copied_for_slivers <= copied_for_slabs) pass_slivers();
         else pass_slabs();
 #if defined(__AVX512F__)
-        if (target.write == PASS) _mm_sfence();
+        if (!target.is_read) _mm_sfence();
 #endif
     }
 };
@@ -239,30 +298,51 @@ int64_t piece_start(int64_t index, int64_t count, int64_t size, int64_t step) {
     return std::min(size, pieces(size, step) * index / count * step);
 }
 
-}  // namespace
-
-// target [rows, columns] from left [rows, depth] and right [depth, columns]; lines are rows of the left and columns of
-// the right factor. bias [columns], or null. write: a Write; PASS only for rows whose memory begins at multiples of 64.
-// sums [rows] are filled with the sums of the left factor's lines, which must not lie in one piece; or null.
-DEEPY_EXPORT int64_t deepy_product(float* target, int64_t stride, const float* left, int64_t left_stride,
-                                   int64_t left_lines, const float* right, int64_t right_stride, int64_t right_lines,
-                                   const float* bias, float* sums, int64_t rows, int64_t columns, int64_t depth,
-                                   int64_t write, int64_t threads) {
-    if (write == PASS && depth > DEPTH) write = FILL;
-    const int64_t across = column_parts(rows, columns, threads), down = threads / across;
+template <class In, class Out>
+void make_product(const Part<In, Out>& whole, int64_t threads) {
+    const int64_t across = column_parts(whole.rows, whole.columns, threads), down = threads / across;
     parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
         for (int64_t piece = first; piece < last; ++piece) {
-            const int64_t row = piece_start(piece / across, down, rows, ROWS);
-            const int64_t column = piece_start(piece % across, across, columns, COLUMNS);
-            const int64_t high = piece_start(piece / across + 1, down, rows, ROWS) - row;
-            const int64_t wide = piece_start(piece % across + 1, across, columns, COLUMNS) - column;
-            if (high <= 0 || wide <= 0) continue;
-            const Factor from_left = Factor{left, left_stride, left_lines != 0}.from(row, 0);
-            const Factor from_right = Factor{right, right_stride, right_lines != 0}.from(column, 0);
-            const Target place = Target{target, stride, bias, write}.from(row, column);
-            Part{from_left, from_right, place, high, wide, depth, sums && column == 0 ? sums + row : nullptr}.make();
+            const int64_t row = piece_start(piece / across, down, whole.rows, ROWS);
+            const int64_t column = piece_start(piece % across, across, whole.columns, COLUMNS);
+            const int64_t high = piece_start(piece / across + 1, down, whole.rows, ROWS) - row;
+            const int64_t wide = piece_start(piece % across + 1, across, whole.columns, COLUMNS) - column;
+            if (high > 0 && wide > 0) whole.from(row, column, high, wide).make();
         }
     });
+}
+
+}  // namespace
+
+// Whether the factors may be bf16.
+DEEPY_EXPORT int64_t deepy_has_bf16_products() { return HAS_BF16_PRODUCTS; }
+
+// target [rows, columns] from left [rows, depth] and right [depth, columns]; lines are rows of the left and columns of
+// the right factor. type: of both, and of the bias; target_type: FP32, or `type`. bias [columns], or null. write: a
+// Write; ADD only to fp32, and PASS only to rows whose memory begins at multiples of 64. sums [rows] are filled with the
+// sums of the left factor's lines, which must not lie in one piece; or null. Lines of bf16 that do are of an even
+// number of elements, at addresses that are multiples of 4.
+DEEPY_EXPORT int64_t deepy_product(int64_t type, int64_t target_type, void* target, int64_t stride, const void* left,
+                                   int64_t left_stride, int64_t left_lines, const void* right, int64_t right_stride,
+                                   int64_t right_lines, const void* bias, float* sums, int64_t rows, int64_t columns,
+                                   int64_t depth, int64_t write, int64_t threads) {
+    const auto make = [&](auto* in, auto* out) {
+        using In = std::remove_pointer_t<decltype(in)>;
+        using Out = std::remove_pointer_t<decltype(out)>;
+        const Factor<In> from_left{static_cast<const In*>(left), left_stride, left_lines != 0};
+        const Factor<In> from_right{static_cast<const In*>(right), right_stride, right_lines != 0};
+        Target<Out> place{static_cast<Out*>(target), stride, static_cast<const Out*>(bias), nullptr, 0, true};
+        if constexpr (std::is_same_v<Out, float>) {
+            if (write == ADD) place.earlier = place.values, place.earlier_stride = stride;
+        }
+        place.is_read = write != PASS || words<In>(depth) > DEPTH;
+        make_product(Part<In, Out>{from_left, from_right, place, rows, columns, depth, sums}, threads);
+    };
+    if (type == FP32) make(static_cast<float*>(nullptr), static_cast<float*>(nullptr));
+#if HAS_BF16_PRODUCTS
+    else if (target_type == FP32) make(static_cast<BFloat16*>(nullptr), static_cast<float*>(nullptr));
+    else make(static_cast<BFloat16*>(nullptr), static_cast<BFloat16*>(nullptr));
+#endif
     return 0;
 }
 

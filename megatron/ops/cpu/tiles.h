@@ -9,9 +9,20 @@ constexpr int64_t VECTORS = 2;
 constexpr int64_t ROWS = LANES == 8 ? 6 : 12;  // AVX2 has 16 registers, AVX-512 and NEON 32
 constexpr int64_t COLUMNS = VECTORS * LANES;
 
-// sums[i][j] = sum over k < depth of left_ki right_kj for `rows` i and COLUMNS j. left_ki lies at
-// left[k * LEFT_K + i * LEFT_I], right_kj at right[k * RIGHT_K + j].
-template <int64_t rows, int64_t LEFT_K, int64_t LEFT_I, int64_t RIGHT_K>
+// sum + left * right, of words of a type (packing.h).
+inline __attribute__((always_inline)) Floats with_product(Floats sum, float left, Floats right, float*) {
+    return sum + left * right;
+}
+#if HAS_BF16_PRODUCTS
+inline __attribute__((always_inline)) Floats with_product(Floats sum, float left, Floats right, BFloat16*) {
+    const __m512bh pairs = (__m512bh)_mm512_set1_ps(left);
+    return reinterpret_cast<Floats>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), pairs, (__m512bh)right));
+}
+#endif
+
+// sums[i][j] = sum over k < depth of left_ki right_kj for `rows` i and COLUMNS j, all of them words of T. left_ki lies
+// at left[k * LEFT_K + i * LEFT_I], right_kj at right[k * RIGHT_K + j].
+template <int64_t rows, int64_t LEFT_K, int64_t LEFT_I, int64_t RIGHT_K, class T = float>
 inline __attribute__((always_inline)) void tile_sums(const float* __restrict left, const float* __restrict right,
                                                      int64_t depth, Floats (&sums)[rows][VECTORS]) {
 #pragma GCC unroll 12
@@ -26,7 +37,7 @@ inline __attribute__((always_inline)) void tile_sums(const float* __restrict lef
 #pragma GCC unroll 12
         for (int64_t i = 0; i < rows; ++i) {
 #pragma GCC unroll 2
-            for (int64_t j = 0; j < VECTORS; ++j) sums[i][j] += left[k * LEFT_K + i * LEFT_I] * values[j];
+            for (int64_t j = 0; j < VECTORS; ++j) sums[i][j] = with_product(sums[i][j], left[k * LEFT_K + i * LEFT_I], values[j], static_cast<T*>(nullptr));
         }
     }
 }

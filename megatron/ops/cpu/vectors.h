@@ -10,6 +10,13 @@
 #include <immintrin.h>
 #endif
 
+// Whether the processor multiplies pairs of bf16 and adds both products to an fp32 sum.
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512BF16__)
+#define HAS_BF16_PRODUCTS 1
+#else
+#define HAS_BF16_PRODUCTS 0
+#endif
+
 namespace deepy {
 
 #if defined(__AVX512F__)
@@ -169,6 +176,13 @@ inline void store(BFloat16* pointer, Floats values) {
     if (__builtin_expect(_mm512_fpclass_ps_mask(reinterpret_cast<__m512>(values), BELOW_NORMAL), 0))
         return store<BFloat16>(pointer, values);
     store_normal(pointer, values);
+}
+#endif
+
+#if HAS_BF16_PRODUCTS
+// The mask of the first `count` of 16 lanes.
+inline __mmask16 first_lanes(int64_t count) {
+    return count >= 16 ? 0xFFFF : count > 0 ? (1 << count) - 1 : 0;
 }
 #endif
 

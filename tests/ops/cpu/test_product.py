@@ -1,8 +1,8 @@
-"""Products equal fp64's at any size, in any strides, whatever the threads, and serve what they can."""
+"""Products equal fp64's at any size, in any strides, whatever the threads, and serve what they can; in bf16 as well."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron.ops import linear
 from megatron.ops.cpu import library
 from megatron.ops.cpu import product as module
-from megatron.ops.cpu.product import multiply, serves
+from megatron.ops.cpu.product import has_bf16, multiply, serves
 
 SIZES = [
     (1, 1, 1),
@@ -26,12 +26,36 @@ SIZES = [
 ]
 TURNED = [(False, False), (False, True), (True, False), (True, True)]
 
+HALF_SIZES = [
+    (1, 1, 2),
+    (12, 32, 10),
+    (13, 33, 258),
+    (700, 70, 300),
+    (96, 512, 256),
+    (97, 1601, 3100),  # several passes, in parts of a column of copies
+    (1100, 40, 1540),  # and of a row of them
+    (1030, 6200, 4),
+]
+FP32, BF16 = torch.float32, torch.bfloat16
+DTYPES = [FP32, BF16]
+
 pytestmark = pytest.mark.usefixtures("ready")
 
 
 @pytest.fixture(scope="module")
 def ready() -> None:
     assert library.make_ready(torch.device("cpu")) == ""
+
+
+@pytest.fixture
+def bf16(ready: None) -> None:
+    if not has_bf16():
+        pytest.skip("this processor has no products of bf16 pairs")
+
+
+def require(request: pytest.FixtureRequest, dtype: torch.dtype) -> None:
+    if dtype == BF16:
+        request.getfixturevalue("bf16")
 
 
 @contextmanager
@@ -42,13 +66,16 @@ def threads(number: int) -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def draw(rows: int, columns: int, depth: int, turned: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
+def draw(
+    rows: int, columns: int, depth: int, turned: tuple[bool, bool], dtype: torch.dtype = FP32
+) -> tuple[Tensor, Tensor]:
     """Return A [n, k] and B [k, m], which are transposed views where `turned`, and neither of which lies closely."""
     generator = torch.Generator().manual_seed(depth + rows)
 
     def matrix(high: int, wide: int, is_turned: bool) -> Tensor:
         shape = (wide, high) if is_turned else (high, wide)
-        values = torch.randn(shape[0], shape[1] + 3, generator=generator)[:, : shape[1]]
+        beyond = 3 if dtype == FP32 else 2 + shape[1] % 2  # bf16 is served in words
+        values = torch.randn(shape[0], shape[1] + beyond, generator=generator).to(dtype)[:, : shape[1]]
         return values.t() if is_turned else values
 
     return matrix(rows, depth, turned[0]), matrix(depth, columns, turned[1])
@@ -87,44 +114,135 @@ def test_the_sums_of_the_left_factors_rows(size: tuple[int, int, int]) -> None:
     assert room[-1].isnan()
 
 
+@pytest.mark.usefixtures("bf16")
+class TestBf16:
+    """Products of bf16, into bf16 or fp32."""
+
+    @pytest.mark.parametrize("into", DTYPES)
+    @pytest.mark.parametrize("turned", TURNED)
+    @pytest.mark.parametrize("size", HALF_SIZES)
+    def test_they_are_rounded_once(
+        self, size: tuple[int, int, int], turned: tuple[bool, bool], into: torch.dtype
+    ) -> None:
+        left, right = draw(*size, turned, BF16)
+        bias = torch.randn(size[1], generator=torch.Generator().manual_seed(1)).to(into)
+        exact = left.double() @ right.double() + bias.double()
+        room = torch.full((size[0] + 1, size[1] + 5), float("nan"), dtype=into)
+        found = multiply(room[:-1, :-5], left, right, bias)
+        terms = left.double().abs() @ right.double().abs() + bias.double().abs()
+        summed = 2**-23 * (size[2] ** 0.5 + 4) * terms
+        rounded = 2**-8 * exact.abs() if into == BF16 else 0.0
+        assert (found.double() - exact).abs().le(summed + rounded).all()
+        assert room[-1].isnan().all()
+        assert room[:, -5:].isnan().all()
+
+    @pytest.mark.parametrize("size", HALF_SIZES)
+    def test_they_are_added_to_fp32(self, size: tuple[int, int, int]) -> None:
+        left, right = draw(*size, (True, False), BF16)
+        once = multiply(torch.empty(size[:2]), left, right)
+        twice = multiply(once.clone(), left, right, adds=True)
+        torch.testing.assert_close(twice, 2 * once, rtol=1e-5, atol=1e-4)
+
+    def test_an_odd_number_of_rows_is_filled_up(self) -> None:
+        left, right = draw(40, 50, 7, (True, False), BF16)
+        exact = left.double() @ right.double()
+        torch.testing.assert_close(multiply(torch.empty(40, 50), left, right).double(), exact, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("size", HALF_SIZES)
+    def test_the_sums_of_the_left_factors_rows(self, size: tuple[int, int, int]) -> None:
+        left, right = draw(*size, (True, False), BF16)
+        room = torch.full((size[0] + 1,), float("nan"))
+        multiply(torch.empty(size[:2], dtype=BF16), left, right, sums=room[:-1])
+        torch.testing.assert_close(room[:-1].double(), left.double().sum(1), rtol=1e-5, atol=1e-4)
+        assert room[-1].isnan()
+
+    def test_only_whole_words_are_served(self) -> None:
+        with threads(1):
+            left, right = draw(500, 96, 64, (False, False), BF16)
+            assert serves(left, right)
+            assert serves(left.t().contiguous().t(), right.t().contiguous().t())
+            assert not serves(left, right.float())
+            assert not serves(left[:, 1:63], right[1:63])  # begins in the middle of a word
+            assert not serves(left[:, :63], right[:63])
+            assert not serves(*draw(500, 96, 64, (False, False))[:1], right)
+            odd = torch.zeros(500, 65, dtype=BF16)[:, :64]
+            assert not serves(odd, right)
+            assert serves(torch.zeros(63, 500, dtype=BF16).t(), right[:63])
+
+    @pytest.mark.parametrize("frozen", [None, 0, 1, 2])
+    @pytest.mark.parametrize("has_bias", [True, False])
+    def test_a_linear_map_and_its_gradients(
+        self, monkeypatch: pytest.MonkeyPatch, has_bias: bool, frozen: int | None
+    ) -> None:
+        calls = count_products(monkeypatch)
+        exact, found = trained_maps(has_bias, frozen, BF16)
+        for name, value in found.items():
+            assert value.dtype == BF16
+            # each is rounded once; PyTorch's, of the same numbers in fp64, is not
+            torch.testing.assert_close(value.double(), exact[name], rtol=2**-8, atol=2e-5)
+        assert len(calls) == 3 - (frozen in (0, 1))
+
+    def test_it_is_pytorchs_where_the_processor_has_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        calls = count_products(monkeypatch)
+        monkeypatch.setattr(linear, "has_bf16", lambda: False)
+        monkeypatch.setattr(module, "has_bf16", lambda: False)
+        trained_maps(True, None, BF16)
+        assert not calls
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("is_read", [True, False])
 @pytest.mark.parametrize("turned", TURNED)
-def test_threads_change_no_bit(turned: tuple[bool, bool], is_read: bool) -> None:
-    left, right = draw(500, 608, 800 if is_read else 300, turned)
+def test_threads_change_no_bit(
+    request: pytest.FixtureRequest, turned: tuple[bool, bool], is_read: bool, dtype: torch.dtype
+) -> None:
+    require(request, dtype)
+    deep = 1600 if dtype == BF16 else 800
+    left, right = draw(500, 608, deep if is_read else 300, turned, dtype)
     found = []
     for number in (1, 2):
         with threads(number):
-            sums = torch.empty(500) if turned[0] else None
-            found.append((multiply(torch.empty(500, 608), left, right, sums=sums, is_read=is_read), sums))
+            sums, output = torch.empty(500) if turned[0] else None, torch.empty(500, 608, dtype=dtype)
+            found.append((multiply(output, left, right, sums=sums, is_read=is_read), sums))
     assert torch.equal(found[0][0], found[1][0])
     assert sums is None or torch.equal(found[0][1], found[1][1])
 
 
-def test_what_is_not_needed_soon_is_the_same() -> None:
-    left, right = draw(200, 96, 70, (True, False))
-    room = torch.full((200, 112), float("nan"))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_needed_soon_is_the_same(request: pytest.FixtureRequest, dtype: torch.dtype) -> None:
+    require(request, dtype)
+    left, right = draw(200, 96, 70, (True, False), dtype)
+    room = torch.full((200, 128), float("nan"), dtype=dtype)
     found = multiply(room[:, :96], left, right, is_read=False)
-    assert torch.equal(found, multiply(torch.empty(200, 96), left, right))
+    assert torch.equal(found, multiply(torch.empty(200, 96, dtype=dtype), left, right))
     assert room[:, 96:].isnan().all()
-    uneven = torch.full((200, 97), float("nan"))  # rows that begin anywhere
+    uneven = torch.full((200, 97), float("nan"), dtype=dtype)  # rows that begin anywhere
     assert torch.equal(multiply(uneven[:, :96], left, right, is_read=False), found)
     assert uneven[:, 96].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("turned", TURNED)
-def test_a_row_depends_on_no_other(turned: tuple[bool, bool]) -> None:
-    left, right = draw(100, 100, 900, turned)
-    whole = multiply(torch.empty(100, 100), left, right)
+def test_a_row_depends_on_no_other(
+    request: pytest.FixtureRequest, turned: tuple[bool, bool], dtype: torch.dtype
+) -> None:
+    require(request, dtype)
+    left, right = draw(100, 100, 900 if dtype == FP32 else 1800, turned, dtype)
+    whole = multiply(torch.empty(100, 100, dtype=dtype), left, right)
     for count in (1, 17, 56):
-        assert torch.equal(multiply(torch.empty(count, 100), left[:count], right), whole[:count])
+        assert torch.equal(multiply(torch.empty(count, 100, dtype=dtype), left[:count], right), whole[:count])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("turned", TURNED)
-def test_values_that_are_no_numbers_stay_in_their_row(turned: tuple[bool, bool]) -> None:
-    left, right = draw(30, 40, 20, turned)
+def test_values_that_are_no_numbers_stay_in_their_row(
+    request: pytest.FixtureRequest, turned: tuple[bool, bool], dtype: torch.dtype
+) -> None:
+    require(request, dtype)
+    left, right = draw(30, 40, 20, turned, dtype)
     left = left.clone(memory_format=torch.preserve_format)
     left[7, 3] = float("inf")
-    found = multiply(torch.empty(30, 40), left, right)
+    found = multiply(torch.empty(30, 40, dtype=dtype), left, right)
     assert not found[7].isfinite().any()
     assert found[torch.arange(30) != 7].isfinite().all()
 
@@ -135,7 +253,7 @@ def test_what_is_served() -> None:
         assert serves(left, right)
         assert serves(left.contiguous(), right.t().contiguous().t())
         assert serves(left, right[:1].expand(64, 96))
-        assert not serves(left.bfloat16(), right.bfloat16())
+        assert not serves(left.half(), right.half())
         assert not serves(left[:95], right)
         assert not serves(left[:, :0], right[:0])  # nothing to copy
         assert not serves(left, right[:, ::2])
@@ -181,26 +299,43 @@ def test_what_lies_transposed_is_filled_and_added_to(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("frozen", [None, 0, 1, 2])
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_a_linear_map_and_its_gradients(monkeypatch: pytest.MonkeyPatch, has_bias: bool, frozen: int | None) -> None:
+    calls = count_products(monkeypatch)
+    exact, found = trained_maps(has_bias, frozen, FP32)
+    for name, value in found.items():
+        torch.testing.assert_close(value.double(), exact[name], rtol=1e-4, atol=1e-4)
+    assert len(calls) == 3 - (frozen in (0, 1))
+
+
+def count_products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let every product be ours; return a list that grows with each."""
+    calls: list[int] = []
     monkeypatch.setattr(linear, "onednn_wins", lambda: True)
     monkeypatch.setattr(linear, "SMALLEST", 0)
+    monkeypatch.setattr(linear, "multiply", lambda *args, **keys: calls.append(1) or multiply(*args, **keys))
     monkeypatch.setattr(linear, "_by_onednn", lambda *args: pytest.fail("this product is ours"))
+    return calls
+
+
+def trained_maps(has_bias: bool, frozen: int | None, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return output and gradients of a linear map by name: PyTorch's in fp64, and ours from the same numbers.
+
+    frozen: which of inputs, weight and bias needs no gradient.
+    """
     generator = torch.Generator().manual_seed(0)
     shapes = [(4, 100, 112), (352, 112), (352,)][: 3 if has_bias else 2]
-    leaves = [
-        torch.randn(shape, generator=generator).requires_grad_(index != frozen) for index, shape in enumerate(shapes)
-    ]
-    upstream = torch.randn(4, 100, 352, generator=generator)
-    exact = [leaf.detach().double().requires_grad_(leaf.requires_grad) for leaf in leaves]
+    drawn = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    upstream = torch.randn(4, 100, 352, generator=generator).to(dtype)
+
+    def results(function: Callable[..., Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        leaves = [leaf.to(dtype, copy=True).requires_grad_(index != frozen) for index, leaf in enumerate(drawn)]
+        output = function(*leaves)
+        output.backward(upstream.to(dtype))
+        gradients = {f"gradient {index}": leaf.grad for index, leaf in enumerate(leaves) if leaf.grad is not None}
+        assert len(gradients) == len(leaves) - (frozen is not None and frozen < len(leaves))
+        return {"output": output.detach(), **gradients}
+
     with threads(1):
-        found = linear.linear(*leaves)
-        found.backward(upstream)
-    expected = linear.linear_reference(*exact)
-    expected.backward(upstream.double())
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
-    for index, (leaf, right) in enumerate(zip(leaves, exact, strict=True)):
-        assert (leaf.grad is None) == (index == frozen)
-        if leaf.grad is not None:
-            torch.testing.assert_close(leaf.grad.double(), right.grad, rtol=1e-4, atol=1e-4)
+        return results(linear.linear_reference, torch.float64), results(linear.linear, dtype)
 
 
 def test_where_there_is_no_library_nothing_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
