@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron.ops.cpu.library import is_plain, make_ready
-from megatron.ops.cpu.product import has_bf16, multiply, serves
+from megatron.ops.cpu.library import has_bf16, is_plain, make_ready
+from megatron.ops.cpu.product import multiply, serves
 from megatron.ops.lent_linear import is_lent, lent_linear
 
 SMALLEST = 2**24

@@ -1,8 +1,9 @@
 """Attention on a CPU by C++: whole (`flash.py`), or what stands between PyTorch's products, in place: attention.cpp.
 
-Short sequences in bf16 take the latter: PyTorch's products of bf16 are twice as fast as any of fp32, and the whole
-kernel computes in fp32. 2 rows of 8 heads of 64 features, forward and backward on one EPYC (Zen 4) core: 512 tokens in
-bf16 20 ms, 25 by the whole kernel; in fp32 37 and 25; 2048 tokens of one row 177 and 158, in fp32 262 and 167.
+The latter serves short sequences in bf16 on processors without products of bf16 pairs: there PyTorch's products of bf16
+may be faster than those of fp32 that the whole kernel makes. 2 rows of 8 heads of 64 features, forward and backward on
+one EPYC (Zen 4) core, milliseconds whole and in blocks: 512 tokens in bf16 14 and 19 (23 by products of fp32), in fp32
+23 and 35; 2048 tokens of one row 90 and 182, in fp32 157 and 245.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from megatron.ops.attention_backend import Backend, without
 from megatron.ops.attention_cpu import EAGER, LONGEST_KEPT, Between, Block, blocked_attention
 from megatron.ops.attention_sdpa import sdpa
 from megatron.ops.cpu.flash import flash_attention, serves
-from megatron.ops.cpu.library import DTYPES, is_plain, kernel
+from megatron.ops.cpu.library import DTYPES, has_bf16, is_plain, kernel
 from megatron.ops.sight import Sight
 
 _CAN = {"window", "segments", "padding", "slopes"}
@@ -62,10 +63,13 @@ def _blocked(query: Tensor, key: Tensor, value: Tensor, sight: Sight) -> Tensor:
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, sight: Sight, dropout: float) -> Tensor:
-    pays = query.dtype != torch.bfloat16 or key.shape[2] > LONGEST_KEPT
-    if pays and not dropout and is_plain(query, key, value) and serves(query, key, value, sight):
+    if not dropout and is_plain(query, key, value) and serves(query, key, value, sight) and _pays(query, key):
         return flash_attention(query, key, value, sight)
     return sdpa(query, key, value, sight, dropout, _blocked)
+
+
+def _pays(query: Tensor, key: Tensor) -> bool:
+    return query.dtype != torch.bfloat16 or has_bf16() or key.shape[2] > LONGEST_KEPT
 
 
 def _lacks(query: Tensor, key: Tensor, sight: Sight, dropout: float) -> str:

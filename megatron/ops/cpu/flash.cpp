@@ -1,11 +1,13 @@
-// Attention that holds the scores of 96 queries at a time, and their gradients; arithmetic is fp32 in every dtype.
+// Attention that holds the scores of 96 queries at a time, and their gradients. Arithmetic is fp32 in every dtype, but
+// where the processor multiplies pairs of bf16: there products of bf16 take bf16, P and dS rounded to it, and sum in fp32.
 //
 //     P = softmax of scale q k^T and alibi's -slope * distance, over what is seen;    o = P v
 //     dv = P^T do    dP = do v^T    dS = P (dP - do . o)    dq = scale dS k    dk = scale dS^T q
 //
 // The backward pass computes P again, from the logarithm of each query's sum (Dao et al. 2022, "FlashAttention"). Scores
 // are held transposed, a row for each key and a column for each query: then the softmax goes along vectors, and of the
-// five products none needs its factors in another order, but for the queries and do.
+// five products none needs its factors in another order, but for the queries and do. In bf16 a word (packing.h) has two
+// of what a product sums over: of features for scores, of keys for o and dq, of queries for dk and dv.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -55,19 +57,99 @@ struct Memory {
     float* values;
 };
 
-// Copies `count` rows of `dim` features, times a factor, to `rows` rows of DIM; what is beyond is 0.
+// What products of heads of T are made of.
+template <class T>
+using Factors = std::conditional_t<HAS_BF16_PRODUCTS && std::is_same_v<T, BFloat16>, BFloat16, float>;
+
+// Rows of features of a head, copied into words of both kinds; what is beyond them is 0.
 template <int64_t DIM, class T>
-void copy_in(const T* from, int64_t step, int64_t count, int64_t dim, float factor, int64_t rows, float* to) {
-    for (int64_t row = 0; row < count; ++row, from += step, to += DIM) {
-        int64_t column = 0;
-        for (; column + LANES <= dim; column += LANES) store(to + column, load(from + column) * factor);
-        if (column < dim) {
-            store(to + column, load_some(from + column, dim - column, 0.0f) * factor);
-            column += LANES;
+class Rows {
+public:
+    using In = Factors<T>;
+
+    explicit Rows(int64_t rows) : rows_(rows), values_(rows * DIM / PER_WORD<In>), pairs_(is_paired ? values_size() : 0) {}
+
+    void copy(const T* from, int64_t step, int64_t count, int64_t dim) {
+        In* to = reinterpret_cast<In*>(values_.values);
+        for (int64_t row = 0; row < count; ++row, from += step, to += DIM) {
+            int64_t column = 0;
+            if constexpr (is_paired) {
+                std::memcpy(to, from, dim * sizeof(T));
+                column = dim;
+            } else {
+                for (; column + LANES <= dim; column += LANES) store(to + column, load(from + column));
+                if (column < dim) {
+                    store(to + column, load_some(from + column, dim - column, 0.0f));
+                    column += LANES;
+                }
+            }
+            std::memset(to + column, 0, (DIM - column) * sizeof(In));
         }
-        std::memset(to + column, 0, (DIM - column) * sizeof(float));
+        std::memset(to, 0, (rows_ - count) * DIM * sizeof(In));
     }
-    std::memset(to, 0, (rows - count) * DIM * sizeof(float));
+
+    // [row][word of features]
+    const float* of_features() const { return values_.values; }
+
+    // [word of rows][feature]
+    const float* of_rows() {
+        if constexpr (!is_paired) return values_.values;
+        else {
+            const Factor<In> rows{reinterpret_cast<const In*>(values_.values), DIM, false};
+            pack<DIM>(rows, rows_, DIM, pairs_.values);
+            return pairs_.values;
+        }
+    }
+
+    // [word of features][row], of QUERIES rows
+    void turn(int64_t dim, float* columns) const {
+        pack<QUERIES>(Factor<float>{values_.values, DIM / PER_WORD<In>, true}, words<In>(dim), QUERIES, columns);
+    }
+
+private:
+    static constexpr bool is_paired = PER_WORD<In> > 1;
+    int64_t values_size() const { return rows_ * DIM / PER_WORD<In>; }
+
+    int64_t rows_;
+    Memory values_, pairs_;
+};
+
+// Weights [key][query] of fp32 as words of queries, [key][word], in `to`, which may be their own memory.
+template <class In>
+const float* of_queries(const float* weights, int64_t keys, float* to) {
+    if constexpr (PER_WORD<In> == 1) return weights;
+#if HAS_BF16_PRODUCTS
+    BFloat16* place = reinterpret_cast<BFloat16*>(to);
+    for (int64_t i = 0; i < keys * QUERIES; i += LANES) store_normal(place + i, load(weights + i));
+#endif
+    return to;
+}
+
+// The same as words of keys, [word][query], in their own memory.
+template <class In>
+const float* of_keys(float* weights, int64_t keys) {
+    if constexpr (PER_WORD<In> == 1) return weights;
+#if HAS_BF16_PRODUCTS
+    for (int64_t key = 0; key < keys; key += 2) {
+        const float* pair = weights + key * QUERIES;
+        for (int64_t query = 0; query < QUERIES; query += LANES) {
+            const Bits even = rounded_bits(load(pair + query)), odd = rounded_bits(load(pair + QUERIES + query));
+            store(weights + key / 2 * QUERIES + query, floats_of(even | odd << 16));
+        }
+    }
+#endif
+    return weights;
+}
+
+// The product of two rows.
+template <class T>
+float dot(const T* one, const T* other, int64_t dim) {
+    Floats product = {};
+    int64_t column = 0;
+    for (; column + LANES <= dim; column += LANES) product += load(one + column) * load(other + column);
+    if (column < dim)
+        product += load_some(one + column, dim - column, 0.0f) * load_some(other + column, dim - column, 0.0f);
+    return static_cast<float>(sum(product));
 }
 
 // Copies `count` rows of DIM values, each times its factor, to rows of `dim` features.
@@ -81,9 +163,10 @@ void copy_out(const float* from, int64_t count, int64_t dim, const float* factor
     }
 }
 
-// A block of queries of one head: what they see, and the products over it.
-template <int64_t DIM>
+// A block of queries of one head: what they see, and the products over it, of words of In.
+template <int64_t DIM, class In>
 struct Block {
+    static constexpr int64_t PER = PER_WORD<In>;
     const Shape& shape;
     int64_t begin, end, count;  // keys [begin, end), in whole tiles, that any of the `count` queries sees
     int32_t first[QUERIES], last[QUERIES];
@@ -115,13 +198,13 @@ struct Block {
         return false;
     }
 
-    // scores[key][query] = keys . queries, where any of a tile is seen. columns: the queries, transposed.
+    // scores[key][query] = keys . queries, where any of a tile is seen. rows: of_features; columns: the queries, turned.
     void products(const float* rows, const float* columns, float* scores) const {
         for (int64_t key = begin; key < end; key += ROWS)
             for (int64_t query = 0; query < QUERIES; query += COLUMNS)
                 if (sees(query, COLUMNS, key))
-                    sum_tile<1, DIM, QUERIES>(rows + key * DIM, columns + query, shape.dim,
-                                              scores + (key - begin) * QUERIES + query, QUERIES, false);
+                    sum_tile<1, DIM / PER, QUERIES, In>(rows + key * DIM / PER, columns + query, words<In>(shape.dim),
+                                                        scores + (key - begin) * QUERIES + query, QUERIES, false);
     }
 
     // The keys that any of the queries [query, query + LANES) sees.
@@ -138,7 +221,7 @@ struct Block {
         return keys.from < keys.to ? keys : Keys{begin, begin};
     }
 
-    // Calls body(scores, seen, bias) for the vectors of all pairs of those keys and these queries.
+    // Calls body(place, score, seen) for the vectors of all pairs of those keys and these queries. score: with its bias.
     template <class Body>
     void each_pair(float* scores, int64_t query, const Body& body) const {
         Ints lowest = raw<Ints>(first + query), highest = raw<Ints>(last + query);
@@ -147,8 +230,16 @@ struct Block {
         for (int64_t key = keys.from; key < keys.to; ++key) {
             const Ints number = Ints{} + static_cast<int32_t>(key);
             const Floats bias = (all(static_cast<float>(key)) - position) * slope;
-            body(scores + (key - begin) * QUERIES + query, (number >= lowest) & (number <= highest), bias);
+            float* place = scores + (key - begin) * QUERIES + query;
+            body(place, load(place) * shape.scale + bias, (number >= lowest) & (number <= highest));
         }
+    }
+
+    // Calls body(place) for the same vectors.
+    template <class Body>
+    void each_seen(float* scores, int64_t query, const Body& body) const {
+        const Keys keys = seen_by(query);
+        for (int64_t key = keys.from; key < keys.to; ++key) body(scores + (key - begin) * QUERIES + query);
     }
 
     // Sets the weights of these queries to 0 for all other keys.
@@ -158,7 +249,7 @@ struct Block {
         for (int64_t key = keys.to; key < end; ++key) store(weights + (key - begin) * QUERIES + query, Floats{});
     }
 
-    // out[query][feature] = sum over keys of weights[key][query] rows[key][feature].
+    // out[query][feature] = sum over keys of weights[key][query] rows[key][feature]. weights: of_keys; rows: of_rows.
     void weighted(const float* weights, const float* rows, float* out) const {
         for (int64_t query = 0; query < count; query += ROWS) {
             int64_t from = end, to = begin;
@@ -167,22 +258,27 @@ struct Block {
                 from = std::min<int64_t>(from, first[each]);
                 to = std::max<int64_t>(to, last[each] + 1);
             }
+            const int64_t word = from / PER, count_of_words = std::max<int64_t>(words<In>(to) - word, 0);
             for (int64_t column = 0; column < DIM; column += COLUMNS)
-                sum_tile<QUERIES, 1, DIM>(weights + (from - begin) * QUERIES + query, rows + from * DIM + column,
-                                          std::max<int64_t>(to - from, 0), out + query * DIM + column, DIM, false);
+                sum_tile<QUERIES, 1, DIM, In>(weights + (word - begin / PER) * QUERIES + query,
+                                              rows + word * DIM + column, count_of_words, out + query * DIM + column,
+                                              DIM, false);
         }
     }
 
-    // sums[key][feature] += sum over queries of weights[key][query] rows[query][feature].
+    // sums[key][feature] += sum over queries of weights[key][query] rows[query][feature]. weights: of_queries; rows:
+    // of_rows.
     void add_weighted(const float* weights, const float* rows, float* sums) const {
         for (int64_t key = begin; key < end; key += ROWS) {
             int64_t from = 0, to = count;
             while (from < to && !(first[from] < key + ROWS && last[from] >= key)) ++from;
             while (to > from && !(first[to - 1] < key + ROWS && last[to - 1] >= key)) --to;
             if (from == to) continue;
+            const int64_t word = from / PER;
             for (int64_t column = 0; column < DIM; column += COLUMNS)
-                sum_tile<1, QUERIES, DIM>(weights + (key - begin) * QUERIES + from, rows + from * DIM + column,
-                                          to - from, sums + key * DIM + column, DIM, true);
+                sum_tile<1, QUERIES / PER, DIM, In>(weights + (key - begin) * QUERIES / PER + word,
+                                                    rows + word * DIM + column, words<In>(to) - word,
+                                                    sums + key * DIM + column, DIM, true);
         }
     }
 };
@@ -190,30 +286,31 @@ struct Block {
 template <int64_t DIM, class T>
 void attend(const Shape& shape, Heads<const T> query, Heads<const T> key, Heads<const T> value, Heads<T> output,
             float* logarithms, int64_t item) {
+    using In = Factors<T>;
     const int64_t batch = item / shape.heads, head = item % shape.heads, padded = shape.padded_keys();
     const int64_t group = head / (shape.heads / shape.groups);
-    Memory keys(padded * DIM), values(padded * DIM), rows(QUERIES * DIM), columns(QUERIES * DIM);
-    Memory scores(padded * QUERIES);
-    copy_in<DIM>(key.at(batch, group), key.step(), shape.keys, shape.dim, 1.0f, padded, keys.values);
-    copy_in<DIM>(value.at(batch, group), value.step(), shape.keys, shape.dim, 1.0f, padded, values.values);
+    Rows<DIM, T> keys(padded), values(padded), queries(QUERIES);
+    Memory columns(QUERIES * DIM), scores(padded * QUERIES), out(QUERIES * DIM);
+    keys.copy(key.at(batch, group), key.step(), shape.keys, shape.dim);
+    values.copy(value.at(batch, group), value.step(), shape.keys, shape.dim);
+    const float* value_rows = values.of_rows();
     for (int64_t start = 0; start < shape.queries; start += QUERIES) {
-        const Block<DIM> block(shape, batch, head, start);
-        copy_in<DIM>(query.at(batch, head, start), query.step(), block.count, shape.dim, shape.scale, QUERIES,
-                     rows.values);
-        pack<QUERIES>(Factor<float>{rows.values, DIM, true}, shape.dim, QUERIES, columns.values);
-        block.products(keys.values, columns.values, scores.values);
+        const Block<DIM, In> block(shape, batch, head, start);
+        queries.copy(query.at(batch, head, start), query.step(), block.count, shape.dim);
+        queries.turn(shape.dim, columns.values);
+        block.products(keys.of_features(), columns.values, scores.values);
         float factors[QUERIES], sums[QUERIES], tops[QUERIES];
         for (int64_t place = 0; place < QUERIES; place += LANES) {
             Floats top = all(-INFINITE), total = {};
-            block.each_pair(scores.values, place, [&](float* score, Ints seen, Floats bias) {
-                const Floats found = select(seen, load(score) + bias, all(-INFINITE));
-                store(score, found);
+            block.each_pair(scores.values, place, [&](float* pair, Floats score, Ints seen) {
+                const Floats found = select(seen, score, all(-INFINITE));
+                store(pair, found);
                 top = larger(found, top);
             });
             top = select(top == -INFINITE, Floats{}, top);
-            block.each_pair(scores.values, place, [&](float* score, Ints, Floats) {
-                const Floats weight = exponential_below_zero(load(score) - top);
-                store(score, weight);
+            block.each_seen(scores.values, place, [&](float* pair) {
+                const Floats weight = exponential_below_zero(load(pair) - top);
+                store(pair, weight);
                 total += weight;
             });
             block.clear_others(scores.values, place);
@@ -226,8 +323,8 @@ void attend(const Shape& shape, Heads<const T> query, Heads<const T> key, Heads<
             logarithms[item * shape.queries + start + place] =
                 is_blind ? INFINITE : tops[place] + std::log(sums[place]);
         }
-        block.weighted(scores.values, values.values, rows.values);
-        copy_out<DIM>(rows.values, block.count, shape.dim, factors, output.at(batch, head, start), output.step());
+        block.weighted(of_keys<In>(scores.values, block.end - block.begin), value_rows, out.values);
+        copy_out<DIM>(out.values, block.count, shape.dim, factors, output.at(batch, head, start), output.step());
     }
 }
 
@@ -236,59 +333,59 @@ template <int64_t DIM, class T>
 void attend_back(const Shape& shape, Heads<const T> query, Heads<const T> key, Heads<const T> value,
                  Heads<const T> output, Heads<const T> upstream, const float* logarithms, Heads<T> query_gradient,
                  Heads<T> key_gradient, Heads<T> value_gradient, int64_t item) {
+    using In = Factors<T>;
     const int64_t batch = item / shape.groups, group = item % shape.groups, padded = shape.padded_keys();
     const int64_t shared = shape.heads / shape.groups;
-    Memory keys(padded * DIM), values(padded * DIM), key_sums(padded * DIM), value_sums(padded * DIM);
-    Memory rows(QUERIES * DIM), columns(QUERIES * DIM), above(QUERIES * DIM), above_columns(QUERIES * DIM);
+    Rows<DIM, T> keys(padded), values(padded), queries(QUERIES), above(QUERIES);
+    Memory columns(QUERIES * DIM), key_sums(padded * DIM), value_sums(padded * DIM), out(QUERIES * DIM);
     Memory weights(padded * QUERIES), scores(padded * QUERIES);
-    copy_in<DIM>(key.at(batch, group), key.step(), shape.keys, shape.dim, 1.0f, padded, keys.values);
-    copy_in<DIM>(value.at(batch, group), value.step(), shape.keys, shape.dim, 1.0f, padded, values.values);
+    Memory turned(PER_WORD<In> > 1 ? padded * QUERIES / PER_WORD<In> : 0);
+    keys.copy(key.at(batch, group), key.step(), shape.keys, shape.dim);
+    values.copy(value.at(batch, group), value.step(), shape.keys, shape.dim);
+    const float* key_rows = keys.of_rows();
     std::memset(key_sums.values, 0, padded * DIM * sizeof(float));
     std::memset(value_sums.values, 0, padded * DIM * sizeof(float));
     for (int64_t head = group * shared; head < (group + 1) * shared; ++head) {
         for (int64_t start = 0; start < shape.queries; start += QUERIES) {
-            const Block<DIM> block(shape, batch, head, start);
+            const Block<DIM, In> block(shape, batch, head, start);
+            const int64_t seen_keys = block.end - block.begin;
             float inner[QUERIES] = {}, lines[QUERIES], factors[QUERIES];
             std::fill(lines, lines + QUERIES, INFINITE);
             std::fill(factors, factors + QUERIES, shape.scale);
             std::copy_n(logarithms + (batch * shape.heads + head) * shape.queries + start, block.count, lines);
-            copy_in<DIM>(output.at(batch, head, start), output.step(), block.count, shape.dim, 1.0f, QUERIES,
-                         rows.values);
-            copy_in<DIM>(upstream.at(batch, head, start), upstream.step(), block.count, shape.dim, 1.0f, QUERIES,
-                         above.values);
-            for (int64_t place = 0; place < block.count; ++place) {
-                Floats product = {};
-                for (int64_t column = 0; column < DIM; column += LANES)
-                    product += load(rows.values + place * DIM + column) * load(above.values + place * DIM + column);
-                inner[place] = static_cast<float>(sum(product));
-            }
-            copy_in<DIM>(query.at(batch, head, start), query.step(), block.count, shape.dim, shape.scale, QUERIES,
-                         rows.values);
-            pack<QUERIES>(Factor<float>{rows.values, DIM, true}, shape.dim, QUERIES, columns.values);
-            pack<QUERIES>(Factor<float>{above.values, DIM, true}, shape.dim, QUERIES, above_columns.values);
-            block.products(keys.values, columns.values, weights.values);
-            block.products(values.values, above_columns.values, scores.values);
+            for (int64_t place = 0; place < block.count; ++place)
+                inner[place] = dot(output.at(batch, head, start + place), upstream.at(batch, head, start + place),
+                                   shape.dim);
+            queries.copy(query.at(batch, head, start), query.step(), block.count, shape.dim);
+            above.copy(upstream.at(batch, head, start), upstream.step(), block.count, shape.dim);
+            queries.turn(shape.dim, columns.values);
+            block.products(keys.of_features(), columns.values, weights.values);
+            above.turn(shape.dim, columns.values);
+            block.products(values.of_features(), columns.values, scores.values);
             const int64_t distance = scores.values - weights.values;
             for (int64_t place = 0; place < QUERIES; place += LANES) {
                 const Floats line = load(lines + place), mean = load(inner + place);
-                block.each_pair(weights.values, place, [&](float* pair, Ints seen, Floats bias) {
-                    const Floats weight = select(seen, exponential_below_zero(load(pair) + bias - line), Floats{});
+                block.each_pair(weights.values, place, [&](float* pair, Floats score, Ints seen) {
+                    const Floats weight = select(seen, exponential_below_zero(score - line), Floats{});
                     store(pair, weight);
                     store(pair + distance, select(seen, weight * (load(pair + distance) - mean), Floats{}));
                 });
                 block.clear_others(weights.values, place);
                 block.clear_others(scores.values, place);
             }
-            block.add_weighted(weights.values, above.values, value_sums.values);
-            block.add_weighted(scores.values, rows.values, key_sums.values);
-            block.weighted(scores.values, keys.values, rows.values);
-            copy_out<DIM>(rows.values, block.count, shape.dim, factors, query_gradient.at(batch, head, start),
+            block.add_weighted(of_queries<In>(weights.values, seen_keys, weights.values), above.of_rows(),
+                               value_sums.values);
+            block.add_weighted(of_queries<In>(scores.values, seen_keys, turned.values), queries.of_rows(),
+                               key_sums.values);
+            block.weighted(of_keys<In>(scores.values, seen_keys), key_rows, out.values);
+            copy_out<DIM>(out.values, block.count, shape.dim, factors, query_gradient.at(batch, head, start),
                           query_gradient.step());
         }
     }
-    std::fill(weights.values, weights.values + shape.keys, 1.0f);
+    std::fill(weights.values, weights.values + shape.keys, shape.scale);
     copy_out<DIM>(key_sums.values, shape.keys, shape.dim, weights.values, key_gradient.at(batch, group),
                   key_gradient.step());
+    std::fill(weights.values, weights.values + shape.keys, 1.0f);
     copy_out<DIM>(value_sums.values, shape.keys, shape.dim, weights.values, value_gradient.at(batch, group),
                   value_gradient.step());
 }

@@ -74,6 +74,12 @@ def kernel(name: str, arguments: str) -> Callable[..., int]:
     return function
 
 
+@cache
+def has_bf16() -> bool:
+    """Return whether this processor multiplies pairs of bf16, and kernels do; `make_ready` has loaded the library."""
+    return bool(kernel("deepy_has_bf16_products", "")())
+
+
 def is_plain(*tensors: Tensor) -> bool:
     """Return whether all are in the CPU's memory, of a dtype that kernels know, and nothing is being traced.
 

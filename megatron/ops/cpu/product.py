@@ -6,12 +6,10 @@ are not in the cache reach 105 to 113. bf16 needs AVX-512's products of pairs, w
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
-from megatron.ops.cpu.library import DTYPES, is_plain, kernel, make_ready
+from megatron.ops.cpu.library import DTYPES, has_bf16, is_plain, kernel, make_ready
 
 FEWEST_LINES = 96
 """Rows and columns of the least product: each factor is copied, which must pay for itself."""
@@ -37,12 +35,6 @@ def serves(left: Tensor, right: Tensor) -> bool:
     if left.dtype == torch.float32:
         return 1 in left.stride() and 1 in right.stride()
     return left.dtype == torch.bfloat16 and has_bf16() and _is_in_words(left) and _is_in_words(right.t())
-
-
-@cache
-def has_bf16() -> bool:
-    """Return whether bf16 is served on this processor; `make_ready` has loaded the library."""
-    return bool(kernel("deepy_has_bf16_products", "")())
 
 
 def multiply(

@@ -43,11 +43,11 @@ inline __attribute__((always_inline)) void tile_sums(const float* __restrict lef
 }
 
 // target[i][j] = those sums, or that with them added, for ROWS i; rows of the target lie `stride` apart.
-template <int64_t LEFT_K, int64_t LEFT_I, int64_t RIGHT_K>
+template <int64_t LEFT_K, int64_t LEFT_I, int64_t RIGHT_K, class T = float>
 inline void sum_tile(const float* __restrict left, const float* __restrict right, int64_t depth,
                      float* __restrict target, int64_t stride, bool adds) {
     Floats sums[ROWS][VECTORS];
-    tile_sums<ROWS, LEFT_K, LEFT_I, RIGHT_K>(left, right, depth, sums);
+    tile_sums<ROWS, LEFT_K, LEFT_I, RIGHT_K, T>(left, right, depth, sums);
 #pragma GCC unroll 12
     for (int64_t i = 0; i < ROWS; ++i) {
 #pragma GCC unroll 2

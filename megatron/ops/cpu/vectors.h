@@ -184,6 +184,11 @@ inline void store(BFloat16* pointer, Floats values) {
 inline __mmask16 first_lanes(int64_t count) {
     return count >= 16 ? 0xFFFF : count > 0 ? (1 << count) - 1 : 0;
 }
+
+// Values as bf16 in the low halves of 32 bits; those below 2^-126 become 0.
+inline Bits rounded_bits(Floats values) {
+    return extended((Halves)_mm512_cvtneps_pbh((__m512)values));
+}
 #endif
 
 // The first `count` of LANES values; the others are `fill`, and are not stored.

@@ -32,6 +32,7 @@ def test_training(
     kind: str, kv_heads: int, dtype: torch.dtype, queries: int, keys: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention_cpu, "BLOCK", 16)
+    monkeypatch.setattr(attention, "has_bf16", lambda: False)
     compare(attention.CPP, heads_of(kv_heads, queries, keys, dtype), sight_of(kind, queries, keys))
 
 
@@ -53,6 +54,18 @@ def test_each_step_between_the_products_equals_pytorchs(kind: str, dtype: torch.
     given = attention.IN_ONE_PASS.gradient(gradient, found, block)
     assert given is gradient
     torch.testing.assert_close(given.float(), wanted, rtol=rounding, atol=rounding)
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_short_sequences_in_bf16_are_whole_where_the_processor_has_products_of_them(
+    monkeypatch: pytest.MonkeyPatch, has_bf16: bool
+) -> None:
+    monkeypatch.setattr(attention, "has_bf16", lambda: has_bf16)
+    called: list[int] = []
+    whole = attention.flash_attention
+    monkeypatch.setattr(attention, "flash_attention", lambda *args: called.append(1) or whole(*args))
+    compare(attention.CPP, heads_of(4, 40, 40, torch.bfloat16), sight_of("causal", 40, 40))
+    assert bool(called) == has_bf16
 
 
 def test_sums_are_fp32() -> None:

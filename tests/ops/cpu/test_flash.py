@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
+from megatron.ops.attention import sight_reference
 from megatron.ops.cpu import library
 from megatron.ops.cpu.flash import LARGEST_HEAD, flash_attention, serves
 from megatron.ops.sight import Sight
@@ -34,9 +37,10 @@ def test_training(kind: str, kv_heads: int, dtype: torch.dtype, queries: int, ke
     compare(attend, heads_of(kv_heads, queries, keys, dtype), sight_of(kind, queries, keys))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dim", [1, 17, 64, 80, 128, 256])
-def test_heads_of_any_size(dim: int) -> None:
-    compare(attend, heads_of(2, 40, 40, torch.float32, dim=dim), sight_of("causal", 40, 40, scale=dim**-0.5))
+def test_heads_of_any_size(dim: int, dtype: torch.dtype) -> None:
+    compare(attend, heads_of(2, 40, 40, dtype, dim=dim), sight_of("causal", 40, 40, scale=dim**-0.5))
 
 
 def test_fp32_is_exact_to_rounding_over_several_blocks() -> None:
@@ -44,8 +48,28 @@ def test_fp32_is_exact_to_rounding_over_several_blocks() -> None:
     compare(attend, tensors, sight_of("causal", 250, 250, scale=0.125), rtol=1e-6, atol=2e-6)
 
 
-def test_queries_that_see_nothing_give_and_get_nothing() -> None:
-    query, key, value, upstream = heads_of(4, 20, 20, torch.float32)
+@pytest.mark.parametrize("kind", SERVED)
+def test_bf16_costs_no_more_than_rounding_the_results_twice(kind: str) -> None:
+    *heads, upstream = heads_of(2, 251, 263, torch.bfloat16, dim=63)
+    sight = sight_of(kind, 251, 263, scale=0.125)
+    found = results(flash_attention, heads, upstream, sight)
+    exact = results(sight_reference, [each.double() for each in heads], upstream.double(), sight)
+    for one, right in zip(found, exact, strict=True):
+        error, rounding = (one.double() - right).abs(), (right.bfloat16().double() - right).abs()
+        assert error.mean() <= 2 * rounding.mean()
+        assert error.max() <= 2.5 * rounding.max()
+
+
+def results(function: Callable[..., Tensor], heads: list[Tensor], upstream: Tensor, sight: Sight) -> list[Tensor]:
+    """Return the output and the gradients of query, key and value."""
+    leaves = [each.detach().clone().requires_grad_() for each in heads]
+    output = function(*leaves, sight)
+    return [output.detach(), *torch.autograd.grad(output, leaves, upstream)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_queries_that_see_nothing_give_and_get_nothing(dtype: torch.dtype) -> None:
+    query, key, value, upstream = heads_of(4, 20, 20, dtype)
     sight = sight_of("causal", 20, 20)
     bounds = sight.bounds(20, 20, query.device)
     bounds.first[:, 5] = 20

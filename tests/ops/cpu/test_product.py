@@ -12,7 +12,8 @@ from torch import Tensor
 from megatron.ops import linear
 from megatron.ops.cpu import library
 from megatron.ops.cpu import product as module
-from megatron.ops.cpu.product import has_bf16, multiply, serves
+from megatron.ops.cpu.library import has_bf16
+from megatron.ops.cpu.product import multiply, serves
 
 SIZES = [
     (1, 1, 1),
