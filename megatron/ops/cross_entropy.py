@@ -199,7 +199,7 @@ def _weighted(hidden: Tensor, factors: Tensor) -> Tensor:
 
 def _accumulate(total: Tensor, logits_gradient: Tensor, weighted: Tensor, is_first: bool) -> None:
     """Add logits_gradient^T [v, c] weighted [c, h] to fp32 `total` [v, h], or fill that with it."""
-    if total.dtype == weighted.dtype or accumulates(logits_gradient.t(), weighted):
+    if total.dtype == weighted.dtype or accumulates(total, logits_gradient.t(), weighted, is_first):
         accumulate_product(total, logits_gradient.t(), weighted, is_first)
     elif weighted.device.type == "cuda" and _sums_in_fp32(weighted.dtype):
         settings: dict[str, Any] = {"out_dtype": torch.float32, "beta": 0 if is_first else 1, "out": total}

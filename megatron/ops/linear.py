@@ -70,17 +70,17 @@ def product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
 def accumulate_product(total: Tensor, left: Tensor, right: Tensor, is_first: bool) -> Tensor:
     """Return `total` [n, m], to which `product(left, right)` was added, or which was filled with it.
 
-    total: of the factors' dtype, or fp32 where `accumulates(left, right)`.
+    total: of the factors' dtype, or fp32 where it `accumulates`.
     """
-    is_addable = is_first or total.dtype == torch.float32
-    if is_addable and total.stride(1) == 1 and _is_ours(left, right):
+    if accumulates(total, left, right, is_first):
         return multiply(total, left, right, adds=not is_first, is_read=not _is_turned(left))
     return torch.addmm(total, left, right, beta=0 if is_first else 1, out=total)
 
 
-def accumulates(left: Tensor, right: Tensor) -> bool:
-    """Return whether `accumulate_product` adds left @ right, unrounded, to fp32 whose rows lie in one piece each."""
-    return _is_ours(left, right)
+def accumulates(total: Tensor, left: Tensor, right: Tensor, is_first: bool) -> bool:
+    """Return whether our own kernel adds left @ right, unrounded, to `total`, or fills it with that."""
+    is_addable = total.dtype == torch.float32 or (is_first and total.dtype == left.dtype)
+    return is_addable and total.stride(1) == 1 and _is_ours(left, right)
 
 
 def product_into(output: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -144,6 +144,7 @@ def _is_large(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and inputs.shape[-1:] == weight.shape[1:]
         and all(each.dtype == weight.dtype and each.shape == weight.shape[:1] for each in biases)
         and _has_choice(weight)
+        and not torch.is_autocast_enabled(weight.device.type)
     )
 
 

@@ -116,21 +116,20 @@ private:
 
 // Weights [key][query] of fp32 as words of queries, [key][word], in `to`, which may be their own memory.
 template <class In>
-const float* of_queries(const float* weights, int64_t keys, float* to) {
-    if constexpr (PER_WORD<In> == 1) return weights;
-#if HAS_BF16_PRODUCTS
-    BFloat16* place = reinterpret_cast<BFloat16*>(to);
-    for (int64_t i = 0; i < keys * QUERIES; i += LANES) store_normal(place + i, load(weights + i));
-#endif
-    return to;
+const float* of_queries(const float* weights, [[maybe_unused]] int64_t keys, [[maybe_unused]] float* to) {
+    if constexpr (PER_WORD<In> > 1) {
+        BFloat16* place = reinterpret_cast<BFloat16*>(to);
+        for (int64_t i = 0; i < keys * QUERIES; i += LANES) store_normal(place + i, load(weights + i));
+        return to;
+    }
+    return weights;
 }
 
 // The same as words of keys, [word][query], in their own memory.
 template <class In>
-const float* of_keys(float* weights, int64_t keys) {
-    if constexpr (PER_WORD<In> == 1) return weights;
+const float* of_keys(float* weights, [[maybe_unused]] int64_t keys) {
 #if HAS_BF16_PRODUCTS
-    for (int64_t key = 0; key < keys; key += 2) {
+    for (int64_t key = 0; PER_WORD<In> > 1 && key < keys; key += 2) {
         const float* pair = weights + key * QUERIES;
         for (int64_t query = 0; query < QUERIES; query += LANES) {
             const Bits even = rounded_bits(load(pair + query)), odd = rounded_bits(load(pair + QUERIES + query));

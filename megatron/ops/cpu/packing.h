@@ -113,47 +113,46 @@ void pack_rows(Factor<float> from, int64_t depth, int64_t lines, float* to) {
     }
 }
 
+// The word at a place of which `count` elements are there.
+template <class T>
+inline float word_at(const T* place, int64_t count) {
+    float word = 0.0f;
+    std::memcpy(&word, place, std::min(count, PER_WORD<T>) * sizeof(T));
+    return word;
+}
+
 // A sliver of lines that lie in one piece each, of which `count` are there. While it is copied, `next` is asked for.
-template <int64_t width>
-void pack_lines(Factor<float> from, int64_t depth, int64_t count, float* to, Ahead<float>& next) {
-    const int64_t whole = depth / LANES * LANES;
+template <int64_t width, class T>
+void pack_lines(Factor<T> from, int64_t depth, int64_t count, float* to, Ahead<T>& next) {
+    constexpr int64_t PER = PER_WORD<T>;
+    const int64_t whole = depth / PER / LANES * LANES;
     for (int64_t k = 0; k < whole; k += LANES) {
         next.advance();
         for (int64_t line = 0; line < width; line += LANES) {
             Floats vectors[LANES];
 #pragma GCC unroll 16
             for (int64_t i = 0; i < LANES; ++i) {
-                const float* place = from.values + (line + i) * from.stride + k;
-                vectors[i] = line + i < count ? load(place) : Floats{};
+                const T* place = from.values + (line + i) * from.stride + k * PER;
+                vectors[i] = line + i < count ? raw<Floats>(place) : Floats{};
             }
             transpose(vectors);
 #pragma GCC unroll 16
             for (int64_t i = 0; i < LANES; ++i) store(to + (k + i) * width + line, vectors[i]);
         }
     }
-    for (int64_t k = whole; k < depth; ++k) {
-        for (int64_t line = 0; line < width; ++line)
-            to[k * width + line] = line < count ? from.values[line * from.stride + k] : 0.0f;
-    }
-}
-
-// `lines` lines in slivers of `width` each, one behind the other, the last filled up with 0. It may write LANES floats
-// beyond the last.
-template <int64_t width>
-void pack(Factor<float> from, int64_t depth, int64_t lines, float* to) {
-    if (!from.has_lines) return pack_rows<width>(from, depth, lines, to);
-    for (int64_t start = 0; start < lines; start += width) {
-        const int64_t behind = std::min(width, std::max<int64_t>(lines - start - width, 0));
-        Ahead<float> next(from.from(start + width, 0), depth, behind, depth / LANES);
-        pack_lines<width>(from.from(start, 0), depth, std::min(width, lines - start), to + start * depth, next);
+    for (int64_t k = whole; k < words<T>(depth); ++k) {
+        for (int64_t line = 0; line < width; ++line) {
+            const T* place = from.values + line * from.stride + k * PER;
+            to[k * width + line] = line < count ? word_at(place, depth - k * PER) : 0.0f;
+        }
     }
 }
 
 #if HAS_BF16_PRODUCTS
-// Pairs of rows of lines that do not lie in one piece, put together element by element.
+// The same for bf16: pairs of rows, put together element by element.
 template <int64_t width>
-void pack_pairs(Factor<BFloat16> from, int64_t depth, int64_t lines, float* to) {
-    constexpr int64_t BATCH = 4, DISTANCE = 8;  // as in pack_rows, of pairs and rows
+void pack_rows(Factor<BFloat16> from, int64_t depth, int64_t lines, float* to) {
+    constexpr int64_t BATCH = 4, DISTANCE = 8;  // of pairs and rows
     const int64_t pairs = words<BFloat16>(depth);
     for (int64_t batch = 0; batch < pairs; batch += BATCH) {
         const int64_t end = std::min(pairs, batch + BATCH);
@@ -177,13 +176,18 @@ void pack_pairs(Factor<BFloat16> from, int64_t depth, int64_t lines, float* to) 
     }
 }
 
-// The same for bf16. Lines in one piece each are of an even number of elements, at addresses and strides of whole words.
-template <int64_t width>
-void pack(Factor<BFloat16> from, int64_t depth, int64_t lines, float* to) {
-    if (!from.has_lines) return pack_pairs<width>(from, depth, lines, to);
-    const Factor<float> of_words{reinterpret_cast<const float*>(from.values), from.stride / 2, true};
-    pack<width>(of_words, depth / 2, lines, to);
-}
 #endif
+
+// `lines` lines in slivers of `width` each, one behind the other, the last filled up with 0. It may write LANES floats
+// beyond the last.
+template <int64_t width, class T>
+void pack(Factor<T> from, int64_t depth, int64_t lines, float* to) {
+    if (!from.has_lines) return pack_rows<width>(from, depth, lines, to);
+    for (int64_t start = 0; start < lines; start += width) {
+        const int64_t behind = std::min(width, std::max<int64_t>(lines - start - width, 0));
+        Ahead<T> next(from.from(start + width, 0), depth, behind, words<T>(depth) / LANES);
+        pack_lines<width>(from.from(start, 0), depth, std::min(width, lines - start), to + start * words<T>(depth), next);
+    }
+}
 
 }  // namespace deepy

@@ -87,7 +87,7 @@ struct Target {
     }
 };
 
-inline void put(float* place, const Floats (&values)[VECTORS], bool is_read) {
+inline void put(float* place, const Floats (&values)[VECTORS], [[maybe_unused]] bool is_read) {
 #pragma GCC unroll 2
     for (int64_t j = 0; j < VECTORS; ++j) {
 #if defined(__AVX512F__)
@@ -145,7 +145,9 @@ void make_tile(const float* left, const float* right, int64_t depth, Target<Out>
             Floats values = load(kept + i * COLUMNS + j);
             if (target.earlier) values += load_some(target.earlier + i * target.earlier_stride + j, count, 0.0f);
             if (target.bias) values += load_some(target.bias + j, count, 0.0f);
-            store_some(target.values + i * target.stride + j, values, count);
+            Out rounded[LANES];
+            store_normal(rounded, values);  // as `put` does, so that no value depends on its tile
+            std::memcpy(target.values + i * target.stride + j, rounded, count * sizeof(Out));
         }
     }
 }
@@ -320,11 +322,10 @@ DEEPY_EXPORT int64_t deepy_has_bf16_products() { return HAS_BF16_PRODUCTS; }
 // target [rows, columns] from left [rows, depth] and right [depth, columns]; lines are rows of the left and columns of
 // the right factor. type: of both, and of the bias; target_type: FP32, or `type`. bias [columns], or null. write: a
 // Write; ADD only to fp32, and PASS only to rows whose memory begins at multiples of 64. sums [rows] are filled with the
-// sums of the left factor's lines, which must not lie in one piece; or null. Lines of bf16 that do are of an even
-// number of elements, at addresses that are multiples of 4.
-DEEPY_EXPORT int64_t deepy_product(int64_t type, int64_t target_type, void* target, int64_t stride, const void* left,
-                                   int64_t left_stride, int64_t left_lines, const void* right, int64_t right_stride,
-                                   int64_t right_lines, const void* bias, float* sums, int64_t rows, int64_t columns,
+// sums of the left factor's lines, which must not lie in one piece; or null.
+DEEPY_EXPORT int64_t deepy_product(int64_t type, [[maybe_unused]] int64_t target_type, void* target, int64_t stride,
+                                   const void* left, int64_t left_stride, int64_t left_lines, const void* right,
+                                   int64_t right_stride, int64_t right_lines, const void* bias, float* sums, int64_t rows, int64_t columns,
                                    int64_t depth, int64_t write, int64_t threads) {
     const auto make = [&](auto* in, auto* out) {
         using In = std::remove_pointer_t<decltype(in)>;

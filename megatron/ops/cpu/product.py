@@ -32,9 +32,8 @@ def serves(left: Tensor, right: Tensor) -> bool:
     is_enough = rows * columns >= FEWEST_RESULTS * torch.get_num_threads()
     if not is_enough or not is_plain(left, right) or make_ready(_CPU):
         return False
-    if left.dtype == torch.float32:
-        return 1 in left.stride() and 1 in right.stride()
-    return left.dtype == torch.bfloat16 and has_bf16() and _is_in_words(left) and _is_in_words(right.t())
+    is_known = left.dtype == torch.float32 or (left.dtype == torch.bfloat16 and has_bf16())
+    return is_known and 1 in left.stride() and 1 in right.stride()
 
 
 def multiply(
@@ -52,6 +51,9 @@ def multiply(
     dtype, of one piece. adds: to fp32 only. sums: [n] fp32, of one piece, which is filled with the sums of left's rows,
     which is a transposed view then. is_read: whether the result is needed soon. Else it goes to memory past the caches.
     """
+    assert output.dtype in (left.dtype, torch.float32)
+    assert not adds or output.dtype == torch.float32
+    assert bias is None or bias.dtype == output.dtype
     write = _ADD if adds else _FILL if is_read or not _is_aligned(output) else _PASS
     (rows, columns), (down, across), (down_right, across_right) = output.shape, left.stride(), right.stride()
     has_lines, has_lines_right = across == 1, down_right == 1
@@ -66,14 +68,6 @@ def multiply(
 
 def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
-
-
-def _is_in_words(lines: Tensor) -> bool:
-    """Return whether a bf16 matrix [lines, k] can be copied in pairs: lines in one piece each only from whole words."""
-    (stride, across), depth = lines.stride(), lines.shape[1]
-    if across != 1:
-        return stride == 1
-    return depth % 2 == stride % 2 == lines.data_ptr() % 4 == 0
 
 
 def _is_aligned(output: Tensor) -> bool:

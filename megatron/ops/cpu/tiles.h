@@ -37,7 +37,8 @@ inline __attribute__((always_inline)) void tile_sums(const float* __restrict lef
 #pragma GCC unroll 12
         for (int64_t i = 0; i < rows; ++i) {
 #pragma GCC unroll 2
-            for (int64_t j = 0; j < VECTORS; ++j) sums[i][j] = with_product(sums[i][j], left[k * LEFT_K + i * LEFT_I], values[j], static_cast<T*>(nullptr));
+            for (int64_t j = 0; j < VECTORS; ++j)
+                sums[i][j] = with_product(sums[i][j], left[k * LEFT_K + i * LEFT_I], values[j], static_cast<T*>(nullptr));
         }
     }
 }

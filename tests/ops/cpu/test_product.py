@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron.ops import linear
+from megatron.ops import cross_entropy, linear
 from megatron.ops.cpu import library
 from megatron.ops.cpu import product as module
 from megatron.ops.cpu.library import has_bf16
@@ -157,18 +159,52 @@ class TestBf16:
         torch.testing.assert_close(room[:-1].double(), left.double().sum(1), rtol=1e-5, atol=1e-4)
         assert room[-1].isnan()
 
-    def test_only_whole_words_are_served(self) -> None:
+    def test_lines_may_begin_and_end_anywhere(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        left, right = (torch.randn(100, 303, generator=generator).to(BF16)[:, 1:offset] for offset in (300, 300))
         with threads(1):
-            left, right = draw(500, 96, 64, (False, False), BF16)
-            assert serves(left, right)
-            assert serves(left.t().contiguous().t(), right.t().contiguous().t())
-            assert not serves(left, right.float())
-            assert not serves(left[:, 1:63], right[1:63])  # begins in the middle of a word
-            assert not serves(left[:, :63], right[:63])
-            assert not serves(*draw(500, 96, 64, (False, False))[:1], right)
-            odd = torch.zeros(500, 65, dtype=BF16)[:, :64]
-            assert not serves(odd, right)
-            assert serves(torch.zeros(63, 500, dtype=BF16).t(), right[:63])
+            assert serves(left.expand(5, 100, 299).reshape(500, 299), right.t())
+        found = multiply(torch.empty(100, 100), left, right.t())
+        torch.testing.assert_close(found.double(), left.double() @ right.double().t(), rtol=1e-5, atol=1e-4)
+
+    def test_an_address_changes_no_bit(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        calls = count_products(monkeypatch)
+        generator = torch.Generator().manual_seed(0)
+        weight, inputs = (torch.randn(400, 128, generator=generator).to(BF16) for _ in range(2))
+        elsewhere = torch.empty(400 * 128 + 1, dtype=BF16)[1:].view(400, 128).copy_(weight)
+        with threads(1):
+            assert torch.equal(linear.linear(inputs, weight), linear.linear(inputs, elsewhere))
+        assert len(calls) == 2
+
+    def test_what_is_below_every_normal_number_is_0_in_any_tile(self) -> None:
+        left, right = torch.zeros(40, 64, dtype=BF16), torch.zeros(64, 50, dtype=BF16)
+        bias = torch.full((50,), 1e-39, dtype=BF16)
+        assert not multiply(torch.ones(40, 50, dtype=BF16), left, right, bias).any()
+
+    def test_chunks_of_a_loss_are_summed_unrounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        calls = count_products(monkeypatch)
+        gradient, weighted = draw(400, 112, 160, (True, False), BF16)
+        exact = gradient.double() @ weighted.double()
+        totals = torch.full((400, 112), float("nan")), torch.full((112, 400), float("nan")).t()
+        with threads(1):
+            for total in totals:
+                cross_entropy._accumulate(total, gradient.t(), weighted, is_first=True)
+                cross_entropy._accumulate(total, gradient.t(), weighted, is_first=False)
+        torch.testing.assert_close(totals[0].double(), 2 * exact, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(totals[1].double(), 2 * exact, rtol=2**-7, atol=1e-3)  # in blocks, each rounded
+        assert len(calls) == 2
+
+    def test_what_is_added_to_bf16_is_pytorchs(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        calls = count_products(monkeypatch)
+        left, right = draw(400, 112, 160, (True, False), BF16)
+        total = torch.ones(400, 112, dtype=BF16)
+        with threads(1):
+            linear.accumulate_product(total, left, right, is_first=False)
+            torch.testing.assert_close(total.double(), 1 + left.double() @ right.double(), rtol=2**-7, atol=1e-2)
+            assert not calls
+            linear.accumulate_product(total, left, right, is_first=True)
+        torch.testing.assert_close(total.double(), left.double() @ right.double(), rtol=2**-8, atol=1e-4)
+        assert len(calls) == 1
 
     @pytest.mark.parametrize("frozen", [None, 0, 1, 2])
     @pytest.mark.parametrize("has_bias", [True, False])
@@ -188,7 +224,21 @@ class TestBf16:
         monkeypatch.setattr(linear, "has_bf16", lambda: False)
         monkeypatch.setattr(module, "has_bf16", lambda: False)
         trained_maps(True, None, BF16)
+        with threads(1):
+            assert not serves(*draw(500, 96, 64, (True, False), BF16))
         assert not calls
+
+    def test_autocast_is_pytorchs(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        calls = count_products(monkeypatch)
+        with torch.autocast("cpu", torch.float16):
+            trained_maps(False, None, FP32, torch.float16)
+            trained_maps(False, None, BF16, torch.float16)
+        assert not calls
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="pages that cannot be read are made by Linux's calls")
+    def test_nothing_beyond_a_factor_is_read(self) -> None:
+        ended = subprocess.run([sys.executable, "-c", GUARDED], capture_output=True, text=True, check=False)
+        assert (ended.returncode, ended.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -307,6 +357,27 @@ def test_a_linear_map_and_its_gradients(monkeypatch: pytest.MonkeyPatch, has_bia
     assert len(calls) == 3 - (frozen in (0, 1))
 
 
+GUARDED = """
+import ctypes, mmap, torch
+from megatron.ops.cpu.library import make_ready
+from megatron.ops.cpu.product import multiply
+
+def at_the_end(*shape):
+    size = 2 * shape[0] * shape[1]
+    readable = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, readable + mmap.PAGESIZE)
+    begin = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert not ctypes.CDLL(None).mprotect(ctypes.c_void_p(begin + readable), ctypes.c_size_t(mmap.PAGESIZE), 0)
+    return torch.frombuffer(memory, dtype=torch.bfloat16, count=size // 2, offset=readable - size).view(*shape).fill_(1)
+
+assert not make_ready(torch.device("cpu"))
+for rows, columns, depth in ((13, 33, 7), (13, 33, 63), (100, 70, 31), (12, 32, 16)):
+    for left in (at_the_end(rows, depth), at_the_end(depth, rows).t()):
+        for right in (at_the_end(depth, columns), at_the_end(columns, depth).t()):
+            assert (multiply(torch.empty(rows, columns), left, right) == depth).all()
+"""
+
+
 def count_products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Let every product be ours; return a list that grows with each."""
     calls: list[int] = []
@@ -317,10 +388,12 @@ def count_products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-def trained_maps(has_bias: bool, frozen: int | None, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def trained_maps(
+    has_bias: bool, frozen: int | None, dtype: torch.dtype, result: torch.dtype | None = None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return output and gradients of a linear map by name: PyTorch's in fp64, and ours from the same numbers.
 
-    frozen: which of inputs, weight and bias needs no gradient.
+    frozen: which of inputs, weight and bias needs no gradient. result: the dtype of our output, where not `dtype`.
     """
     generator = torch.Generator().manual_seed(0)
     shapes = [(4, 100, 112), (352, 112), (352,)][: 3 if has_bias else 2]
@@ -330,7 +403,9 @@ def trained_maps(has_bias: bool, frozen: int | None, dtype: torch.dtype) -> tupl
     def results(function: Callable[..., Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
         leaves = [leaf.to(dtype, copy=True).requires_grad_(index != frozen) for index, leaf in enumerate(drawn)]
         output = function(*leaves)
-        output.backward(upstream.to(dtype))
+        if dtype != torch.float64:
+            assert output.dtype == (result or dtype)
+        output.backward(upstream.to(output.dtype))
         gradients = {f"gradient {index}": leaf.grad for index, leaf in enumerate(leaves) if leaf.grad is not None}
         assert len(gradients) == len(leaves) - (frozen is not None and frozen < len(leaves))
         return {"output": output.detach(), **gradients}
