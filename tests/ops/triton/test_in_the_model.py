@@ -38,8 +38,8 @@ MODELS: dict[str, tuple[dict[str, Any], set[str]]] = {
 
 @pytest.fixture(autouse=True)
 def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels may be chosen where they are interpreted."""
-    others = {"apex", "liger"}
+    """Triton's kernels may be chosen where they are interpreted, and none but them and PyTorch's."""
+    others = {"apex", "liger", "cpp"}
     monkeypatch.setattr(Candidate, "obstacle", lambda self, situation: "not here" if self.name in others else "")
 
 
